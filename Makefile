@@ -1,0 +1,46 @@
+# Everything works on a machine with Python >= 3.11, pip and make: .venv is made when it is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+# Shape annotations are enforced at run time, save where that would break the graph.
+SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype --ignore=tests/test_compile.py
+
+.PHONY: quickstart test check fix report install clean
+
+quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)
+	$(BIN)/shiva-dit quickstart
+
+test: $(STAMP)  ## The fast tests (under 3 minutes)
+	$(PYTEST) $(SHAPES) -m "not slow"
+	$(PYTEST) -m "not slow" tests/test_compile.py
+
+check: $(STAMP)  ## What CI runs: format, lint, imports, types, all tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	$(PYTEST) $(SHAPES)
+	$(PYTEST) tests/test_compile.py
+
+fix: $(STAMP)  ## Format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+report: $(STAMP)  ## Write the tables of the documents from the records
+	$(BIN)/shiva-dit report README.md docs/*.md
+
+install: $(STAMP)  ## Make .venv
+
+# torch first and pinned: left to the resolver, another build of several GB may be taken.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:  ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,45 @@
+"""Learned token selection for diffusion transformers, under an exact and static budget.
+
+Importing this package imports neither torch nor diffusers; a name's first use does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+    from shiva_dit.api import apply, compile, disabled, remove, summary
+    from shiva_dit.core.schedule import Schedule
+
+__version__ = "0.1.0"
+__all__ = [
+    "Schedule",
+    "ShivaAdapter",
+    "ShivaConfig",
+    "apply",
+    "compile",
+    "disabled",
+    "remove",
+    "summary",
+]
+
+_HOMES = {
+    "Schedule": "shiva_dit.core.schedule",
+    "ShivaAdapter": "shiva_dit.adapter",
+    "ShivaConfig": "shiva_dit.adapter",
+    **dict.fromkeys(("apply", "compile", "disabled", "remove", "summary"), "shiva_dit.api"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shiva_dit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

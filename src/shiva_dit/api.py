@@ -1,0 +1,241 @@
+"""What `import shiva_dit` offers: apply, remove, disabled, compile, summary."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from shiva_dit.adapter import ShivaAdapter, lora_metadata
+from shiva_dit.core.flops import condition_flops
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.models.attach import Attachment, attach, attachment_of
+from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
+from shiva_dit.modules import LAYER_DIM
+
+logger = logging.getLogger("shiva_dit")
+T = TypeVar("T")
+
+RECOMPILE_LIMIT = 64
+"""Graphs that `compile` allows; torch's own 8 are soon used up by batch sizes."""
+
+
+def apply(
+    target: T,
+    adapter: ShivaAdapter | str | Path,
+    *,
+    schedule: Schedule | None = None,
+    keep_ratio: float | None = None,
+    multiple: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> T:
+    """Attach an adapter to a pipeline or a transformer, in place of an earlier one.
+
+    Weights of the backbone that the adapter brings along (LoRA, or the whole state) are put on.
+    Images are the same as before at ratio 1, and cheaper below. No state is kept between calls.
+
+    Batched guidance (both halves in one call) shares the selection if `target` is a pipeline,
+    which is asked whether guidance is on; a bare transformer never shares.
+
+    Args:
+        target: A diffusers pipeline, or its transformer.
+        adapter: A `ShivaAdapter`, a folder, or a Hub id "user/name".
+        schedule: Keep ratios to use instead of the adapter's.
+        keep_ratio: Mean keep ratio in (0, 1] to move the adapter's policy to; 1 keeps all tokens.
+        multiple: Round the number of tokens kept to a multiple of this; the adapter's by default.
+        revision: Branch, tag or commit, for a Hub id.
+        token: For private repositories on the Hub.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ValueError: If the model is not supported, the adapter is another model's or damaged, or a
+            ratio lies outside its range. Nothing is attached then.
+    """
+    model = pipeline_transformer(target)
+    if not isinstance(adapter, ShivaAdapter):
+        adapter = ShivaAdapter.from_pretrained(adapter, revision=revision, token=token)
+    if schedule is not None and keep_ratio is not None:
+        raise ValueError("pass either a schedule or a keep_ratio, not both.")
+    adapter.check_fits(model)
+    broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
+    if broken is not None:
+        raise ValueError(
+            f"the adapter's {broken} holds values that are not finite: train it again."
+        )
+    if keep_ratio is not None:
+        if not 0.0 < keep_ratio <= 1.0:
+            raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
+        schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
+    remove(target)
+    kind = adapter.config.backbone
+    lora = lora_metadata(adapter.config) if kind in ("lora", "dora") else None
+    backbone = TunedBackbone(model, adapter.backbone_weights, lora)
+    try:
+        attachment = attach(
+            model,
+            adapter.selector(),
+            schedule or adapter.schedule,
+            multiple=adapter.config.multiple if multiple is None else multiple,
+            shares_halves=None if model is target else partial(_guidance_is_on, target),
+        )
+    except BaseException:
+        backbone.restore()
+        raise
+    attachment.backbone = backbone
+    attachment.adapter = adapter
+    logger.info(
+        "shiva_dit: %d of %d blocks of %s pruned, %.1f%% of their tokens kept on average",
+        len(attachment.schedule.prunable_blocks),
+        attachment.schedule.num_blocks,
+        type(model).__name__,
+        100 * attachment.schedule.mean_keep_ratio,
+    )
+    return target
+
+
+def _guidance_is_on(pipeline: Any) -> bool:
+    return hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
+
+
+def remove(target: T) -> T:
+    """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing."""
+    attachment = attachment_of(pipeline_transformer(target))
+    if attachment is not None:
+        attachment.detach()
+        if attachment.backbone is not None:
+            attachment.backbone.restore()
+    return target
+
+
+@contextmanager
+def disabled(target: Any) -> Iterator[None]:
+    """Within: the dense model, its own weights included, for comparison.
+
+    Raises:
+        ValueError: If no adapter is attached.
+    """
+    attachment = _attached(target)
+    before = attachment.enabled
+    _enable(attachment, False)
+    try:
+        yield
+    finally:
+        _enable(attachment, before)
+
+
+def _enable(attachment: Attachment, enabled: bool) -> None:
+    attachment.enabled = enabled
+    if attachment.backbone is not None:
+        attachment.backbone.enable(enabled)
+
+
+def compile(target: T, **options: Any) -> T:
+    """Compile every block by itself (`fullgraph=True`): a few graphs, whatever the depth.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached.
+        **options: For `torch.compile`, such as `mode` or `backend`.
+
+    Raises:
+        ValueError: If no adapter is attached: apply first, then compile.
+    """
+    attachment = _attached(target)
+    defaults: dict[str, Any] = {"fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        # All blocks count as one for dynamo: dense and pruned, guided and not, each batch size.
+        defaults["recompile_limit"] = RECOMPILE_LIMIT
+    attachment.compile(**{**defaults, **options})
+    return target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What an attached adapter does, for one number of tokens. Prints as a table."""
+
+    model_class: str
+    """Class of the transformer."""
+    num_tokens: int
+    """N."""
+    text_tokens: int
+    """T."""
+    keep_ratio: float
+    """Mean of k / N over all time bins and prunable blocks: of the executed integers."""
+    flops_dense: int
+    """FLOPs of one dense forward of one sample."""
+    flops_pruned: int
+    """The same with pruning, routers included, averaged over the time bins."""
+    rows: tuple[tuple[float, tuple[int, ...]], ...]
+    """(t, k of every block) at a few times, noisiest first."""
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the FLOPs saved, in [0, 1)."""
+        return 1.0 - self.flops_pruned / self.flops_dense
+
+    def __str__(self) -> str:
+        blocks = len(self.rows[0][1])
+        pruned = sum(any(row[b] < self.num_tokens for _, row in self.rows) for b in range(blocks))
+        lines = [
+            f"{self.model_class}: {pruned} of {blocks} blocks pruned, "
+            f"{self.num_tokens} image tokens, {self.text_tokens} text tokens",
+            f"kept on average {self.keep_ratio:.1%}; FLOPs {self.flops_pruned / 1e9:.4g} G of "
+            f"{self.flops_dense / 1e9:.4g} G, {self.flops_saved:.1%} saved",
+            "    t  tokens kept, by block",
+        ]
+        width = len(str(self.num_tokens))
+        for t, row in self.rows:
+            lines.append(f" {t:4.2f}  " + " ".join(f"{k:{width}d}" for k in row))
+        return "\n".join(lines)
+
+
+def summary(target: Any, *, num_tokens: int = 0, text_tokens: int = 333) -> Summary:
+    """What is pruned and what it saves; print it, or read its fields.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached.
+        num_tokens: Image tokens N; 0 for those of the model's own `sample_size`.
+        text_tokens: Text tokens T (SD3's pipelines use 333 by default).
+
+    Raises:
+        ValueError: If no adapter is attached.
+    """
+    attachment = _attached(target)
+    model: Any = attachment.model
+    num_tokens = num_tokens or (model.config.sample_size // model.config.patch_size) ** 2
+    table = attachment.table(num_tokens)
+    flops = attachment.spec.flops(model, num_tokens, text_tokens)
+    adapter = attachment.adapter
+    hidden = adapter.config.hidden if adapter is not None else 0
+    dims = attachment.spec.dims(model)
+    condition = condition_flops(dims.time_dim, dims.context_dim, LAYER_DIM, hidden)
+    pruned = [flops.pruned(row, hidden, condition) for row in table.counts]
+    times = (0.95, 0.75, 0.5, 0.25, 0.05)
+    return Summary(
+        model_class=attachment.spec.model_class,
+        num_tokens=num_tokens,
+        text_tokens=text_tokens,
+        keep_ratio=table.mean_keep_ratio,
+        flops_dense=flops.dense(),
+        flops_pruned=round(sum(pruned) / len(pruned)),
+        rows=tuple((t, table.row(t)) for t in times),
+    )
+
+
+def _attached(target: Any) -> Attachment:
+    model = pipeline_transformer(target)
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ValueError(
+            f"no adapter is attached to this {type(model).__name__}: call shiva_dit.apply first."
+        )
+    return attachment

@@ -1,0 +1,1 @@
+"""Selection, soft ranks, estimators, budget and schedule: the mathematics, on torch alone."""

@@ -1,0 +1,219 @@
+r"""How the inclusion score and the budget get a gradient from a hard selection (Eq. 7, 21-24).
+
+The forward pass is the hard one: chosen tokens run, the others pass by. Every estimator is a set
+of *gates*: points where a tensor goes through unchanged while the inclusion score pi receives
+<gradient there, direction>. Gradients on to the scores and to k follow by autograd from
+pi = sigmoid((k - r(s)) / (tau N)), so that Eq. 24 holds for every estimator.
+
+====================  =======================================  ===========================
+estimator             chosen token                             rejected token
+====================  =======================================  ===========================
+paper (Eq. 7)         <dL/d block input, x>                    -<dL/d output, x>
+residual              <dL/d output, F>, F the block's update   <dL/d output, estimate of F>
+residual, KV gate     also <dL/dv, v> at the value projection
+====================  =======================================  ===========================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shiva_dit.core.selection import gather_tokens
+
+EstimatorKind = Literal["paper", "residual"]
+RejectedUpdate = Literal["none", "mean", "ridge", "teacher"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimatorConfig:
+    """Which gradient the inclusion scores receive."""
+
+    kind: EstimatorKind = "residual"
+    """"paper": Eq. 7 literally, the skip included (reading R1). "residual": a gate on the
+    block's update."""
+    rejected: RejectedUpdate = "teacher"
+    """"residual" only: what stands for the update that a rejected token did not get. "teacher":
+    the update of the unpruned model, known wherever training distils. "ridge": a ridge regression
+    fitted on the chosen tokens of the same sample. "mean": their mean update. "none": zero, and
+    then k shrinks regardless of merit."""
+    kv_gate: bool = True
+    """"residual" only: add what a chosen token gives to the others as a value in attention."""
+    ridge: float = 1.0
+    """Ridge penalty of "ridge", positive; flat between 0.3 and 10."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("paper", "residual"):
+            raise ValueError(f'estimator kind must be "paper" or "residual", got {self.kind!r}.')
+        if self.rejected not in ("none", "mean", "ridge", "teacher"):
+            raise ValueError(
+                'estimator rejected must be "none", "mean", "ridge" or "teacher", '
+                f"got {self.rejected!r}."
+            )
+        if self.ridge <= 0:
+            raise ValueError(f"estimator ridge must be positive, got {self.ridge}.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's updates must be at hand in every forward."""
+        return self.kind == "residual" and self.rejected == "teacher"
+
+    @property
+    def needs_value_gate(self) -> bool:
+        """Whether the outputs of the value projections must be gated."""
+        return self.kind == "residual" and self.kv_gate
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, direction: Tensor, inclusion: Tensor) -> Tensor:
+        ctx.save_for_backward(direction)
+        ctx.inclusion_dtype = inclusion.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        (grad,) = grads
+        (direction,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        slope = (grad.to(wide) * direction.to(wide)).sum(-1)  # (B, n)
+        return grad, None, slope.to(ctx.inclusion_dtype)
+
+
+def gate(
+    value: Float[Tensor, "B n D"],
+    direction: Float[Tensor, "B m D"],
+    inclusion: Float[Tensor, "B n"],
+) -> Float[Tensor, "B n D"]:
+    """`value`, bit by bit, whose gradient also tells `inclusion` how useful `direction` is.
+
+    Backward: `value` receives the gradient g unchanged, `inclusion` receives <g, direction> per
+    token, accumulated in float32 or wider; `direction` receives nothing.
+
+    Args:
+        value: The tensor to pass on. Nothing else may consume the *returned* tensor's tokens for
+            other purposes than the path that is judged: two paths' gradients would mix.
+        direction: Per token, or one for all (m = 1).
+        inclusion: Inclusion scores of the same tokens, float32 or wider.
+    """
+    return _Gate.apply(value, direction, inclusion)
+
+
+def gate_input(
+    x: Float[Tensor, "B N D"], inclusion: Float[Tensor, "B N"], chosen: Int[Tensor, "B k"]
+) -> Float[Tensor, "B N D"]:
+    r"""The paper's estimator (Eq. 7, 21-23), with the block's skip included (reading R1).
+
+    .. math:: dL/d\pi_i = \langle dL/dx^{sel}_i, x_i \rangle \text{ if chosen, else }
+              -\langle dL/dx^{rej}_i, x_i \rangle
+
+    Since a scatter cuts the path of chosen tokens past the block, one gate before the split gives
+    both rows exactly.
+
+    Args:
+        x: The block's input before the gather. Only the gather and the scatter may consume the
+            result: feed the router and any cache `x.detach()` or `x` itself.
+        inclusion: Inclusion scores of all tokens.
+        chosen: Their top-k.
+    """
+    sign = torch.full_like(inclusion, -1.0).scatter(1, chosen, 1.0)
+    return gate(x, x, sign * inclusion)
+
+
+def gate_update(
+    before: Float[Tensor, "B k D"],
+    after: Float[Tensor, "B k D"],
+    inclusion: Float[Tensor, "B k"],
+) -> Float[Tensor, "B k D"]:
+    """The residual estimator on chosen tokens: <dL/d output, F>, F the block's whole update.
+
+    Args:
+        before: Chosen tokens as they entered the block.
+        after: The block's output for them.
+        inclusion: Their inclusion scores.
+
+    Returns:
+        `after`, unchanged in value.
+    """
+    return gate(after, (after - before).detach(), inclusion)
+
+
+def estimate_rejected_update(
+    kind: RejectedUpdate,
+    x: Float[Tensor, "B N D"],
+    chosen: Int[Tensor, "B k"],
+    update: Float[Tensor, "B k D"],
+    *,
+    ridge: float = 1.0,
+    teacher: Float[Tensor, "B N D"] | None = None,
+) -> Float[Tensor, "B m D"]:
+    """What a rejected token would have gained from the block, without running it again.
+
+    Args:
+        kind: "mean", "ridge" or "teacher" (see `EstimatorConfig.rejected`).
+        x: All tokens before the block.
+        chosen: Tokens that ran.
+        update: Their update, block output minus input.
+        ridge: Penalty of "ridge".
+        teacher: The unpruned model's update at this block, for "teacher".
+
+    Returns:
+        An estimate for every token (m = N) or one for all (m = 1). Rows of chosen tokens mean
+        nothing. No gradient flows through it.
+
+    Raises:
+        ValueError: If "teacher" is asked for and no teacher's update is given.
+    """
+    with torch.no_grad():
+        if kind == "teacher":
+            if teacher is None:
+                raise ValueError(
+                    'rejected="teacher" needs the unpruned model\'s update of this block; run the '
+                    'teacher first, or use rejected="ridge".'
+                )
+            return teacher
+        if kind == "mean":
+            return update.mean(1, keepdim=True)
+        if kind == "ridge":
+            return _ridge_prediction(x, chosen, update, ridge)
+    raise ValueError(f"no estimate of the rejected update is named {kind!r}.")
+
+
+def _ridge_prediction(
+    x: Float[Tensor, "B N D"],
+    chosen: Int[Tensor, "B k"],
+    update: Float[Tensor, "B k D"],
+    ridge: float,
+) -> Float[Tensor, "B N D"]:
+    """A (A_S' A_S + ridge I)^-1 A_S' F_S with A = [LayerNorm(x), 1], per sample.
+
+    With fewer chosen tokens than columns the k x k system of the dual form is solved instead.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _solve_ridge(x, chosen, update, ridge)
+
+
+def _solve_ridge(
+    x: Float[Tensor, "B N D"],
+    chosen: Int[Tensor, "B k"],
+    update: Float[Tensor, "B k D"],
+    ridge: float,
+) -> Float[Tensor, "B N D"]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.layer_norm(x.to(wide), x.shape[-1:])
+    design = torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)  # (B, N, D + 1)
+    seen = gather_tokens(design, chosen)  # (B, k, D + 1)
+    target = update.to(wide)
+    num_seen, num_columns = seen.shape[1:]
+    if num_seen < num_columns:
+        gram = seen @ seen.mT + ridge * torch.eye(num_seen, dtype=wide, device=x.device)
+        weights = seen.mT @ torch.cholesky_solve(target, torch.linalg.cholesky(gram))
+    else:
+        gram = seen.mT @ seen + ridge * torch.eye(num_columns, dtype=wide, device=x.device)
+        weights = torch.cholesky_solve(seen.mT @ target, torch.linalg.cholesky(gram))
+    return design @ weights

@@ -1,0 +1,87 @@
+"""True FLOPs of a diffusion transformer at k tokens: 2 per multiply-add, attention included.
+
+Linear layers and attention products are counted, as `torch.utils.flop_counter` counts them;
+norms, activations, softmax and the sort are not. For image tokens a, text tokens T, width D:
+
+- projections of a stream of n tokens: queries, keys, values 3 n D^2; output n D^2; feed-forward
+  (expansion 4) 8 n D^2 multiply-adds;
+- joint attention over S = a + T tokens: S^2 D for the scores and S^2 D for the values;
+- adaLN-zero modulations: 6 D^2 per stream and sample, whatever a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JointBlockShape:
+    """What the cost of one SD3 block depends on, beside the number of tokens."""
+
+    width: int
+    """D."""
+    text_tokens: int
+    """T."""
+    dual_attention: bool = False
+    """Whether a second attention runs over the image tokens alone (SD3.5)."""
+    context_pre_only: bool = False
+    """Whether the text stream ends here (last block)."""
+
+    def flops(self, image_tokens: int) -> int:
+        """FLOPs of one sample with `image_tokens` tokens in the block."""
+        d2 = self.width * self.width
+        a, text = image_tokens, self.text_tokens
+        macs = (9 if self.dual_attention else 6) * d2 + (2 if self.context_pre_only else 6) * d2
+        macs += 4 * a * d2 + 3 * text * d2 + 2 * (a + text) ** 2 * self.width
+        macs += 8 * a * d2
+        if not self.context_pre_only:
+            macs += 9 * text * d2
+        if self.dual_attention:
+            macs += 4 * a * d2 + 2 * a * a * self.width
+        return 2 * macs
+
+
+def router_flops(num_tokens: int, width: int, hidden: int) -> int:
+    """FLOPs of one router on all N tokens: projection and score (Eq. 9).
+
+    The projections of time, text and layer are per sample and block and below 0.1% of this for
+    more than a few hundred tokens; they are counted with the model's constant part.
+    """
+    return 2 * num_tokens * hidden * (width + 1)
+
+
+def condition_flops(time_dim: int, context_dim: int, layer_dim: int, hidden: int) -> int:
+    """FLOPs of one router's conditioning, per sample (Eq. 8)."""
+    return 2 * hidden * (time_dim + context_dim + layer_dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFlops:
+    """FLOPs of one forward pass of one sample, as a function of the tokens kept."""
+
+    blocks: tuple[JointBlockShape, ...]
+    """The blocks in order."""
+    constant: int
+    """Everything outside the blocks: embedders, final norm and projection."""
+    num_tokens: int
+    """N image tokens."""
+
+    def dense(self) -> int:
+        """The unpruned model."""
+        return self.constant + sum(block.flops(self.num_tokens) for block in self.blocks)
+
+    def pruned(self, counts: Sequence[int], router_hidden: int, condition: int) -> int:
+        """The pruned model, its routers included.
+
+        Args:
+            counts: k of each block; a block with k = N runs without its router.
+            router_hidden: d' of the routers; 0 for methods without one.
+            condition: FLOPs of one router's conditioning (`condition_flops`).
+        """
+        total = self.constant
+        for block, k in zip(self.blocks, counts, strict=True):
+            total += block.flops(k)
+            if k < self.num_tokens and router_hidden:
+                total += router_flops(self.num_tokens, block.width, router_hidden) + condition
+        return total

@@ -1,0 +1,269 @@
+"""How many tokens each block keeps at each time: ratios, and the integers that are executed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+def nearest_bin(t: float, num_bins: int) -> int:
+    """The bin of a time among `num_bins` equal bins of [0, 1]; the nearest centre, never equality.
+
+    >>> nearest_bin(0.0, 4), nearest_bin(0.49, 4), nearest_bin(1.0, 4)
+    (0, 1, 3)
+    """
+    if not 0.0 <= t <= 1.0 + 1e-6:
+        raise ValueError(f"t must lie in [0, 1] (1 = pure noise), got {t}.")
+    return min(int(t * num_bins), num_bins - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Keep ratios over time and depth, independent of resolution.
+
+    >>> schedule = Schedule.uniform(0.4, num_blocks=3)
+    >>> schedule.for_tokens(64).counts
+    ((64, 26, 25),)
+    """
+
+    ratios: tuple[tuple[float, ...], ...]
+    """Keep ratio r in (0, 1] of each (time bin, block). Bin b of S covers t in [b/S, (b+1)/S]."""
+    full_blocks: tuple[int, ...] = (0,)
+    """Blocks that are never pruned; their ratios are 1."""
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not self.ratios[0]:
+            raise ValueError("a schedule needs at least one time bin and one block.")
+        num_blocks = len(self.ratios[0])
+        for row in self.ratios:
+            if len(row) != num_blocks:
+                raise ValueError("all rows of a schedule must have one ratio per block.")
+            for ratio in row:
+                if not 0.0 < ratio <= 1.0:
+                    raise ValueError(
+                        f"keep ratios must lie in (0, 1], got {ratio}: a ratio is the share KEPT."
+                    )
+        for block in self.full_blocks:
+            if not 0 <= block < num_blocks:
+                raise ValueError(f"full_blocks: there is no block {block} among {num_blocks}.")
+            if any(row[block] != 1.0 for row in self.ratios):
+                raise ValueError(f"block {block} is listed as never pruned: its ratios must be 1.")
+
+    @classmethod
+    def uniform(
+        cls,
+        keep_ratio: float,
+        *,
+        num_blocks: int,
+        num_bins: int = 1,
+        full_blocks: Sequence[int] = (0,),
+    ) -> Schedule:
+        """The same ratio in every block that may be pruned, at every time."""
+        row = tuple(1.0 if b in full_blocks else float(keep_ratio) for b in range(num_blocks))
+        return cls(ratios=(row,) * num_bins, full_blocks=tuple(full_blocks))
+
+    @property
+    def num_bins(self) -> int:
+        """Time bins."""
+        return len(self.ratios)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the never pruned ones included."""
+        return len(self.ratios[0])
+
+    @property
+    def prunable_blocks(self) -> tuple[int, ...]:
+        """Blocks that may be pruned."""
+        return tuple(b for b in range(self.num_blocks) if b not in self.full_blocks)
+
+    @property
+    def mean_keep_ratio(self) -> float:
+        """Mean over all bins and all blocks that may be pruned: what a target refers to."""
+        values = [row[b] for row in self.ratios for b in self.prunable_blocks]
+        return math.fsum(values) / len(values) if values else 1.0
+
+    def for_tokens(self, num_tokens: int, *, multiple: int = 1) -> KeepTable:
+        """The integers that are executed for N tokens, with the mean ratio kept.
+
+        Rounding each ratio down would spend less than was asked for (by multiple / 2N on average),
+        so the remainder is given back, one step at a time, where rounding took most; among equals
+        whole blocks first, so that few distinct rows arise.
+
+        Args:
+            num_tokens: N, at least 1.
+            multiple: k is a multiple of this, or N. Kernels like 64 or 128.
+
+        Returns:
+            A table whose mean ratio is as near to the schedule's as one step of one entry allows.
+        """
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
+        if multiple < 1:
+            raise ValueError(f"multiple must be at least 1, got {multiple}.")
+        counts = [[num_tokens] * self.num_blocks for _ in self.ratios]
+        lowest = min(multiple, num_tokens)
+        cells: list[tuple[float, int, int, int]] = []
+        remainder = 0.0
+        for place, block in enumerate(self.prunable_blocks):
+            for bin_index, row in enumerate(self.ratios):
+                exact = row[block] * num_tokens
+                low = max(lowest, int((exact + 1e-6) // multiple) * multiple)
+                low = min(low, num_tokens)
+                counts[bin_index][block] = low
+                remainder += exact - low
+                cells.append((round(low - exact, 6), place, bin_index, block))
+        remainder = _raise_counts(counts, sorted(cells), remainder, num_tokens, multiple)
+        _lower_counts(counts, sorted(cells, reverse=True), remainder, multiple, lowest)
+        return KeepTable(
+            counts=tuple(tuple(row) for row in counts),
+            num_tokens=num_tokens,
+            prunable_blocks=self.prunable_blocks,
+        )
+
+    def to_json(self) -> str:
+        """This schedule as JSON; `from_json` gives it back exactly."""
+        return json.dumps({"full_blocks": self.full_blocks, "ratios": self.ratios}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """A schedule from `to_json`.
+
+        Raises:
+            ValueError: If the text is not one.
+        """
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or set(data) != {"full_blocks", "ratios"}:
+                raise ValueError('expected an object with "full_blocks" and "ratios".')
+            return cls.from_ratios(data["ratios"], data["full_blocks"])
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a schedule: {error}") from error
+
+    @classmethod
+    def from_ratios(
+        cls, ratios: Iterable[Iterable[float]], full_blocks: Iterable[int] = (0,)
+    ) -> Schedule:
+        """A schedule from nested lists (bins, then blocks)."""
+        rows = tuple(tuple(float(ratio) for ratio in row) for row in ratios)
+        return cls(ratios=rows, full_blocks=tuple(int(block) for block in full_blocks))
+
+
+def _raise_counts(
+    counts: list[list[int]],
+    cells: list[tuple[float, int, int, int]],
+    remainder: float,
+    num_tokens: int,
+    multiple: int,
+) -> float:
+    """Give tokens back, the most rounded-down entries first; returns what could not be given."""
+    progress = True
+    while progress:
+        progress = False
+        for _, _, bin_index, block in cells:
+            current = counts[bin_index][block]
+            step = min(multiple, num_tokens - current)
+            if step and remainder >= step / 2:
+                counts[bin_index][block] = current + step
+                remainder -= step
+                progress = True
+    return remainder
+
+
+def _lower_counts(
+    counts: list[list[int]],
+    cells: list[tuple[float, int, int, int]],
+    remainder: float,
+    multiple: int,
+    lowest: int,
+) -> None:
+    """Take tokens away where the lower bound on k has put the sum above the target."""
+    progress = True
+    while progress:
+        progress = False
+        for _, _, bin_index, block in cells:
+            current = counts[bin_index][block]
+            step = current % multiple or multiple
+            if current - step >= lowest and -remainder > step / 2:
+                counts[bin_index][block] = current - step
+                remainder += step
+                progress = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeepTable:
+    """Tokens kept at each (time bin, block) for one number of tokens: static, known beforehand."""
+
+    counts: tuple[tuple[int, ...], ...]
+    """k in [1, N] of each (time bin, block)."""
+    num_tokens: int
+    """N."""
+    prunable_blocks: tuple[int, ...]
+    """Blocks that count for the mean."""
+
+    def row(self, t: float) -> tuple[int, ...]:
+        """Tokens kept, k, of every block at time t in [0, 1], by the nearest bin."""
+        return self.counts[nearest_bin(t, len(self.counts))]
+
+    @property
+    def mean_keep_ratio(self) -> float:
+        """Mean of k / N over all bins and prunable blocks."""
+        return self._mean(self.counts)
+
+    def mean_keep_ratio_at(self, times: Iterable[float]) -> float:
+        """Mean of k / N over the given steps' times in [0, 1] and all prunable blocks."""
+        return self._mean([self.row(t) for t in times])
+
+    def _mean(self, rows: Sequence[Sequence[int]]) -> float:
+        values = [row[block] for row in rows for block in self.prunable_blocks]
+        return sum(values) / (len(values) * self.num_tokens) if values else 1.0
+
+
+def anneal(start: float, end: float, progress: float) -> float:
+    """Temperature after a share of training: exponential from `start` to `end`.
+
+    Args:
+        start: Positive.
+        end: Positive.
+        progress: Share of the steps done; values outside [0, 1] mean the nearer end.
+
+    >>> round(anneal(0.2, 0.02, 0.5), 4)
+    0.0632
+    """
+    if min(start, end) <= 0:
+        raise ValueError(f"temperatures must be positive, got {start} and {end}.")
+    return start * (end / start) ** min(max(progress, 0.0), 1.0)
+
+
+def ratios_from_logits(
+    logits: torch.Tensor, target: float, full_blocks: Sequence[int]
+) -> tuple[tuple[float, ...], ...]:
+    """Ratios sigmoid(logit + shift), the shift chosen so that their mean is the target exactly.
+
+    This is how one trained policy serves any budget: its shape stays, its anchor moves.
+
+    Args:
+        logits: Of shape (bins, blocks).
+        target: Mean keep ratio over the prunable blocks, in (0, 1].
+        full_blocks: Blocks whose ratio is 1.
+    """
+    if not 0.0 < target <= 1.0:
+        raise ValueError(f"target keep ratio must lie in (0, 1], got {target}.")
+    wide = logits.detach().double().cpu()
+    prunable = [block for block in range(wide.shape[1]) if block not in full_blocks]
+    ratios = torch.ones_like(wide)
+    if target < 1.0 and prunable:
+        chosen = wide[:, prunable]
+        low, high = -40.0 - float(chosen.max()), 40.0 - float(chosen.min())
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            if float(torch.sigmoid(chosen + middle).mean()) < target:
+                low = middle
+            else:
+                high = middle
+        ratios[:, prunable] = torch.sigmoid(chosen + high).clamp_min(1e-6)
+    return tuple(tuple(row) for row in ratios.tolist())

@@ -1,0 +1,167 @@
+"""Training a demo backbone and its judge from scratch, and loading the shipped ones."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from shiva_dit.core.budget import logit_normal, stratified
+from shiva_dit.demo.digits import DigitsTask
+from shiva_dit.demo.judge import Judge, JudgeTraining, train_judge
+from shiva_dit.provenance import provenance, write_atomically, write_json
+from shiva_dit.training.data import ShuffledIndices, drop_captions
+from shiva_dit.training.objective import flow_matching_loss, interpolate
+
+ASSETS = Path(__file__).parent / "assets"
+BACKBONE_FILE = "digits-backbone.safetensors"
+JUDGE_FILE = "digits-judge.safetensors"
+ADAPTER = ASSETS / "digits-keep40"
+"""A trained adapter for the shipped backbone, made by `recipes/digits.toml`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseTraining:
+    """How a demo backbone is trained from scratch (`recipes/digits-base.toml`)."""
+
+    seed: int = 0
+    """Of initial weights, data order and noise."""
+    steps: int = 660
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images per step."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW, held, then decayed linearly to 0."""
+    decay_share: float = 0.35
+    """Share of the steps over which the rate decays, in (0, 1]."""
+    ema: float = 0.993
+    """Decay of the exponential moving average of the weights, which is what is kept."""
+    caption_dropout: float = 0.1
+    """Probability of training a sample without its caption."""
+    judge: JudgeTraining = field(default_factory=JudgeTraining)
+    """The judge's own training."""
+
+
+def train_base(task: DigitsTask, config: BaseTraining, out: Path) -> dict[str, object]:
+    """Train a backbone and a judge, and write both with the record of how they were made.
+
+    Args:
+        task: The task that gives data and architectures.
+        config: The recipe.
+        out: Folder for the two safetensors files (fp16) and `digits-base.json`.
+
+    Returns:
+        The record: accuracy of the judge on unseen real images, CPU seconds, configuration.
+    """
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    start = time.process_time()
+    judge = task.build_judge()
+    train_judge(judge, task.images, task.labels, config.judge, generator)
+    accuracy = judge_accuracy(judge, task)
+    judge_seconds = time.process_time() - start
+
+    backbone, final_loss = _train_backbone(task, config)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, module in ((BACKBONE_FILE, backbone), (JUDGE_FILE, judge)):
+        state = {
+            key: value.half().contiguous() if value.is_floating_point() else value
+            for key, value in sorted(module.state_dict().items())
+        }
+        write_atomically(out / name, partial(save_file, state))
+    record: dict[str, object] = {
+        "what": "digits-base",
+        "config": config,
+        "judge_accuracy_on_held_out": accuracy,
+        "judge_cpu_s": judge_seconds,
+        "backbone_cpu_s": time.process_time() - start - judge_seconds,
+        "final_loss": final_loss,
+        "num_parameters": sum(p.numel() for p in backbone.parameters()),
+        "provenance": provenance(),
+    }
+    write_json(out / "digits-base.json", record)
+    return record
+
+
+def _train_backbone(task: DigitsTask, config: BaseTraining) -> tuple[torch.nn.Module, float]:
+    torch.manual_seed(config.seed)  # of its own: the judge's training must not change it
+    generator = torch.Generator().manual_seed(config.seed)
+    model = task.build_backbone().train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    steady = config.steps * (1.0 - config.decay_share)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (config.steps - step) / max(config.steps - steady, 1.0)),
+    )
+    indices = ShuffledIndices(len(task), config.seed)
+    unconditional = task.unconditional()
+    running = 0.0
+    bar = tqdm(range(config.steps), desc="digits backbone", unit="step")
+    for step in bar:
+        batch = task.batch(indices.take(config.batch_size), generator)
+        batch = drop_captions(batch, unconditional, config.caption_dropout, generator)
+        t = logit_normal(stratified(config.batch_size, generator))
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        prediction = model(
+            hidden_states=interpolate(batch.latents, noise, t),
+            timestep=t * 1000.0,
+            return_dict=False,
+            **batch.conditioning,
+        )[0]
+        loss = flow_matching_loss(prediction, batch.latents, noise)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{running:.4f}")
+    return average.module.eval(), running
+
+
+def judge_accuracy(judge: Judge, task: DigitsTask) -> float:
+    """Share of unseen real images that the judge gets right, in [0, 1]."""
+    with torch.no_grad():
+        return float(
+            (judge(task.held_out_images).argmax(1) == task.held_out_labels).double().mean()
+        )
+
+
+def load_backbone(task: DigitsTask, folder: Path = ASSETS) -> SD3Transformer2DModel:
+    """The trained backbone in float32, in evaluation mode."""
+    model = task.build_backbone()
+    state = {
+        name: value.float() for name, value in load_file(_asset(folder, BACKBONE_FILE)).items()
+    }
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def load_judge(task: DigitsTask, folder: Path = ASSETS) -> Judge:
+    """The trained judge in float32, in evaluation mode."""
+    judge = task.build_judge()
+    weights = load_file(_asset(folder, JUDGE_FILE))
+    state = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
+    judge.load_state_dict(state)
+    return judge.eval()
+
+
+def _asset(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: make it with `shiva-dit train-base --out {folder}`.")
+    return path

@@ -1,0 +1,104 @@
+"""The judge: a small network that says what a generated picture shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+FEATURE_DIM = 32
+"""Width of the features in which Frechet distances are taken."""
+
+
+class Judge(nn.Module):
+    """A convolutional classifier whose penultimate layer gives the features of the distances.
+
+    Args:
+        channels: Image channels.
+        num_classes: Classes to tell apart.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.SiLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.SiLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.LazyLinear(FEATURE_DIM),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(FEATURE_DIM, num_classes)
+
+    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """Features of images in [-1, 1]; values outside are clipped, as a viewer would."""
+        return self.body(images.float().clamp(-1, 1))
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Class logits of images in [-1, 1]."""
+        return self.head(self.features(images))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeTraining:
+    """How a judge is trained."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images per step."""
+    learning_rate: float = 2e-3
+    """Peak rate; cosine decay to 0."""
+    noise: float = 0.15
+    """Largest standard deviation of the noise added to images, in image units; each image draws
+    its own below it. A judge must see digits, not grain."""
+
+
+def train_judge(
+    judge: Judge,
+    images: Float[Tensor, "N C H W"],
+    labels: Int[Tensor, " N"],
+    config: JudgeTraining,
+    generator: torch.Generator,
+) -> None:
+    """Train a judge in place on real images, with shifts of one pixel and noise."""
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=1e-2)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    judge.train()
+    for _ in range(config.steps):
+        picked = torch.randint(len(images), (config.batch_size,), generator=generator)
+        batch = shift(images[picked], generator)
+        grain = config.noise * torch.rand(len(batch), 1, 1, 1, generator=generator)
+        batch = batch + grain * torch.randn(batch.shape, generator=generator)
+        loss = F.cross_entropy(judge(batch), labels[picked], label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    judge.eval()
+
+
+def shift(
+    images: Float[Tensor, "B C H W"], generator: torch.Generator, pixels: int = 1
+) -> Float[Tensor, "B C H W"]:
+    """Each image moved by up to `pixels` in both directions, borders repeated."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [pixels] * 4, mode="replicate")
+    offsets = torch.randint(2 * pixels + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack(
+        [
+            image[:, dy : dy + height, dx : dx + width]
+            for image, (dy, dx) in zip(padded, offsets, strict=True)
+        ]
+    )

@@ -1,0 +1,1 @@
+"""One file per token-reduction method, on torch alone."""

@@ -1,0 +1,47 @@
+"""What a token-selection method is: something that scores the tokens of a block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Selector(nn.Module, ABC):
+    """Scores tokens; the k best run through the block, the others pass it by.
+
+    A selector keeps no state between forwards, so that requests cannot disturb each other.
+    """
+
+    learns_from_gates: bool = False
+    """Whether training gives its scores a gradient (`shiva_dit.methods.gates`)."""
+
+    def condition(
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
+    ) -> Tensor | None:
+        """What the scores of a block need beside its tokens, computed once per forward.
+
+        Args:
+            time: The backbone's time embedding.
+            context: Pooled text or class embedding.
+            block: Index of the block.
+        """
+        del time, context, block
+        return None
+
+    @abstractmethod
+    def scores(
+        self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int
+    ) -> Float[Tensor, "B N"]:
+        """Scores of all tokens of a block, float32; larger is better."""
+
+    def scorer(self, block: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """`scores` of one block, made once when the selector is attached.
+
+        A selector whose blocks have weights of their own returns the module that holds a block's:
+        compiled blocks then reach them by one path and share one graph, whatever the depth.
+        """
+        return partial(self.scores, block=block)

@@ -1,0 +1,129 @@
+"""A hard selection in training: the gates that carry gradients to scores and budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shiva_dit.core.estimators import (
+    EstimatorConfig,
+    estimate_rejected_update,
+    gate,
+    gate_input,
+    gate_update,
+)
+from shiva_dit.core.selection import select_top_k
+from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
+
+
+@dataclass(slots=True, kw_only=True)
+class SelectionGates:
+    """One block's selection in one training forward.
+
+    The object outlives its forward until backward is done: a block that is recomputed (gradient
+    checkpointing) finds the same noise and the same tokens here.
+    """
+
+    config: EstimatorConfig
+    """Which estimator."""
+    tau_rank: float
+    """Temperature of the soft ranks, in standard deviations of the scores."""
+    tau_select: float
+    """Temperature of the inclusion scores, as a share of N."""
+    soft_k: Float[Tensor, ""] | float
+    """k before rounding: N times the keep ratio, with the policy's gradient where it learns."""
+    noise_std: float = 0.0
+    """Standard deviation of the noise on the standardised scores."""
+    generator: torch.Generator | None = None
+    """Source of that noise."""
+    teacher_update: Float[Tensor, "B N D"] | None = None
+    """The unpruned model's update of this block, where the estimator asks for it."""
+    noise: Float[Tensor, "B N"] | None = field(default=None, init=False)
+    chosen: Int[Tensor, "B k"] | None = field(default=None, init=False)
+    inclusion: Float[Tensor, "B N"] | None = field(default=None, init=False)
+    values_gated: int = field(default=0, init=False)
+
+    def choose(self, scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
+        """Top-k of the perturbed, standardised scores, and their inclusion scores (Eq. 3, 5, 30).
+
+        The same noise ranks and selects.
+        """
+        scores = standardize(scores)
+        if self.noise is None:
+            self.noise = self._draw(scores)
+        scores = scores + self.noise
+        if self.chosen is None:
+            self.chosen = select_top_k(scores.detach(), k)
+        self.inclusion = inclusion_scores(
+            soft_rank(scores, self.tau_rank), self.soft_k, self.tau_select
+        )
+        self.values_gated = 0
+        return self.chosen
+
+    def _draw(self, scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        if not self.noise_std:
+            return torch.zeros_like(scores)
+        if self.generator is None:
+            raise ValueError("noise_std > 0 needs a generator to draw from.")
+        draws = torch.randn(scores.shape, generator=self.generator, device=self.generator.device)
+        return self.noise_std * draws.to(scores)
+
+    @property
+    def _chosen_inclusion(self) -> Float[Tensor, "B k"]:
+        assert self.inclusion is not None
+        assert self.chosen is not None
+        return self.inclusion.gather(1, self.chosen)
+
+    def enter(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """All tokens on their way to gather and scatter (gate of the "paper" estimator)."""
+        if self.config.kind != "paper":
+            return x
+        assert self.inclusion is not None
+        assert self.chosen is not None
+        return gate_input(x, self.inclusion, self.chosen)
+
+    def value(self, value: Float[Tensor, "B k D"]) -> Float[Tensor, "B k D"]:
+        """Output of a value projection of the block (the KV gate of "residual")."""
+        self.values_gated += 1
+        return gate(value, value, self._chosen_inclusion)
+
+    def leave(
+        self,
+        x: Float[Tensor, "B N D"],
+        before: Float[Tensor, "B k D"],
+        after: Float[Tensor, "B k D"],
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B k D"]]:
+        """The rejected tokens' base and the chosen tokens' output, before the scatter.
+
+        Args:
+            x: What `enter` returned.
+            before: Its chosen tokens.
+            after: The block's output for them.
+
+        Raises:
+            RuntimeError: If a value gate was asked for and no value projection was seen.
+        """
+        if self.config.kind == "paper":
+            return x, after
+        assert self.chosen is not None
+        assert self.inclusion is not None
+        if self.config.needs_value_gate and not self.values_gated:
+            raise RuntimeError(
+                "the block ran without calling its value projection (fused projections?), so the "
+                "KV gate saw nothing: unfuse them, or train with kv_gate=false."
+            )
+        if self.config.rejected != "none":
+            update = estimate_rejected_update(
+                self.config.rejected,
+                x,
+                self.chosen,
+                after - before,
+                ridge=self.config.ridge,
+                teacher=self.teacher_update,
+            )
+            # The scatter cuts this path for chosen tokens: only rejected ones are judged by it.
+            x = gate(x, update, self.inclusion)
+        return x, gate_update(before, after, self._chosen_inclusion)

@@ -1,0 +1,40 @@
+"""Shiva: tokens are scored by a learned, context-aware router (Eq. 8, 9)."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from shiva_dit.methods.base import Selector
+from shiva_dit.modules import ShivaRouter, TokenScorer
+
+
+class ShivaSelector(Selector):
+    """Selection by a `ShivaRouter`.
+
+    Args:
+        router: The trained router, or one in training.
+    """
+
+    learns_from_gates = True
+
+    def __init__(self, router: ShivaRouter) -> None:
+        super().__init__()
+        self.router = router
+
+    def condition(
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
+    ) -> Float[Tensor, "B H"]:
+        """The context term h of Eq. 8."""
+        return self.router.condition(time, context, block)
+
+    def scores(
+        self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int
+    ) -> Float[Tensor, "B N"]:
+        """Router scores (Eq. 9)."""
+        assert condition is not None
+        return self.router(x, condition, block)
+
+    def scorer(self, block: int) -> TokenScorer:
+        """The block's own weights."""
+        return self.router.scorer(block)

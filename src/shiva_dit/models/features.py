@@ -1,0 +1,63 @@
+"""Reading what a model's blocks take and give, for distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from shiva_dit.models.families import block_spec, model_spec
+from shiva_dit.models.spec import argument_place
+
+
+@dataclass(slots=True)
+class BlockFeatures:
+    """Image tokens before and after blocks, by block index, each (B, N, D)."""
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def update(self, block: int) -> Tensor:
+        """What the block added to the tokens."""
+        return self.outputs[block] - self.inputs[block]
+
+
+@contextmanager
+def record_blocks(
+    model: nn.Module, *, inputs: Collection[int], outputs: Collection[int]
+) -> Iterator[BlockFeatures]:
+    """Within: a forward of the model leaves the tokens of the named blocks in the result."""
+    features = BlockFeatures()
+    handles = []
+    try:
+        for index, block in enumerate(model_spec(model).blocks(model)):
+            if index in inputs or index in outputs:
+                keep = partial(_keep, features, index, index in inputs, index in outputs)
+                handles.append(block.register_forward_hook(keep, with_kwargs=True))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(
+    features: BlockFeatures,
+    index: int,
+    keep_input: bool,
+    keep_output: bool,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    spec = block_spec(module)
+    if keep_input:
+        by_name = spec.hidden in kwargs
+        place = 0 if by_name else argument_place(module, spec.hidden)
+        features.inputs[index] = kwargs[spec.hidden] if by_name else args[place]
+    if keep_output:
+        features.outputs[index] = output if spec.output is None else output[spec.output]

@@ -1,0 +1,129 @@
+"""Tables of documents, written from records: a number in a document is a number in a record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_BLOCK = re.compile(
+    r"(<!-- table (?P<kind>\w+): (?P<record>\S+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.S
+)
+
+
+def render(text: str, folder: Path) -> str:
+    """A document with all its tables written anew.
+
+    A table stands between `<!-- table KIND: RECORD -->` and `<!-- end table -->`; RECORD is a path
+    relative to the document.
+
+    Args:
+        text: The document.
+        folder: Its folder.
+
+    Raises:
+        ValueError: If a record is missing or a kind unknown.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        kind, path = match["kind"], folder / match["record"]
+        if kind not in TABLES:
+            raise ValueError(f"there is no table {kind!r}; known: {', '.join(TABLES)}.")
+        if not path.is_file():
+            raise ValueError(f"the record {path} is missing.")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return f"{match[1]}{TABLES[kind](record)}\n{match[5]}"
+
+    return _BLOCK.sub(replace, text)
+
+
+def quickstart_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of the quickstart's table."""
+    dense = next(row for row in record["rows"] if row["method"] == "dense")
+    paired = any("psnr" in row for row in record["rows"])
+    rows = [
+        ["method", "FLOPs per image", "judged right", "Frechet distance",
+         *(["PSNR to unpruned, dB"] if paired else []), "train, CPU s", "sample, CPU s"]
+    ]  # fmt: skip
+    for row in record["rows"]:
+        rows.append(
+            [
+                row["name"],
+                f"{row['flops'] / 1e9:.2f} G ({row['flops'] / dense['flops']:.2f})",
+                _spread(row["correct_by_seed"], "{:.1%}"),
+                _spread(row["frechet_by_seed"], "{:.2f}"),
+                *([_psnr(row)] if paired else []),
+                f"{row['train_cpu_s']:.0f}" if row["train_cpu_s"] else "-",
+                f"{row['sample_cpu_s']:.1f}",
+            ]
+        )
+    return rows
+
+
+def quickstart_note(record: dict[str, Any]) -> str:
+    """What must be known to read the quickstart's table."""
+    config = record["config"]
+    seeds = len(config["seeds"])
+    return (
+        f"Keep ratio asked {config['keep_ratio']:g}, executed {record['keep_ratio_executed']:.4f}; "
+        f"{config['count']} images per method and seed, {seeds} seed"
+        + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
+        + f"Floor of the distance ({config['count']} real training digits): "
+        f"{record['frechet_floor']:.2f}."
+    )
+
+
+def quickstart_table(record: dict[str, Any]) -> str:
+    """The quickstart's table, as Markdown."""
+    head, *rows = quickstart_rows(record)
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join([*lines, "", quickstart_note(record)])
+
+
+def plain_table(record: dict[str, Any]) -> str:
+    """The quickstart's table, for a terminal."""
+    rows = quickstart_rows(record)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*(line.rstrip() for line in lines), "", quickstart_note(record)])
+
+
+def _psnr(row: dict[str, Any]) -> str:
+    return _spread(row["psnr_by_seed"], "{:.1f}") if "psnr_by_seed" in row else "-"
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return form.format(mean)
+    deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return f"{form.format(mean)} ± {form.format(deviation)}"
+
+
+def speed_table(record: dict[str, Any]) -> str:
+    """Latency of a dense and a pruned transformer, as Markdown."""
+    lines = [
+        "| batch | keep ratio | latency, ms (min to max) | speed-up | by FLOPs | efficiency |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"]:
+        low, high = case["dense_latency_ms_spread"]
+        dense = f"{case['dense_latency_ms']:.1f} ({low:.1f} to {high:.1f})"
+        lines.append(f"| {case['batch']} | dense | {dense} | 1 | 1 | |")
+        for row in case["rows"]:
+            low, high = row["latency_ms_spread"]
+            lines.append(
+                f"| {case['batch']} | {row['keep_ratio']:g} "
+                f"| {row['latency_ms']:.1f} ({low:.1f} to {high:.1f}) | {row['speed_up']:.2f} "
+                f"| {row['ideal_speed_up']:.2f} | {row['efficiency']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quickstart": quickstart_table,
+    "speed": speed_table,
+}

@@ -1,0 +1,127 @@
+"""What is trained when and how fast: parts, rates, clipping, moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from shiva_dit.models.backbone import set_trainable
+from shiva_dit.training.recipe import OptimizerConfig, StageName
+
+PARTS = ("router", "policy", "backbone")
+ACTIVE: dict[StageName, set[str]] = {
+    "warmup": {"router"},
+    "policy": {"router", "policy"},
+    "joint": {"router", "policy", "backbone"},
+}
+
+
+class Optimization:
+    """AdamW over router, policy and backbone, each with its own rate, clipping and average.
+
+    Args:
+        parts: Parameters by part ("router", "policy", "backbone") and name; a part may be empty.
+        config: Rates and decay.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, dict[str, nn.Parameter]], config: OptimizerConfig
+    ) -> None:
+        self.parts, self.config = parts, config
+        # Gradients of scores and ratios are tiny (a mean over all pixels): Adam's usual eps would
+        # hide them.
+        small = {"eps": 1e-15, "weight_decay": 0.0}
+        extra = {
+            "router": small,
+            "policy": small,
+            "backbone": {"weight_decay": config.weight_decay},
+        }
+        self.adamw = torch.optim.AdamW(
+            [{"params": list(parts[p].values()), "name": p, **extra[p]} for p in PARTS], lr=0.0
+        )
+        self.average = {
+            part: [p.detach().clone() for p in parameters.values()]
+            for part, parameters in parts.items()
+        }
+
+    def start(self, stage: StageName, done: int, length: int) -> None:
+        """Set the rates of a step and freeze what its stage doesn't train.
+
+        Args:
+            stage: Its stage.
+            done: Steps done in the stage.
+            length: Steps of the stage.
+        """
+        config = self.config
+        scale = min(1.0, (done + 1) / max(config.warmup_steps, 1))
+        fall = length * config.decay_share if stage == "joint" else 0.0
+        if fall:
+            scale = min(scale, (length - done) / fall)
+        active = ACTIVE[stage]
+        set_trainable(self.parts["backbone"].values(), "backbone" in active)
+        for group in self.adamw.param_groups:
+            name = group["name"]
+            group["lr"] = scale * getattr(config, name) if name in active else 0.0
+
+    def finish(self, step: int) -> None:
+        """Clip, update, and follow with the averages.
+
+        Args:
+            step: Steps done in all: a short run must not average in its own start.
+        """
+        for parameters in self.parts.values():
+            held = [p for p in parameters.values() if p.grad is not None]
+            if held:
+                nn.utils.clip_grad_norm_(held, self.config.grad_clip)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        update = get_ema_multi_avg_fn(min(self.config.ema, (1 + step) / (10 + step)))
+        for part, parameters in self.parts.items():
+            if parameters:
+                update(self.average[part], [p.detach() for p in parameters.values()], step)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within: the moving averages stand in for what is trained."""
+        pairs = [(parameter, mean) for _, parameter, mean in self._all()]
+        kept = [parameter.data for parameter, _ in pairs]
+        for parameter, mean in pairs:
+            parameter.data = mean
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(pairs, kept, strict=True):
+                parameter.data = data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, averages and Adam's moments, by name."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter, mean in self._all():
+            tensors[name] = parameter
+            tensors[f"average.{name}"] = mean
+        for index, values in self.adamw.state_dict()["state"].items():
+            for key, value in values.items():
+                tensors[f"adamw.{index}.{key}"] = torch.as_tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` gave."""
+        for name, parameter, mean in self._all():
+            parameter.copy_(tensors[name])
+            mean.copy_(tensors[f"average.{name}"])
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adamw."):
+                _, index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = value
+        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": states})
+
+    def _all(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        for part, parameters in self.parts.items():
+            for (name, parameter), mean in zip(parameters.items(), self.average[part], strict=True):
+                yield f"{part}.{name}", parameter, mean

@@ -1,0 +1,177 @@
+"""Which times and how many tokens each part of a batch gets (Eq. 15, 25-29)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shiva_dit.core.budget import BudgetController, logit_normal, stratified, stratified_ratios
+from shiva_dit.core.schedule import Schedule, nearest_bin
+from shiva_dit.core.selection import keep_count
+from shiva_dit.modules import AdaptiveRatioPolicy
+from shiva_dit.training.recipe import StageName, TrainConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class Part:
+    """One micro-batch: its times, its counts, and k before rounding."""
+
+    t: Float[Tensor, " b"]
+    """Times in [0, 1]."""
+    counts: tuple[int, ...]
+    """k of every block."""
+    soft_k: Sequence[Tensor | float]
+    """k before rounding, with the policy's gradient where it learns."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StepPlan:
+    """One optimizer step."""
+
+    parts: list[Part]
+    mean_keep_ratio: float
+    """Executed mean over the table (policy on) or over the parts."""
+    _ratios: Tensor | None = None
+    _leaf: Tensor | None = None
+    _budget: Tensor | None = None
+
+    def backward_policy(self) -> float:
+        """Send what the parts left at their ratios, and the budget loss, into the policy.
+
+        The parts' backward passes end at a leaf, so that each can free its own graph.
+
+        Returns:
+            The budget loss.
+        """
+        if self._ratios is None or self._leaf is None or self._budget is None:
+            return 0.0
+        upstream = self._leaf.grad if self._leaf.grad is not None else torch.zeros_like(self._leaf)
+        torch.autograd.backward([self._ratios, self._budget], [upstream, None])
+        return float(self._budget.detach())
+
+
+class Planner:
+    """Draws the plan of each step.
+
+    Args:
+        config: The recipe.
+        num_tokens: N.
+        policy: The ratio policy; unused where the recipe keeps the ratios fixed.
+        fixed: The schedule executed where no policy is on.
+        budget: Controller of the mean ratio.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        num_tokens: int,
+        policy: AdaptiveRatioPolicy,
+        fixed: Schedule,
+        budget: BudgetController,
+    ) -> None:
+        self.config, self.num_tokens = config, num_tokens
+        self.policy, self.budget = policy, budget
+        self.full_blocks = fixed.full_blocks
+        self.fixed_counts = fixed.for_tokens(num_tokens).counts[0]
+        self.fixed_mean = fixed.for_tokens(num_tokens).mean_keep_ratio
+
+    def step(self, stage: StageName, generator: torch.Generator) -> StepPlan:
+        """The plan of one optimizer step in a stage."""
+        if self.config.method == "dense":
+            counts = (self.num_tokens,) * self.policy.num_blocks
+            return self._mixed_times([counts] * self.config.micro_batches, generator, 1.0)
+        if stage == "warmup":
+            return self._warmup(generator)
+        if not self.config.learns_policy:
+            counts = [self.fixed_counts] * self.config.micro_batches
+            return self._mixed_times(counts, generator, self.fixed_mean)
+        noise = self.config.policy.logit_noise if stage == "policy" else 0.0
+        return self._by_policy(noise, generator)
+
+    def _warmup(self, generator: torch.Generator) -> StepPlan:
+        """Stratified ratios: one per part, the same in all blocks (section 8 of the method)."""
+        low, high = self.config.warmup_ratios
+        ratios = stratified_ratios(self.config.micro_batches, low, high, generator).tolist()
+        counts = [
+            tuple(
+                self.num_tokens if b in self.full_blocks else keep_count(self.num_tokens, ratio)
+                for b in range(self.policy.num_blocks)
+            )
+            for ratio in ratios
+        ]
+        prunable = self.policy.prunable_blocks
+        kept = [row[b] / self.num_tokens for row in counts for b in prunable]
+        return self._mixed_times(counts, generator, sum(kept) / len(kept))
+
+    def _mixed_times(
+        self, counts: Sequence[tuple[int, ...]], generator: torch.Generator, mean: float
+    ) -> StepPlan:
+        """Counts that don't depend on time: each part covers all strata alike."""
+        size = self.config.batch_size
+        t = self._times(size, generator)
+        order = torch.randperm(size, generator=generator).view(len(counts), -1)
+        parts = [
+            Part(t=t[rows], counts=row, soft_k=[float(k) for k in row])
+            for rows, row in zip(order, counts, strict=True)
+        ]
+        return StepPlan(parts=parts, mean_keep_ratio=mean)
+
+    def _by_policy(self, noise_std: float, generator: torch.Generator) -> StepPlan:
+        """Counts by the policy: one time bin per part, neighbouring times in one part.
+
+        The strata of the whole batch are cut into parts in order of time, and a part keeps what
+        the policy says at the time of one of its samples, drawn by chance: every bin is then
+        visited as often as the grid counts it. (A part's middle would not do: the policy would
+        keep more where it is looked at, and less between.) With `shared_bin` all samples of a
+        part move into that bin.
+
+        The budget regulates the mean over the whole table of what would be executed, without
+        exploration noise: a fixed grid of t, not the batch.
+        """
+        num_bins, num_parts = self.config.policy.num_bins, self.config.micro_batches
+        device = self.policy.anchor.device
+        grid = (torch.arange(num_bins, device=device) + 0.5) / num_bins
+        ratios = self.policy(grid)  # (S, L)
+        prunable = list(self.policy.prunable_blocks)
+        table = Schedule.from_ratios(ratios.tolist(), self.full_blocks).for_tokens(self.num_tokens)
+        soft_mean = ratios[:, prunable].mean()
+        executed = table.mean_keep_ratio + (soft_mean - soft_mean.detach())
+        times = self._times(self.config.batch_size, generator).view(num_parts, -1)
+        leaders = times.gather(
+            1, torch.randint(times.shape[1], (num_parts, 1), generator=generator)
+        )
+        bins = torch.tensor([nearest_bin(t, num_bins) for t in leaders.flatten().tolist()])
+        if self.config.shared_bin:
+            jitter = torch.rand(times.shape, generator=generator)
+            times = (bins[:, None] + jitter) / num_bins
+        if noise_std:
+            noise = noise_std * torch.randn(num_parts, ratios.shape[1], generator=generator)
+            picked = self.policy(grid[bins.to(device)], noise.to(device))  # (M, L)
+            counts = [tuple(keep_count(self.num_tokens, r) for r in row) for row in picked.tolist()]
+        else:
+            picked = ratios[bins.to(device)]
+            counts = [table.counts[b] for b in bins.tolist()]
+        leaf = picked.detach().requires_grad_()
+        parts = [
+            Part(
+                t=times[m],
+                counts=counts[m],
+                soft_k=list((leaf[m] * self.num_tokens).unbind()),
+            )
+            for m in range(num_parts)
+        ]
+        return StepPlan(
+            parts=parts,
+            mean_keep_ratio=table.mean_keep_ratio,
+            _ratios=picked,
+            _leaf=leaf,
+            _budget=self.budget.loss(executed),
+        )
+
+    def _times(self, count: int, generator: torch.Generator) -> Float[Tensor, " S"]:
+        strata = stratified(count, generator)
+        return strata if self.config.time_sampling == "uniform" else logit_normal(strata)

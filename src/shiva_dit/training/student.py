@@ -1,0 +1,194 @@
+"""The pruned model in training beside its unpruned teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig, lora_metadata
+from shiva_dit.core.schedule import anneal
+from shiva_dit.methods.base import Selector
+from shiva_dit.methods.fixed_map import FixedMapSelector
+from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.methods.norm import NormSelector
+from shiva_dit.methods.random_tokens import RandomSelector
+from shiva_dit.models.attach import GatedForward, attach
+from shiva_dit.models.backbone import add_lora, enable_lora
+from shiva_dit.models.features import BlockFeatures, record_blocks
+from shiva_dit.training.data import Batch
+from shiva_dit.training.objective import distillation_loss, flow_matching_loss, interpolate
+from shiva_dit.training.plan import Part
+from shiva_dit.training.recipe import TrainConfig
+
+
+class Student:
+    """A model with a selector attached, its teacher, and the loss between them (Eq. 14, 31).
+
+    Args:
+        config: The recipe.
+        model: The backbone, on its device. The teacher is a frozen copy of it where the whole
+            backbone is tuned, or else the model itself without its LoRA and hooks.
+        sample: One training sample, for shapes.
+        generator: Source of selection noise, and of the random control's choices.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: Any, sample: Batch, generator: torch.Generator
+    ) -> None:
+        self.config, self.model, self.generator = config, model, generator
+        self.device = next(model.parameters()).device
+        self.teacher = model
+        if config.backbone == "full":
+            self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.adapter = ShivaAdapter(_adapter_config(config, model)).to(self.device)
+        if config.backbone in ("lora", "dora"):
+            add_lora(model, lora_metadata(self.adapter.config))
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.selector = self._selector(sample)
+        self.learns_scores = self.selector is not None and self.selector.learns_from_gates
+        self.attachment = attach(
+            model,
+            self.selector or self.adapter.selector(),
+            self.adapter.schedule,
+            gate_values=config.estimator.needs_value_gate and self.learns_scores,
+        )
+        self.num_tokens = self.attachment.spec.tokens(model, sample.latents)
+        last = self.adapter.config.num_blocks - 1
+        every = range(config.loss.distill_every - 1, last, config.loss.distill_every)
+        self.distilled = (*every, last)
+
+    def _selector(self, sample: Batch) -> Selector | None:
+        """What the recipe's method selects by; None for the dense control."""
+        method = self.config.method
+        if method == "shiva":
+            return self.adapter.selector()
+        if method == "random":
+            return RandomSelector(self.generator)
+        if method == "norm":
+            return NormSelector()
+        if method == "dense":
+            return None
+        height, width = (s // self.model.config.patch_size for s in sample.latents.shape[-2:])
+        blocks = self.adapter.config.num_blocks
+        centre = FixedMapSelector.centre(blocks, height, width, learned=method == "fixed_map")
+        return centre.to(self.device)
+
+    def loss(self, part: Part, batch: Batch, progress: float) -> tuple[Tensor, float]:
+        """Loss of one micro-batch, and the squared error of its prediction to the teacher's.
+
+        Args:
+            part: Times and counts.
+            batch: Clean samples, on the model's device.
+            progress: Share of the training done, for the temperatures.
+        """
+        weights = self.config.loss
+        noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
+        t = part.t.to(self.device)
+        arguments = self._arguments(interpolate(batch.latents, noise, t), t, batch)
+        teacher, taught = self.teach(arguments)
+        forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
+        with (
+            self.attachment.gated(forward),
+            record_blocks(self.model, inputs=(), outputs=self.distilled) as student,
+            self._autocast(),
+        ):
+            prediction = self.model(**arguments)[0]
+        output = F.mse_loss(prediction.float(), taught.float())
+        features = distillation_loss(
+            [student.outputs[i] for i in self.distilled],
+            [teacher.outputs[i] for i in self.distilled],
+        )
+        loss = weights.output * output + weights.distillation * features
+        loss = loss + weights.diffusion * flow_matching_loss(prediction, batch.latents, noise)
+        return loss, output.item()
+
+    def teach(self, arguments: dict[str, Any]) -> tuple[BlockFeatures, Tensor]:
+        """The unpruned model's features and prediction, with its own weights."""
+        needs_updates = self.learns_scores and self.config.estimator.needs_teacher
+        updates = self.attachment.schedule.prunable_blocks if needs_updates else ()
+        wanted = {*updates, *self.distilled}
+        with (
+            torch.no_grad(),
+            self._as_teacher(),
+            record_blocks(self.teacher, inputs=updates, outputs=wanted) as features,
+            self._autocast(),
+        ):
+            prediction = self.teacher(**arguments)[0]
+        return features, prediction
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.attachment.detach()
+        self.model.eval()
+
+    def _arguments(self, noisy: Tensor, t: Tensor, batch: Batch) -> dict[str, Any]:
+        spec = self.attachment.spec
+        return {
+            spec.sample: noisy,
+            spec.timestep: t * spec.timestep_scale,
+            "return_dict": False,
+            **batch.conditioning,
+        }
+
+    def _gates(
+        self, part: Part, progress: float, teacher: BlockFeatures
+    ) -> Callable[[int], SelectionGates | None]:
+        config = self.config
+
+        def make(block: int) -> SelectionGates | None:
+            if not self.learns_scores:
+                return None
+            return SelectionGates(
+                config=config.estimator,
+                tau_rank=anneal(*config.router.tau_rank, progress),
+                tau_select=anneal(*config.router.tau_select, progress),
+                soft_k=part.soft_k[block],
+                noise_std=config.router.noise_std,
+                generator=self.generator,
+                teacher_update=teacher.update(block) if config.estimator.needs_teacher else None,
+            )
+
+        return make
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[None]:
+        """Within: a model that is its own teacher runs dense and without its LoRA."""
+        if self.teacher is not self.model:
+            yield
+            return
+        lora = self.config.backbone in ("lora", "dora")
+        self.attachment.enabled = False
+        if lora:
+            enable_lora(self.model, False)
+        try:
+            yield
+        finally:
+            self.attachment.enabled = True
+            if lora:
+                enable_lora(self.model, True)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
+    options: dict[str, Any] = {
+        "keep_ratio": config.keep_ratio,
+        "hidden": config.router.hidden,
+        "normalize_inputs": config.router.normalize_inputs,
+        "num_bins": config.policy.num_bins,
+        "backbone": config.backbone,
+        "lora_rank": config.lora_rank,
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+    }
+    if config.router.num_groups is not None:
+        options["num_groups"] = config.router.num_groups
+    return ShivaConfig.for_model(model, **options)

@@ -1,0 +1,284 @@
+"""The training loop: three stages (section 9 of the method), and the controls' single one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.config import to_dict
+from shiva_dit.core.budget import BudgetController
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.base import Selector
+from shiva_dit.models.backbone import backbone_weights, trainable_parameters
+from shiva_dit.provenance import provenance, write_atomically
+from shiva_dit.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from shiva_dit.training.data import ShuffledIndices, TrainingData, drop_captions
+from shiva_dit.training.optimization import Optimization
+from shiva_dit.training.plan import Planner
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.student import Student
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a run gives: put it on a model with `attach` and `TunedBackbone`."""
+
+    selector: Selector | None
+    """None for the dense control."""
+    schedule: Schedule
+    backbone_weights: dict[str, Tensor]
+    adapter: ShivaAdapter | None
+    """Ours only."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C, after the step in hand was finished and everything saved in `checkpoint`."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"interrupted; saved in {checkpoint}")
+        self.checkpoint = checkpoint
+
+
+class Trainer:
+    """Trains an adapter, or a control, on a model.
+
+    The model is trained in place where the recipe says so, and has hooks on until `close`.
+
+    Args:
+        config: The recipe.
+        model: The backbone, a supported diffusers transformer, on its device.
+        data: Training samples.
+    """
+
+    def __init__(self, config: TrainConfig, model: Any, data: TrainingData) -> None:
+        self.config, self.data = config, data
+        self.step = 0
+        self.last_good: Path | None = None
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.indices = ShuffledIndices(len(data), config.seed)
+        sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.student = Student(config, model, sample, self.generator)
+        adapter = self.student.adapter
+        self.budget = BudgetController(config.keep_ratio, config.policy.budget)
+        self.planner = Planner(
+            config, self.student.num_tokens, adapter.policy, adapter.schedule, self.budget
+        )
+        self.optimization = Optimization(self._parts(), config.optimizer)
+
+    def _parts(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        student = self.student
+        scores = student.selector if student.learns_scores else None
+        policy = student.adapter.policy if self.config.learns_policy else None
+        return {
+            "router": dict(scores.named_parameters()) if scores is not None else {},
+            "policy": dict(policy.named_parameters()) if policy is not None else {},
+            "backbone": trainable_parameters(student.model, self.config.backbone),
+        }
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns the losses and the mean keep ratio.
+
+        Raises:
+            FloatingPointError: If the loss is not finite; names step, stage and last checkpoint.
+        """
+        config = self.config
+        stage, done, length = config.stage_at(self.step)
+        self.optimization.start(stage, done, length)
+        progress = self.step / max(config.total_steps - 1, 1)
+        plan = self.planner.step(stage, self.generator)
+        sums = dict.fromkeys(("loss", "distill"), 0.0)
+        for part in plan.parts:
+            batch = self.data.batch(self.indices.take(len(part.t)), self.generator)
+            batch = drop_captions(
+                batch, self.data.unconditional(), config.caption_dropout, self.generator
+            )
+            loss, distilled = self.student.loss(part, batch.to(self.student.device), progress)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(self._not_finite(stage))
+            (loss / len(plan.parts)).backward()
+            sums["loss"] += loss.item() / len(plan.parts)
+            sums["distill"] += distilled / len(plan.parts)
+        sums["loss"] += plan.backward_policy()
+        self.optimization.finish(self.step)
+        self.step += 1
+        return {**sums, "keep": plan.mean_keep_ratio}
+
+    def _not_finite(self, stage: str) -> str:
+        kept = self.last_good or "none"
+        return (
+            f"the loss is not finite at step {self.step} (stage {stage!r}); the last good "
+            f"checkpoint: {kept}. Lower the learning rates of that stage, then run again with "
+            "--resume."
+        )
+
+    def run(
+        self, *, show_progress: bool = True, description: str | None = None, position: int = 0
+    ) -> Trained:
+        """Train to the end, from wherever `step` stands.
+
+        Args:
+            show_progress: Whether a bar tells loss, mean keep ratio and distillation error.
+            description: Stands before the bar; the method by default.
+            position: Line of the bar, where several processes train.
+
+        Raises:
+            TrainingInterrupted: After Ctrl-C: the step in hand is finished and a checkpoint saved.
+            KeyboardInterrupt: After a second Ctrl-C, at once: nothing is saved since the last
+                checkpoint.
+        """
+        total = self.config.total_steps
+        self.student.model.train()
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            desc=description or self.config.method,
+            unit="step",
+            disable=not show_progress,
+            position=position,
+        )
+        with bar, self._log() as log, _deferred_interrupt() as interrupted:
+            while self.step < total:
+                stage = self.config.stage_at(self.step)[0]
+                values = self.train_step()
+                bar.set_postfix(
+                    stage=stage,
+                    loss=f"{values['loss']:.3f}",
+                    keep=f"{values['keep']:.3f}",
+                    distill=f"{values['distill']:.4f}",
+                    refresh=False,
+                )
+                bar.update()
+                log.write(json.dumps({"step": self.step, "stage": stage, **values}) + "\n")
+                if interrupted:
+                    raise TrainingInterrupted(self.save())
+                if self.step % self.config.checkpoint_every == 0 and self.step < total:
+                    self.save()
+        return self.result()
+
+    @contextmanager
+    def _log(self) -> Iterator[Any]:
+        """The run's log, one JSON line per step; lines after the resumed step are dropped."""
+        path = self.config.out / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
+        kept = "".join(lines[: self.step])
+        write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
+        with path.open("a", encoding="utf-8", buffering=1) as log:
+            yield log
+
+    def result(self) -> Trained:
+        """What was trained so far, by its moving average. The run can go on afterwards."""
+        student = self.student
+        with self.optimization.averaged():
+            weights = backbone_weights(student.model, self.config.backbone)
+            adapter = copy.deepcopy(student.adapter).cpu().eval()
+            selector = (
+                copy.deepcopy(student.selector) if student.learns_scores else student.selector
+            )
+        if self.config.learns_policy:
+            adapter.schedule = adapter.policy.schedule(
+                self.config.keep_ratio, self.config.policy.num_bins
+            )
+        dtype = getattr(torch, self.config.backbone_dtype)
+        adapter.backbone_weights = {k: v.to("cpu", dtype) for k, v in weights.items()}
+        adapter.training_record = {
+            "recipe": to_dict(self.config),
+            "steps": self.step,
+            "provenance": provenance(),
+        }
+        ours = self.config.method == "shiva"
+        return Trained(
+            selector=adapter.selector() if ours else selector,
+            schedule=adapter.schedule,
+            backbone_weights=adapter.backbone_weights,
+            adapter=adapter if ours else None,
+        )
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.student.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.config.out / "checkpoints"
+
+    def save(self) -> Path:
+        """Write everything that a bit-equal continuation needs."""
+        tensors = {"generator": self.generator.get_state(), **self.optimization.tensors()}
+        state = {
+            "config": to_dict(self.config),
+            "step": self.step,
+            "position": self.indices.position,
+            "budget": self.budget.state_dict(),
+        }
+        self.last_good = save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
+        return self.last_good
+
+    def resume(self) -> bool:
+        """Go on from the latest checkpoint; False if there is none.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or another recipe's.
+        """
+        path = latest_checkpoint(self.checkpoints)
+        if path is None:
+            return False
+        checkpoint = load_checkpoint(path)
+        self._check_recipe(checkpoint.state["config"], path)
+        self.optimization.load_tensors(checkpoint.tensors)
+        self.generator.set_state(checkpoint.tensors["generator"])
+        self.step = checkpoint.state["step"]
+        self.indices.position = checkpoint.state["position"]
+        self.budget.load_state_dict(checkpoint.state["budget"])
+        self.last_good = path
+        return True
+
+    def _check_recipe(self, saved: dict[str, Any], path: Path) -> None:
+        current = json.loads(json.dumps(to_dict(self.config)))
+        free = {"out", "checkpoint_every"}
+        changed = sorted(k for k in current if k not in free and saved.get(k) != current[k])
+        if changed:
+            raise ValueError(
+                f"{path} was made with other values of {', '.join(changed)}: resume with the same "
+                "recipe, or train into another folder (out=...)."
+            )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Within: the first Ctrl-C fills the list instead of breaking into the middle of a step."""
+    interrupted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # only the main thread receives signals
+        return
+
+    def remember(number: int, frame: object) -> None:
+        del frame
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)

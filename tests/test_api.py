@@ -1,0 +1,594 @@
+"""The public names, on tiny real transformers and pipelines."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+import shiva_dit
+from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.models.attach import attachment_of
+from tests import tiny
+
+COUNTS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
+
+kinds = pytest.mark.parametrize("kind", tiny.KINDS)
+backbones = pytest.mark.parametrize("method", ["full", "lora", "dora"])
+
+
+def adapter_for(model: nn.Module, **options: Any) -> ShivaAdapter:
+    return tiny.adapter(model, tiny.from_counts(COUNTS), **options)
+
+
+@contextmanager
+def calls_of(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """Within: every call of the model: its batch, layers skipped, and (block, tokens chosen)."""
+    calls: list[dict[str, Any]] = []
+
+    def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        batch = len(kwargs["hidden_states"])
+        calls.append({"batch": batch, "skip": kwargs.get("skip_layers"), "chosen": []})
+
+    attachment = attachment_of(model)
+    assert attachment is not None
+    attachment.observer = lambda block, chosen: calls[-1]["chosen"].append((block, chosen))
+    handle = model.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+        attachment.observer = None
+
+
+# --- pipelines ------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_pipeline_runs_unmodified(kind: str, guidance: float) -> None:
+    model = tiny.sd3(kind)
+    pipe = tiny.pipeline(model)
+    dense, before = tiny.generate(pipe, guidance), tiny.footprint(model)
+    assert shiva_dit.apply(pipe, adapter_for(model)) is pipe
+    with calls_of(model) as calls:
+        pruned = tiny.generate(pipe, guidance)
+    assert len(calls) == 4
+    assert all(call["batch"] == (4 if guidance > 1 else 2) for call in calls)
+    # shift = 3 puts the four steps at t = 1, 0.86, 0.60 and 0.01.
+    rows = [COUNTS[2], COUNTS[2], COUNTS[1], COUNTS[0]]
+    for call, row in zip(calls, rows, strict=True):
+        assert [(b, i.shape) for b, i in call["chosen"]] == [
+            (b, (call["batch"], row[b])) for b in (1, 2, 3)
+        ]
+    assert torch.isfinite(pruned).all()
+    assert not torch.equal(pruned, dense)
+    assert torch.equal(tiny.generate(pipe, guidance), pruned)
+    with shiva_dit.disabled(pipe):
+        assert torch.equal(tiny.generate(pipe, guidance), dense)
+    assert torch.equal(tiny.generate(pipe, guidance), pruned)
+    assert shiva_dit.remove(pipe) is pipe
+    assert torch.equal(tiny.generate(pipe, guidance), dense)
+    assert tiny.footprint(model) == before
+
+
+@kinds
+def test_ratio_one_gives_the_same_images(kind: str) -> None:
+    model = tiny.sd3(kind)
+    pipe = tiny.pipeline(model)
+    dense = tiny.generate(pipe, 5.0)
+    shiva_dit.apply(pipe, adapter_for(model), keep_ratio=1.0)
+    assert torch.equal(tiny.generate(pipe, 5.0), dense)
+
+
+@kinds
+def test_both_halves_of_guidance_keep_the_same_tokens(kind: str) -> None:
+    model = tiny.sd3(kind)
+    pipe = tiny.pipeline(model)
+    shiva_dit.apply(pipe, adapter_for(model))
+    with calls_of(model) as calls:
+        tiny.generate(pipe, 5.0)
+    for call in calls:
+        for _, chosen in call["chosen"]:
+            assert torch.equal(chosen[:2], chosen[2:])
+    assert any(not torch.equal(c[0], c[1]) for call in calls for _, c in call["chosen"])
+
+
+@pytest.mark.parametrize("order", ["guided first", "unguided first"])
+def test_without_guidance_two_prompts_choose_for_themselves(order: str) -> None:
+    """A batch of two looks like two halves: whether it is one is asked, not guessed."""
+    model = tiny.sd3()
+    pipe = tiny.pipeline(model)
+    shiva_dit.apply(pipe, adapter_for(model))
+    if order == "guided first":
+        tiny.generate(pipe, 5.0)
+    with calls_of(model) as calls:
+        tiny.generate(pipe, 1.0)
+    assert len(calls) == 4
+    for call in calls:
+        assert any(not torch.equal(c[0], c[1]) for _, c in call["chosen"])
+
+
+def test_the_skip_layer_pass_shares_nothing() -> None:
+    model = tiny.sd3()
+    pipe = tiny.pipeline(model)
+    shiva_dit.apply(pipe, adapter_for(model))
+    with calls_of(model) as calls:
+        tiny.generate(pipe, 5.0, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0)
+    guided = [call for call in calls if call["skip"] is None]
+    skipping = [call for call in calls if call["skip"] is not None]
+    assert (len(guided), len(skipping)) == (4, 3)
+    for call in guided:
+        assert all(torch.equal(c[:2], c[2:]) for _, c in call["chosen"])
+    for call in skipping:
+        assert call["batch"] == 2
+        assert [b for b, _ in call["chosen"]] == [2, 3]
+        assert any(not torch.equal(c[0], c[1]) for _, c in call["chosen"])
+
+
+def test_a_bare_transformer_never_shares() -> None:
+    model = tiny.sd3()
+    assert shiva_dit.apply(model, adapter_for(model)) is model
+    with calls_of(model) as calls:
+        tiny.run(model, tiny.inputs(batch=4))
+    assert not any(torch.equal(c[:2], c[2:]) for _, c in calls[0]["chosen"])
+
+
+def test_a_pipeline_can_be_saved_and_loaded_while_applied(tmp_path: Any) -> None:
+    model = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, adapter_for(model))
+    model.save_pretrained(tmp_path)
+    twin = type(model).from_pretrained(tmp_path)
+    assert torch.equal(tiny.run(twin, tiny.inputs()), bare)
+
+
+# --- apply, remove, disabled ----------------------------------------------------------------
+
+
+@kinds
+def test_apply_and_remove_leave_nothing_behind(kind: str) -> None:
+    model = tiny.sd3(kind)
+    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    keys = list(model.state_dict())
+    shiva_dit.apply(model, adapter_for(model))
+    assert not torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert list(model.state_dict()) == keys
+    shiva_dit.remove(model)
+    assert tiny.footprint(model) == before
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert shiva_dit.remove(model) is model
+    assert tiny.footprint(model) == before
+
+
+@kinds
+def test_applying_again_replaces(kind: str) -> None:
+    model = tiny.sd3(kind)
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, adapter_for(model), schedule=tiny.from_counts([[64, 40, 40, 40]]))
+    alone = tiny.run(model, tiny.inputs())
+    shiva_dit.remove(model)
+    shiva_dit.apply(model, adapter_for(model))
+    shiva_dit.apply(model, adapter_for(model), schedule=tiny.from_counts([[64, 40, 40, 40]]))
+    assert torch.equal(tiny.run(model, tiny.inputs()), alone)
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+def test_disabled_nests_and_survives_errors() -> None:
+    model = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, adapter_for(model))
+    pruned = tiny.run(model, tiny.inputs())
+    with shiva_dit.disabled(model):
+        with shiva_dit.disabled(model):
+            assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), pruned)
+    with pytest.raises(KeyError), shiva_dit.disabled(model):
+        raise KeyError
+    assert torch.equal(tiny.run(model, tiny.inputs()), pruned)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.3, 0.75])
+def test_a_keep_ratio_moves_the_policy(keep_ratio: float) -> None:
+    model = tiny.sd3()
+    made = adapter_for(model)
+    tiny.randomize(made.policy, seed=2, std=0.2)
+    shiva_dit.apply(model, made, keep_ratio=keep_ratio)
+    summary = shiva_dit.summary(model)
+    # The mean is over 64 bins x 3 blocks of 64 tokens: half a token of one entry.
+    assert abs(summary.keep_ratio - keep_ratio) <= 0.5 / (64 * 3 * 64) + 1e-9
+    assert len({row for _, row in summary.rows}) > 1  # the policy's shape, not a constant
+
+
+def test_a_multiple_replaces_the_adapters() -> None:
+    model = tiny.sd3()
+    made = adapter_for(model, multiple=16)
+    shiva_dit.apply(model, made)
+    assert {k % 16 for _, row in shiva_dit.summary(model).rows for k in row} == {0}
+    shiva_dit.apply(model, made, multiple=1)
+    table = attachment_of(model).table(64)  # type: ignore[union-attr]
+    assert [list(row) for row in table.counts] == COUNTS
+
+
+def test_a_folder_can_be_applied(tmp_path: Any) -> None:
+    model = tiny.sd3()
+    shiva_dit.apply(model, adapter_for(model))
+    expected = tiny.run(model, tiny.inputs())
+    adapter_for(model).save_pretrained(tmp_path)
+    shiva_dit.apply(model, tmp_path)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.apply(model, str(tmp_path))
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+
+
+def test_apply_logs_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.sd3()
+    with caplog.at_level(logging.INFO, logger="shiva_dit"):
+        shiva_dit.apply(model, adapter_for(model))
+    mean = sum(k for row in COUNTS for k in row[1:]) / (9 * 64)
+    assert f"3 of 4 blocks of SD3Transformer2DModel pruned, {100 * mean:.1f}%" in caplog.text
+
+
+# --- adapters that bring a tuned backbone ---------------------------------------------------
+
+
+def tuned_adapter(method: str, kind: str) -> tuple[ShivaAdapter, Tensor]:
+    """An adapter with a tuned backbone that keeps all tokens, and the tuned model's output."""
+    made = tiny.adapter(
+        tiny.sd3(kind),
+        Schedule.uniform(1.0, num_blocks=4, full_blocks=()),
+        backbone=method,
+        lora_rank=tiny.LORA_RANK,
+    )
+    made.backbone_weights, output = tiny.tuned(method, kind)
+    return made, output
+
+
+@backbones
+@kinds
+def test_a_tuned_backbone_comes_and_goes_with_the_adapter(method: str, kind: str) -> None:
+    made, tuned = tuned_adapter(method, kind)
+    model = tiny.sd3(kind)
+    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not torch.equal(tuned, bare)
+
+    shiva_dit.apply(model, made)
+    assert torch.equal(tiny.run(model, tiny.inputs()), tuned)
+    with shiva_dit.disabled(model):
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), tuned)
+    shiva_dit.apply(model, made)  # again: not on top of itself
+    assert torch.equal(tiny.run(model, tiny.inputs()), tuned)
+    shiva_dit.apply(model, made, schedule=tiny.from_counts(COUNTS))
+    assert not torch.equal(tiny.run(model, tiny.inputs()), tuned)
+
+    shiva_dit.remove(model)
+    assert tiny.footprint(model) == before
+    now = model.state_dict()
+    assert now.keys() == state.keys()
+    assert all(torch.equal(now[name], state[name]) for name in state)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert not hasattr(model, "peft_config")
+
+
+@backbones
+def test_removing_while_disabled_gives_the_models_own_weights_back(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model = tiny.sd3()
+    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    shiva_dit.apply(model, made)
+    with shiva_dit.disabled(model):
+        shiva_dit.remove(model)
+    assert tiny.footprint(model) == before
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_users_lora_stays_active(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model: Any = tiny.sd3()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="mine")
+    tiny.fill_lora(model, "mine", seed=8)
+    alone, keys = tiny.run(model, tiny.inputs()), list(model.state_dict())
+    assert not torch.equal(alone, tiny.run(tiny.sd3(), tiny.inputs()))
+    shiva_dit.apply(model, made)
+    both = tiny.run(model, tiny.inputs())
+    assert not torch.equal(both, alone)
+    with shiva_dit.disabled(model):
+        assert torch.equal(tiny.run(model, tiny.inputs()), alone)
+    assert torch.equal(tiny.run(model, tiny.inputs()), both)
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), alone)
+    assert model.active_adapters() == ["mine"]
+    assert list(model.state_dict()) == keys
+
+
+def test_unloading_all_loras_while_applied_does_not_break_remove() -> None:
+    made, _ = tuned_adapter("lora", "plain")
+    model: Any = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made)
+    model.unload_lora()
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+# --- summary --------------------------------------------------------------------------------
+
+
+def counted_flops(model: nn.Module) -> int:
+    """FLOPs of one forward of one sample, by torch's counter."""
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop(q, k, v)
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={on_cpu: attention}) as counter:
+        tiny.run(model, tiny.inputs(batch=1, t=0.1))
+    return counter.get_total_flops()
+
+
+@kinds
+@pytest.mark.parametrize("counts", [[64, 5, 30, 17], [64, 64, 1, 63]])
+def test_summary_states_the_flops_that_a_counter_finds(kind: str, counts: list[int]) -> None:
+    model = tiny.sd3(kind)
+    dense = counted_flops(model)
+    made = adapter_for(model).requires_grad_(False)  # the counter's module tracker trips on views
+    shiva_dit.apply(model, made, schedule=tiny.from_counts([counts]))
+    summary = shiva_dit.summary(model, text_tokens=tiny.TEXT_TOKENS)
+    assert summary.flops_dense == dense
+    # The router's score is a product and a sum (2 N d' FLOPs), which the counter passes over.
+    scores = sum(2 * 64 * made.config.hidden for k in counts if k < 64)
+    assert summary.flops_pruned == counted_flops(model) + scores
+    assert summary.flops_saved == pytest.approx(1 - summary.flops_pruned / dense)
+
+
+def test_summary_averages_over_the_time_bins() -> None:
+    model = tiny.sd3()
+    each = []
+    for row in COUNTS:
+        shiva_dit.apply(model, adapter_for(model), schedule=tiny.from_counts([row]))
+        each.append(shiva_dit.summary(model).flops_pruned)
+    shiva_dit.apply(model, adapter_for(model))
+    assert shiva_dit.summary(model).flops_pruned == round(sum(each) / 3)
+
+
+def test_summary_says_what_is_kept() -> None:
+    model = tiny.sd3()
+    pipe = tiny.pipeline(model)
+    shiva_dit.apply(pipe, adapter_for(model))
+    summary = shiva_dit.summary(pipe)
+    assert (summary.model_class, summary.num_tokens, summary.text_tokens) == (
+        "SD3Transformer2DModel",
+        64,
+        333,
+    )
+    assert summary.keep_ratio == pytest.approx(sum(k for r in COUNTS for k in r[1:]) / (9 * 64))
+    assert summary.rows == (
+        (0.95, tuple(COUNTS[2])),
+        (0.75, tuple(COUNTS[2])),
+        (0.5, tuple(COUNTS[1])),
+        (0.25, tuple(COUNTS[0])),
+        (0.05, tuple(COUNTS[0])),
+    )
+    lines = str(summary).splitlines()
+    assert lines[0] == (
+        "SD3Transformer2DModel: 3 of 4 blocks pruned, 64 image tokens, 333 text tokens"
+    )
+    assert lines[1].startswith("kept on average 39.2%; FLOPs ")
+    assert lines[1].endswith(f"{summary.flops_saved:.1%} saved")
+    assert lines[3:] == [
+        " 0.95  64 63 20  9",
+        " 0.75  64 63 20  9",
+        " 0.50  64 33  1 48",
+        " 0.25  64  5 30 17",
+        " 0.05  64  5 30 17",
+    ]
+
+
+def test_summary_of_another_resolution() -> None:
+    model = tiny.sd3()
+    shiva_dit.apply(model, adapter_for(model), schedule=Schedule.uniform(0.5, num_blocks=4))
+    summary = shiva_dit.summary(model, num_tokens=1024, text_tokens=10)
+    assert summary.num_tokens == 1024
+    assert summary.rows[0][1] == (1024, 512, 512, 512)
+    assert summary.flops_dense > shiva_dit.summary(model, text_tokens=10).flops_dense
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+def test_what_needs_an_adapter_says_so() -> None:
+    model = tiny.sd3()
+    before = tiny.footprint(model)
+    message = "no adapter is attached to this SD3Transformer2DModel: call shiva_dit.apply first"
+    for target in (model, tiny.pipeline(model)):
+        with pytest.raises(ValueError, match=message):
+            shiva_dit.compile(target)
+        with pytest.raises(ValueError, match=message):
+            shiva_dit.summary(target)
+        with pytest.raises(ValueError, match=message), shiva_dit.disabled(target):
+            pass
+    assert tiny.footprint(model) == before
+
+
+def test_an_unsupported_model_is_refused() -> None:
+    pixart = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=1,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+    )
+    before = tiny.footprint(pixart)
+    message = r"PixArtTransformer2DModel is not supported\. Supported: SD3Transformer2DModel"
+    for call in (
+        lambda: shiva_dit.apply(pixart, adapter_for(tiny.sd3())),
+        lambda: shiva_dit.ShivaConfig.for_model(pixart),
+        lambda: shiva_dit.remove(pixart),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert tiny.footprint(pixart) == before
+    with pytest.raises(ValueError, match="str has no transformer"):
+        shiva_dit.apply("a model", adapter_for(tiny.sd3()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_model_class": "FluxTransformer2DModel"}, "adapter is for FluxTransformer2DModel, "
+                                                         "the model is a SD3Transformer2DModel"),
+        ({"num_blocks": 6, "num_groups": 2}, "adapter is for num_blocks = 6, .*num_blocks = 4"),
+        ({"width": 48}, "adapter is for width = 48, the model has width = 32"),
+        ({"time_dim": 48}, "adapter is for time_dim = 48, the model has time_dim = 32"),
+        ({"context_dim": 21}, "adapter is for context_dim = 21, the model has context_dim = 20"),
+        ({"width": 48, "base_model": "me/other"}, r"width = 48 \(me/other\), the model has"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_another_model_is_refused(options: dict[str, Any], message: str) -> None:
+    model = tiny.sd3()
+    before = tiny.footprint(model)
+    config = replace(tiny.adapter(model).config, **options)
+    made = ShivaAdapter(config)
+    with pytest.raises(ValueError, match=message):
+        shiva_dit.apply(model, made)
+    assert tiny.footprint(model) == before
+
+
+@pytest.mark.parametrize("where", ["router", "policy", "backbone"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(where: str, value: float) -> None:
+    made, _ = tuned_adapter("full", "plain")
+    tensors = {
+        "router": made.router.layer_embedding.weight,
+        "policy": made.policy.anchor,
+        "backbone": made.backbone_weights["proj_out.bias"],
+    }
+    name = {
+        "router": "router.layer_embedding.weight",
+        "policy": "policy.anchor",
+        "backbone": "proj_out.bias",
+    }[where]
+    with torch.no_grad():
+        tensors[where].view(-1)[0] = value
+    model = tiny.sd3()
+    before = tiny.footprint(model)
+    with pytest.raises(ValueError, match=f"adapter's {name} holds values that are not finite"):
+        shiva_dit.apply(model, made)
+    assert tiny.footprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_ratio": 0.0}, r"keep_ratio must lie in \(0, 1\], got 0.0"),
+        ({"keep_ratio": 1.2}, r"keep_ratio must lie in \(0, 1\], got 1.2"),
+        ({"keep_ratio": float("nan")}, r"keep_ratio must lie in \(0, 1\], got nan"),
+        ({"multiple": 0}, "multiple must be at least 1, got 0"),
+        ({"multiple": -8}, "multiple must be at least 1, got -8"),
+        ({"keep_ratio": 0.5, "schedule": Schedule.uniform(0.5, num_blocks=4)}, "not both"),
+        ({"schedule": Schedule.uniform(0.5, num_blocks=3)}, "schedule is for 3 blocks, .*has 4"),
+    ],
+)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_options_outside_their_range_leave_nothing_attached(
+    options: dict[str, Any], message: str, earlier: bool
+) -> None:
+    made, _ = tuned_adapter("full", "plain")
+    model = tiny.sd3()
+    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    if earlier:
+        shiva_dit.apply(model, made)
+    with pytest.raises(ValueError, match=message):
+        shiva_dit.apply(model, made, **options)
+    shiva_dit.remove(model)
+    assert tiny.footprint(model) == before
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+@backbones
+def test_a_failure_inside_apply_leaves_nothing_attached(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model = tiny.sd3()
+    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    handles = 0
+    real = nn.Module.register_forward_hook
+
+    def fail(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal handles
+        handles += 1
+        if handles == 2:
+            raise OSError
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "register_forward_hook", fail)
+    with pytest.raises(OSError, match=r"^$"):
+        shiva_dit.apply(model, made)
+    assert tiny.footprint(model) == before
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+@backbones
+def test_a_backbone_of_another_model_leaves_nothing_attached(method: str) -> None:
+    made, _ = tuned_adapter(method, "dual")
+    model = tiny.sd3("plain")
+    before = tiny.footprint(model)
+    with pytest.raises(ValueError, match="fit this model"):
+        shiva_dit.apply(model, made)
+    assert tiny.footprint(model) == before
+    assert attachment_of(model) is None
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_neither_diffusers_nor_torch() -> None:
+    code = (
+        "import sys, shiva_dit; heavy = {'torch', 'diffusers', 'transformers', 'peft'}; "
+        "assert 'apply' in dir(shiva_dit); "
+        "print(sorted(heavy & set(sys.modules)), shiva_dit.Schedule.__name__, "
+        "'diffusers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "Schedule", "False"]
+
+
+def test_the_public_names() -> None:
+    names = [
+        "Schedule",
+        "ShivaAdapter",
+        "ShivaConfig",
+        "apply",
+        "compile",
+        "disabled",
+        "remove",
+        "summary",
+    ]
+    assert sorted(shiva_dit.__all__) == names
+    assert set(names) <= set(dir(shiva_dit))
+    assert len(dir(shiva_dit)) == len(set(dir(shiva_dit)))
+    for name in names:
+        value = getattr(shiva_dit, name)
+        assert value.__module__.startswith("shiva_dit")
+        assert value.__name__ == name
+    with pytest.raises(AttributeError, match="module 'shiva_dit' has no attribute 'appply'"):
+        shiva_dit.appply  # type: ignore[attr-defined]  # noqa: B018
+    assert isinstance(tiny.pipeline(tiny.sd3()), StableDiffusion3Pipeline)

@@ -1,0 +1,386 @@
+"""The trainer: stages, resuming, errors, and what it leaves behind."""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import shiva_dit
+from shiva_dit.core.budget import BudgetController
+from shiva_dit.core.schedule import Schedule, nearest_bin
+from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.modules import AdaptiveRatioPolicy
+from shiva_dit.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from shiva_dit.training.data import Batch, ShuffledIndices, drop_captions
+from shiva_dit.training.objective import distillation_loss, flow_matching_loss, interpolate
+from shiva_dit.training.plan import Planner
+from shiva_dit.training.recipe import EstimatorConfig, OptimizerConfig, PolicyConfig, TrainConfig
+from shiva_dit.training.run import train
+from shiva_dit.training.trainer import Trainer, TrainingInterrupted
+from tests import tiny
+
+
+class TinyData:
+    """Random latents; `broken_at` makes a batch infinite, `interrupt_at` acts as Ctrl-C."""
+
+    def __init__(self, broken_at: int | None = None, interrupt_at: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.latents = torch.randn(12, tiny.CHANNELS, tiny.LATENT, tiny.LATENT, generator=generator)
+        self.text = torch.randn(12, tiny.TEXT_TOKENS, tiny.TEXT_DIM, generator=generator)
+        self.pooled = torch.randn(12, tiny.POOLED_DIM, generator=generator)
+        self.broken_at, self.interrupt_at = broken_at, interrupt_at
+        self.calls = 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        self.calls += 1
+        if self.calls == self.interrupt_at:
+            signal.raise_signal(signal.SIGINT)
+        latents = self.latents[indices]
+        latents = latents + 0.1 * torch.randn(latents.shape, generator=generator)
+        if self.calls == self.broken_at:
+            latents = latents * float("inf")
+        conditioning = {
+            "encoder_hidden_states": self.text[indices],
+            "pooled_projections": self.pooled[indices],
+        }
+        return Batch(latents=latents, conditioning=conditioning)
+
+    def unconditional(self) -> dict[str, Tensor]:
+        return {
+            "encoder_hidden_states": torch.zeros(tiny.TEXT_TOKENS, tiny.TEXT_DIM),
+            "pooled_projections": torch.zeros(tiny.POOLED_DIM),
+        }
+
+
+def recipe(out: Path, **changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        out=out,
+        keep_ratio=0.5,
+        backbone="full",
+        warmup_steps=2,
+        policy_steps=2,
+        joint_steps=2,
+        batch_size=4,
+        micro_batches=2,
+        checkpoint_every=100,
+        policy=PolicyConfig(num_bins=8),
+        optimizer=OptimizerConfig(router=1e-2, policy=1e-2, backbone=1e-3, warmup_steps=1),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def values(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    return {
+        part: {name: p.detach().clone() for name, p in parameters.items()}
+        for part, parameters in trainer.optimization.parts.items()
+    }
+
+
+def changed(before: dict[str, dict[str, Tensor]], trainer: Trainer) -> set[str]:
+    after = values(trainer)
+    return {
+        part
+        for part in before
+        if any(not torch.equal(before[part][name], after[part][name]) for name in before[part])
+    }
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
+def test_each_stage_trains_exactly_its_parts(tmp_path: Path, backbone: str) -> None:
+    trainer = Trainer(recipe(tmp_path, backbone=backbone), tiny.sd3(), TinyData())
+    expected = [{"router"}] * 2 + [{"router", "policy"}] * 2
+    joint = {"router", "policy"} | ({"backbone"} if backbone != "frozen" else set())
+    for parts in [*expected, joint, joint]:
+        before = values(trainer)
+        trainer.train_step()
+        assert changed(before, trainer) == parts
+    trainer.close()
+    assert attachment_of(trainer.student.model) is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "dual"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        EstimatorConfig(kind="paper"),
+        *(EstimatorConfig(rejected=r) for r in ("none", "mean", "ridge", "teacher")),
+        EstimatorConfig(kv_gate=False),
+    ],
+    ids=lambda e: f"{e.kind}-{e.rejected}-{e.kv_gate}",
+)
+def test_every_estimator_moves_router_and_policy(
+    tmp_path: Path, kind: str, estimator: EstimatorConfig
+) -> None:
+    config = recipe(tmp_path, estimator=estimator, warmup_steps=0, policy_steps=0, joint_steps=1)
+    trainer = Trainer(config, tiny.sd3(kind), TinyData())
+    before = values(trainer)
+    result = trainer.train_step()
+    assert changed(before, trainer) == {"router", "policy", "backbone"}
+    assert result["loss"] > 0
+
+
+def test_resuming_is_equal_to_the_bit(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "a")
+    straight = Trainer(config, tiny.sd3(), TinyData())
+    straight.run(show_progress=False)
+
+    config = dataclasses.replace(config, out=tmp_path / "b")
+    first = Trainer(config, tiny.sd3(), TinyData())
+    for _ in range(3):
+        first.train_step()
+    first.save()
+    second = Trainer(config, tiny.sd3(seed=5), TinyData())  # other weights: all come back
+    second.student.teacher.load_state_dict(first.student.teacher.state_dict())
+    with torch.no_grad():
+        for name, parameter in second.student.model.named_parameters():
+            parameter.copy_(dict(first.student.model.named_parameters())[name])
+    assert second.resume()
+    assert second.step == 3
+    second.run(show_progress=False)
+
+    for part, parameters in values(straight).items():
+        for name, value in parameters.items():
+            assert torch.equal(value, values(second)[part][name]), f"{part}.{name}"
+        for ours, theirs in zip(
+            straight.optimization.average[part], second.optimization.average[part], strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    assert straight.budget.state_dict() == second.budget.state_dict()
+    assert torch.equal(straight.generator.get_state(), second.generator.get_state())
+
+
+def test_interrupting_saves_and_resuming_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "whole")
+    train(config, tiny.sd3(), TinyData(), resume=False)
+
+    config = dataclasses.replace(config, out=tmp_path / "broken")
+    with pytest.raises(TrainingInterrupted, match=r"saved in .*step-00000004"):
+        # Two micro-batches a step: the eighth batch lies in the middle of the fourth step. The
+        # first call of all reads the shapes.
+        train(config, tiny.sd3(), TinyData(interrupt_at=8), resume=False)
+    assert latest_checkpoint(config.out / "checkpoints") is not None
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config, tiny.sd3(), TinyData(), resume=False)
+    train(config, tiny.sd3(), TinyData(), resume=True)
+
+    for name in ("diffusion_pytorch_model.safetensors", "tuned_backbone.safetensors"):
+        whole = (tmp_path / "whole" / "adapter" / name).read_bytes()
+        assert whole == (tmp_path / "broken" / "adapter" / name).read_bytes()
+    lines = (config.out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_refuses_another_recipe(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(tmp_path), tiny.sd3(), TinyData())
+    trainer.train_step()
+    trainer.save()
+    other = Trainer(recipe(tmp_path, keep_ratio=0.4), tiny.sd3(), TinyData())
+    with pytest.raises(ValueError, match="other values of keep_ratio"):
+        other.resume()
+
+
+def test_a_loss_that_is_not_finite_names_step_stage_and_checkpoint(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(tmp_path), tiny.sd3(), TinyData(broken_at=6))
+    for _ in range(2):
+        trainer.train_step()
+    kept = trainer.save()
+    with pytest.raises(FloatingPointError, match=rf"step 2 \(stage 'policy'\).*{kept.name}"):
+        trainer.train_step()
+
+
+def test_checkpoints_keep_two_and_say_when_damaged(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, Checkpoint({"x": torch.tensor([step])}, {"step": step}))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    last = latest_checkpoint(tmp_path)
+    assert last is not None
+    assert load_checkpoint(last).tensors["x"].item() == 3
+    content = (last / "tensors.safetensors").read_bytes()
+    (last / "tensors.safetensors").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"damaged.*step-00000002"):
+        load_checkpoint(last)
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
+def test_the_saved_adapter_gives_what_was_trained(tmp_path: Path, backbone: str) -> None:
+    config = recipe(tmp_path, backbone=backbone)
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    trained = trainer.run(show_progress=False)
+    trainer.close()
+    with trainer.optimization.averaged():
+        again = attach(trainer.student.model, trainer.student.adapter.selector(), trained.schedule)
+        expected = tiny.run(trainer.student.model, tiny.inputs())
+        again.detach()
+
+    assert trained.adapter is not None
+    trained.adapter.save_pretrained(tmp_path / "adapter")
+    fresh = tiny.sd3()
+    dense = tiny.run(fresh, tiny.inputs())
+    shiva_dit.apply(fresh, tmp_path / "adapter")
+    assert torch.equal(tiny.run(fresh, tiny.inputs()), expected)
+    shiva_dit.remove(fresh)
+    assert torch.equal(tiny.run(fresh, tiny.inputs()), dense)
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
+def test_the_teacher_is_the_unpruned_model_before_training(tmp_path: Path, backbone: str) -> None:
+    trainer = Trainer(recipe(tmp_path, backbone=backbone), tiny.sd3(), TinyData())
+    for _ in range(6):
+        trainer.train_step()
+    arguments = {**tiny.inputs(), "return_dict": False}
+    features, prediction = trainer.student.teach(arguments)
+    assert torch.equal(prediction, tiny.run(tiny.sd3(), tiny.inputs()))
+    assert set(features.inputs) == {1, 2, 3}
+    assert trainer.student.attachment.enabled
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    losses = []
+    for on in (False, True):
+        config = recipe(tmp_path, gradient_checkpointing=on)
+        trainer = Trainer(config, tiny.sd3(), TinyData())
+        losses.append([trainer.train_step()["loss"] for _ in range(6)])
+        trainer.close()
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["random", "norm", "centre", "fixed_map", "dense"])
+def test_controls_train_their_backbone_for_all_steps(tmp_path: Path, method: Any) -> None:
+    trainer = Trainer(recipe(tmp_path, method=method), tiny.sd3(), TinyData())
+    before = values(trainer)
+    trained = trainer.run(show_progress=False)
+    expected = {"backbone", "router"} if method == "fixed_map" else {"backbone"}
+    assert changed(before, trainer) == expected
+    assert trainer.step == 6
+    assert trained.adapter is None
+    assert (trained.selector is None) == (method == "dense")
+
+
+# --- plans --------------------------------------------------------------------------------
+
+
+def planner(config: TrainConfig, num_blocks: int = 4) -> Planner:
+    policy = AdaptiveRatioPolicy(num_blocks, config.keep_ratio)
+    fixed = Schedule.uniform(config.keep_ratio, num_blocks=num_blocks)
+    return Planner(config, 64, policy, fixed, BudgetController(config.keep_ratio))
+
+
+def test_warmup_gives_each_part_a_ratio_of_its_own_stratum(tmp_path: Path) -> None:
+    plan = planner(recipe(tmp_path, micro_batches=4, batch_size=8)).step(
+        "warmup", torch.Generator().manual_seed(0)
+    )
+    kept = sorted(part.counts[1] / 64 for part in plan.parts)
+    low, high = TrainConfig().warmup_ratios
+    for stratum, ratio in enumerate(kept):
+        # Rounding down to tokens moves a ratio by less than 1/64.
+        assert low + (high - low) * stratum / 4 - 1 / 64 <= ratio
+        assert ratio <= low + (high - low) * (stratum + 1) / 4
+    assert all(part.counts[0] == 64 for part in plan.parts)
+    # All times together still cover every stratum of the batch once.
+    t = torch.cat([part.t for part in plan.parts]).sort().values
+    assert (t * 8).floor().tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("shared_bin", [False, True])
+def test_the_policy_is_asked_at_all_times_alike(tmp_path: Path, shared_bin: bool) -> None:
+    """Else it would keep much where it is looked at and little between."""
+    config = recipe(tmp_path, shared_bin=shared_bin, micro_batches=2, batch_size=16)
+    plans = planner(config)
+    with torch.no_grad():  # ratios that differ in every bin, so that counts tell the bin
+        plans.policy.time_branch[-1].weight.normal_(generator=torch.Generator().manual_seed(1))
+    grid = (torch.arange(8) + 0.5) / 8
+    ratios = (64 * plans.policy(grid)[:, 1]).tolist()
+    generator = torch.Generator().manual_seed(0)
+    visits = torch.zeros(8)
+    for _ in range(400):
+        for part in plans.step("joint", generator).parts:
+            soft = float(torch.as_tensor(part.soft_k[1]).detach())
+            found = min(range(8), key=lambda b: abs(ratios[b] - soft))
+            visits[found] += 1
+            if shared_bin:
+                assert {nearest_bin(t, 8) for t in part.t.tolist()} == {found}
+    # 800 visits, 100 expected per bin, strata make them less random than a multinomial (sd 9.4).
+    assert visits.min() > 60
+    assert visits.max() < 140
+
+
+def test_a_plan_carries_gradients_of_tokens_and_budget_to_the_policy(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    plans = planner(config)
+    plan = plans.step("joint", torch.Generator().manual_seed(0))
+    task = sum(part.soft_k[1] for part in plan.parts)
+    assert isinstance(task, Tensor)
+    task.backward()
+    plan.backward_policy()
+    anchor = plans.policy.anchor.grad
+    assert anchor is not None
+    # d (64 r) / d anchor = 64 r (1 - r) per part; the mean is on target, so the budget adds only
+    # what rounding leaves (at most half a token).
+    assert float(anchor) == pytest.approx(2 * 64 * 0.25, rel=1e-3)
+    assert plan.mean_keep_ratio == 0.5
+
+
+def test_a_learned_policy_refuses_times_that_the_budget_does_not_count(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="time_sampling"):
+        recipe(tmp_path, time_sampling="logit_normal")
+    fixed = PolicyConfig(adaptive=False)
+    assert recipe(tmp_path, time_sampling="logit_normal", policy=fixed).time_sampling
+
+
+# --- data and objective -------------------------------------------------------------------
+
+
+def test_indices_run_through_whole_epochs_and_can_be_put_back() -> None:
+    indices = ShuffledIndices(7, seed=1)
+    first = torch.cat([indices.take(3) for _ in range(7)])
+    assert [sorted(first[i : i + 7].tolist()) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert first[:7].tolist() != first[7:14].tolist()
+    again = ShuffledIndices(7, seed=1)
+    again.position = 6
+    assert torch.equal(again.take(9), first[6:15])
+
+
+@pytest.mark.parametrize(("p", "share"), [(0.0, 0.0), (1.0, 1.0), (0.25, 0.25)])
+def test_captions_are_dropped_with_their_probability(p: float, share: float) -> None:
+    data = TinyData()
+    batch = data.batch(torch.zeros(400, dtype=torch.long), torch.Generator())
+    dropped = drop_captions(batch, data.unconditional(), p, torch.Generator().manual_seed(0))
+    gone = [(v == 0).flatten(1).all(1) for v in dropped.conditioning.values()]
+    assert torch.equal(gone[0], gone[1])
+    # Standard deviation at p = 1/4 and 400 samples: 0.022.
+    assert abs(gone[0].double().mean().item() - share) < 0.08
+    assert torch.equal(dropped.latents, batch.latents)
+
+
+def test_the_straight_path_and_its_velocity() -> None:
+    clean, noise = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.0, 0.3, 1.0])
+    x = interpolate(clean, noise, t)
+    assert torch.equal(x[0], clean[0])
+    assert torch.equal(x[2], noise[2])
+    ahead = interpolate(clean, noise, t + 1e-2)
+    velocity = (ahead - x) / 1e-2
+    # Float32: 1e-7 relative over a step of 1e-2.
+    assert flow_matching_loss(velocity, clean, noise) < 1e-8
+
+
+def test_distillation_sees_direction_not_scale() -> None:
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert distillation_loss([x], [3.0 * x + 1.0]) < 1e-8
+    # Opposite features: normalised, their distance is 2 per element.
+    assert distillation_loss([x], [-x]).item() == pytest.approx(4.0, rel=1e-3)
+    with pytest.raises(ValueError, match="as many teacher as student layers"):
+        distillation_loss([x], [])
