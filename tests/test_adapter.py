@@ -1,6 +1,7 @@
 """The saved artefact: exact round trips, reproducible bytes, and a reason for every refusal."""
 
 import ast
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -112,6 +114,24 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "a")
     other.save_pretrained(tmp_path / "b")
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+def test_saving_another_kind_leaves_no_weights_of_the_first(tmp_path: Path) -> None:
+    for kind in ("lora", "frozen", "full", "frozen"):
+        make(kind).save_pretrained(tmp_path / "one")
+        make(kind).save_pretrained(tmp_path / kind)
+        assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / kind)
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    good = bytes_of(tmp_path)
+    other = make()
+    tiny.randomize(other, seed=4)
+    other.training_record["loss"] = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        other.save_pretrained(tmp_path)
+    assert bytes_of(tmp_path) == good
 
 
 def test_an_interrupted_save_is_no_adapter_and_leaves_no_half_file(
@@ -225,6 +245,33 @@ def test_what_is_not_an_adapters_folder_is_refused(tmp_path: Path) -> None:
         refused(tmp_path, f"describes {found}")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": {"full_blocks": [0], "ratios": [[1.0, 0.1, 0.1, 0.1]]}},
+        {"training": {"steps": 13}},
+        {"more": 1},
+        {"digest": None},
+    ],
+)
+def test_an_altered_config_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    tiny.edit_config(tmp_path, sign=False, **changes)
+    refused(tmp_path, r"config\.json was altered after it was written .*pass schedule= or keep_ra")
+
+
+def test_weights_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    make().to(torch.bfloat16).save_pretrained(tmp_path)
+    refused(tmp_path, r"bfloat16, an adapter is torch\.float32")
+
+
+def test_a_config_of_absurd_size_is_refused_and_not_allocated(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())["config"]
+    tiny.edit_config(tmp_path, config={**config, "width": 10**12})
+    refused(tmp_path, r"project_tokens\.weight has shape \(8, 32\), the config asks for")
+
+
 def test_a_truncated_or_binary_config_is_refused(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     path = tmp_path / CONFIG_FILE
@@ -262,7 +309,7 @@ def test_a_missing_part_of_the_config_is_refused(key: str, value: Any, tmp_path:
         ({"multiple": 0}, "multiple must be at least 1, got 0"),
         ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
         ({"backbone": "qlora"}, "expected one of 'frozen', 'lora', 'dora', 'full', got 'qlora'"),
-        ({"num_blocks": 8}, "schedule has 4 blocks, the config 8"),
+        ({"num_blocks": 8}, "num_blocks is 8, in the schedule 4"),
         ({"width": 48}, r"project_tokens.weight has shape \(8, 32\), the config asks for \(8, 48"),
         ({"num_groups": 4}, r"doesn't fit its config: missing \['router.groups.2"),
         ({"num_groups": 1}, r"doesn't fit its config: .*unexpected \['router.groups.1"),
@@ -348,10 +395,11 @@ def test_push_to_hub_uploads_what_save_writes(
             calls.append((repo_id, options))
             return f"https://huggingface.co/{repo_id}"
 
-        def upload_folder(self, *, repo_id: str, folder_path: str) -> None:
-            calls.append((repo_id, {}))
+        def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> None:
+            calls.append((repo_id, options))
             uploaded.update(bytes_of(Path(folder_path)))
 
+    real = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
     made = make("lora")
     url = made.push_to_hub("me/adapter", private=True, token="secret")
@@ -359,8 +407,11 @@ def test_push_to_hub_uploads_what_save_writes(
     assert calls == [
         ("token", {"token": "secret"}),
         ("me/adapter", {"private": True, "exist_ok": True}),
-        ("me/adapter", {}),
+        # Weights of an earlier adapter that this one doesn't have go.
+        ("me/adapter", {"delete_patterns": [WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE]}),
     ]
+    for method, (_, options) in zip((real.create_repo, real.upload_folder), calls[1:], strict=True):
+        assert set(options) <= set(inspect.signature(method).parameters)
     made.save_pretrained(tmp_path)
     assert uploaded == bytes_of(tmp_path)
 
@@ -388,6 +439,15 @@ def test_a_hub_id_is_downloaded_and_checked_like_a_folder(
     assert calls[1] == ("me/adapter", {"revision": "v2", "token": None}, names)
     (tmp_path / WEIGHTS_FILE).write_bytes(b"")
     refused(Path("me/adapter"), "truncated or was altered")
+
+
+def test_a_folder_that_is_not_there_and_no_hub_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ValueError, match=r"no folder runs/digits40 here, and the Hub .*connection"):
+        ShivaAdapter.from_pretrained("runs/digits40")
 
 
 # --- configs --------------------------------------------------------------------------------

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    PixArtTransformer2DModel,
+    StableDiffusion3PAGPipeline,
+    StableDiffusion3Pipeline,
+)
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
@@ -18,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import attachment_of
+from shiva_dit.methods.norm import NormSelector
+from shiva_dit.models.attach import attach, attachment_of
 from tests import tiny
 
 COUNTS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
@@ -89,6 +94,18 @@ def test_ratio_one_gives_the_same_images(kind: str) -> None:
     dense = tiny.generate(pipe, 5.0)
     shiva_dit.apply(pipe, adapter_for(model), keep_ratio=1.0)
     assert torch.equal(tiny.generate(pipe, 5.0), dense)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_perturbed_attention_guidance_is_refused(guidance: float) -> None:
+    """Its batch is of three parts, or of two that are no guidance halves."""
+    model = tiny.sd3()
+    pipe = tiny.pipeline(model, StableDiffusion3PAGPipeline, pag_applied_layers="blocks.1")
+    dense = tiny.generate(pipe, guidance, pag_scale=0.0)
+    shiva_dit.apply(pipe, adapter_for(model))
+    assert not torch.equal(tiny.generate(pipe, guidance, pag_scale=0.0), dense)
+    with pytest.raises(ValueError, match=r"perturbed-attention guidance puts .* pass pag_scale=0"):
+        tiny.generate(pipe, guidance, pag_scale=2.0)
 
 
 @kinds
@@ -326,6 +343,121 @@ def test_unloading_all_loras_while_applied_does_not_break_remove() -> None:
     assert torch.equal(tiny.run(model, tiny.inputs()), bare)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("choice", ["loaded", "chosen", "disabled"])
+def test_our_lora_stays_on_whatever_the_user_does_with_others(method: str, choice: str) -> None:
+    """A LoRA of zeros changes nothing, and choosing it must not switch the adapter's off."""
+    made, _ = tuned_adapter(method, "plain")
+    model: Any = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made)
+    expected = tiny.run(model, tiny.inputs())
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="mine")
+    if choice == "chosen":
+        model.set_adapter(["mine"])
+    elif choice == "disabled":
+        model.disable_adapters()
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    with shiva_dit.disabled(model):
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.remove(model)
+    model.delete_adapters("mine")
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+def test_unloading_our_lora_is_noticed_by_the_next_forward() -> None:
+    made, _ = tuned_adapter("lora", "plain")
+    model: Any = tiny.sd3()
+    shiva_dit.apply(model, made)
+    model.unload_lora()
+    with pytest.raises(RuntimeError, match=r"unloaded with others: call shiva_dit\.apply again"):
+        tiny.run(model, tiny.inputs())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_fused_lora_must_be_unfused_before_it_is_taken_off(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model: Any = tiny.sd3()
+    shiva_dit.apply(model, made)
+    expected = tiny.run(model, tiny.inputs())
+    model.fuse_lora()
+    # Fused weights round otherwise.
+    assert torch.allclose(tiny.run(model, tiny.inputs()), expected, atol=1e-4)
+    with pytest.raises(RuntimeError, match=r"call unfuse_lora\(\) first"):
+        shiva_dit.remove(model)
+    with pytest.raises(RuntimeError, match="unfuse"), shiva_dit.disabled(model):
+        pass
+    assert attachment_of(model) is not None
+    model.unfuse_lora()
+    shiva_dit.remove(model)
+    assert attachment_of(model) is None
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_scale_for_all_loras_is_refused(scale: float) -> None:
+    made, _ = tuned_adapter("lora", "plain")
+    model = shiva_dit.apply(tiny.sd3(), made)
+    expected = tiny.run(model, tiny.inputs())
+    arguments: Any = tiny.inputs()
+    with pytest.raises(ValueError, match=r"would scale the adapter's own LoRA.*set_adapters"):
+        tiny.run(model, {**arguments, "joint_attention_kwargs": {"scale": scale}})
+    at_one = tiny.run(model, {**arguments, "joint_attention_kwargs": {"scale": 1.0}})
+    assert torch.equal(at_one, expected)
+
+
+def test_a_users_lora_under_a_tuned_backbone_is_no_obstacle_to_its_removal() -> None:
+    """PEFT renames the parameters that it wraps."""
+    made, _ = tuned_adapter("full", "plain")
+    model: Any = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made)
+    expected = tiny.run(model, tiny.inputs())
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="mine")
+    with shiva_dit.disabled(model):
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.remove(model)
+    model.delete_adapters("mine")
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+@backbones
+def test_a_model_that_changes_its_dtype_while_applied_is_whole_afterwards(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model = tiny.sd3()
+    bare = tiny.run(tiny.sd3().double(), {k: v.double() for k, v in tiny.inputs().items()})
+    shiva_dit.apply(model, made)
+    model.double()
+    arguments = {k: v.double() for k, v in tiny.inputs().items()}
+    with shiva_dit.disabled(model):
+        assert torch.equal(tiny.run(model, arguments), bare)
+    shiva_dit.remove(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert torch.equal(tiny.run(model, arguments), bare)
+
+
+def test_replaced_parameters_are_noticed() -> None:
+    made, _ = tuned_adapter("full", "plain")
+    model = shiva_dit.apply(tiny.sd3(), made)
+    model.proj_out.weight = nn.Parameter(model.proj_out.weight.detach().clone())
+    with pytest.raises(RuntimeError, match="parameters of the model were replaced"):
+        shiva_dit.remove(model)
+    assert attachment_of(model) is not None
+
+
+@backbones
+def test_attaching_over_an_adapter_gives_the_models_own_weights_back(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made)
+    attach(model, NormSelector(), Schedule.uniform(1.0, num_blocks=4))
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
 # --- summary --------------------------------------------------------------------------------
 
 
@@ -517,9 +649,24 @@ def test_options_outside_their_range_leave_nothing_attached(
         shiva_dit.apply(model, made)
     with pytest.raises(ValueError, match=message):
         shiva_dit.apply(model, made, **options)
-    shiva_dit.remove(model)
+    assert attachment_of(model) is None
     assert tiny.footprint(model) == before
     assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+def test_a_multiple_that_the_ratio_does_not_allow_is_refused() -> None:
+    model = tiny.sd3()
+    shiva_dit.apply(model, adapter_for(model), keep_ratio=0.4, multiple=32)
+    with pytest.raises(ValueError, match=r"at least 32 of 64 .* use a multiple of at most 25"):
+        tiny.run(model, tiny.inputs())
+
+
+def test_an_adapter_in_16_bits_is_refused() -> None:
+    model = tiny.sd3()
+    made = adapter_for(model).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"must be torch\.float32, got torch\.bfloat16"):
+        shiva_dit.apply(model, made)
+    assert attachment_of(model) is None
 
 
 @backbones

@@ -1,6 +1,7 @@
 """The seam on tiny real SD3 transformers, plain and with dual attention."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
 from shiva_dit.methods.shiva import ShivaSelector
-from shiva_dit.models import attach as seam
+from shiva_dit.models import block_hook as seam
 from shiva_dit.models.attach import Attachment, GatedForward, attach, attachment_of
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.spec import argument_place
@@ -542,8 +543,50 @@ def test_counts_for_another_depth_are_refused() -> None:
     model = tiny.sd3()
     attachment = shiva(model)
     forward = GatedForward(counts=[64, 10], gates=lambda block: None)
-    with pytest.raises(ValueError, match="2"), attachment.gated(forward):
+    message = "expected k for 4 blocks, got 2 values"
+    with pytest.raises(ValueError, match=message), attachment.gated(forward):
         tiny.run(model, tiny.inputs())
+    assert keeps_nothing(attachment)
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "pooled_projections", "timestep"])
+def test_a_call_without_what_the_hooks_need_is_refused(name: str) -> None:
+    attachment = shiva(tiny.sd3())
+    arguments = tiny.inputs()
+    del arguments[name]
+    with pytest.raises(ValueError, match=f"SD3Transformer2DModel was called without '{name}'"):
+        tiny.run(attachment.model, arguments)
+    assert keeps_nothing(attachment)
+
+
+def test_a_second_thread_is_refused_and_does_not_disturb_the_first() -> None:
+    model = tiny.sd3()
+    attachment = shiva(model)
+    expected = tiny.run(model, tiny.inputs(t=TIMES[0]))
+    errors: list[str] = []
+
+    def other() -> None:
+        try:
+            tiny.run(model, tiny.inputs(t=TIMES[1]))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def meanwhile(block: int, chosen: Tensor) -> None:
+        if block == 1:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    attachment.observer = meanwhile
+    assert torch.equal(tiny.run(model, tiny.inputs(t=TIMES[0])), expected)
+    assert len(errors) == 1
+    assert "serves one forward at a time" in errors[0]
+    attachment.observer = None
+    other()  # in turn they may: the first has left
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
 
 
 def test_sharing_needs_an_even_batch() -> None:
@@ -703,6 +746,28 @@ def test_gates_change_no_value(kind: str) -> None:
     with attachment.gated(GatedForward(counts=bins[1], gates=quiet)):
         gated = training.model(**tiny.inputs(t=TIMES[1])).sample
     assert torch.equal(gated, tiny.run(training.model, tiny.inputs(t=TIMES[1])))
+
+
+def test_a_block_that_keeps_all_its_tokens_is_judged_too() -> None:
+    """Its k gets a gradient (Eq. 24): else a ratio that has reached 1 would not come back."""
+    training = Training("plain", "residual")
+    attachment = training.attach()
+    made: dict[int, SelectionGates] = {}
+
+    def gates(block: int) -> SelectionGates:
+        made[block] = training.gates(block)
+        made[block].soft_k = torch.tensor(64.0, requires_grad=True)
+        return made[block]
+
+    counts = [64, 64, 33, 64]
+    with attachment.gated(GatedForward(counts=counts, gates=gates)):
+        training.model(**tiny.inputs()).sample.square().mean().backward()
+    assert set(made) == {1, 2, 3}  # the first is never pruned, so there is nothing to learn
+    for block in made:
+        soft_k = made[block].soft_k
+        assert isinstance(soft_k, Tensor)
+        assert soft_k.grad is not None
+        assert soft_k.grad.abs() > 0
 
 
 def test_fused_projections_are_refused_by_the_value_gate() -> None:

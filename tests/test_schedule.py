@@ -8,7 +8,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shiva_dit.core.schedule import Schedule, anneal, nearest_bin, ratios_from_logits
+from shiva_dit.core.schedule import (
+    KeepTable,
+    Schedule,
+    anneal,
+    nearest_bin,
+    ratios_from_logits,
+)
 
 # --- drawn schedules --------------------------------------------------------------------------
 
@@ -98,11 +104,20 @@ def test_a_uniform_schedule_may_prune_every_block():
 # --- integers ---------------------------------------------------------------------------------
 
 
+def executed(schedule: Schedule, num_tokens: int, multiple: int) -> tuple[KeepTable, Schedule]:
+    """The table, and the schedule with its bins split alike."""
+    assume(multiple == 1 or min(multiple, num_tokens) <= schedule.mean_keep_ratio * num_tokens)
+    table = schedule.for_tokens(num_tokens, multiple=multiple)
+    parts, rest = divmod(table.num_bins, schedule.num_bins)
+    assert rest == 0
+    rows = tuple(row for row in schedule.ratios for _ in range(parts))
+    return table, Schedule(ratios=rows, full_blocks=schedule.full_blocks)
+
+
 @given(schedules(), tokens, multiples)
 def test_counts_lie_in_range_and_respect_multiples_and_full_blocks(schedule, num_tokens, multiple):
-    table = schedule.for_tokens(num_tokens, multiple=multiple)
+    table, schedule = executed(schedule, num_tokens, multiple)
     assert table.num_tokens == num_tokens
-    assert len(table.counts) == schedule.num_bins
     for row in table.counts:
         assert len(row) == schedule.num_blocks
         assert all(1 <= k <= num_tokens for k in row)
@@ -120,7 +135,7 @@ def test_the_executed_mean_is_the_schedules_to_half_a_step_of_one_entry(
     multiple / (2 n N), unless every entry is at its lower bound already.
     """
     assume(schedule.prunable_blocks)
-    table = schedule.for_tokens(num_tokens, multiple=multiple)
+    table, schedule = executed(schedule, num_tokens, multiple)
     entries = [row[block] for row in table.counts for block in schedule.prunable_blocks]
     wanted = math.fsum(
         row[block] * num_tokens for row in schedule.ratios for block in schedule.prunable_blocks
@@ -146,7 +161,7 @@ def test_no_entry_moves_by_more_than_a_step_where_no_bound_is_hit(schedule, num_
             for b in schedule.prunable_blocks
         )
     )
-    table = schedule.for_tokens(num_tokens, multiple=multiple)
+    table, schedule = executed(schedule, num_tokens, multiple)
     for ratios, counts in zip(schedule.ratios, table.counts, strict=True):
         for block in schedule.prunable_blocks:
             assert abs(counts[block] - ratios[block] * num_tokens) <= multiple + 1e-6
@@ -159,11 +174,34 @@ def test_a_learned_schedule_is_executed_to_a_thousandth(num_tokens, multiple, ta
     """64 bins of 24 blocks: the mean of the integers within 0.1% of the target."""
     logits = 1.5 * torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
     schedule = Schedule.from_ratios(ratios_from_logits(logits, target, (0,)))
-    table = schedule.for_tokens(num_tokens, multiple=multiple)
-    if multiple / num_tokens >= target:  # every entry must keep that much
-        assert table.mean_keep_ratio == multiple / num_tokens
+    if multiple / num_tokens > target:  # every entry must keep that much
+        with pytest.raises(
+            ValueError, match=f"use a multiple of at most {int(target * num_tokens)}\\."
+        ):
+            schedule.for_tokens(num_tokens, multiple=multiple)
     else:
+        table = schedule.for_tokens(num_tokens, multiple=multiple)
+        assert table.num_bins == 64
         assert table.mean_keep_ratio == pytest.approx(target, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [256, 1000, 1024, 4096])
+@pytest.mark.parametrize("multiple", [1, 64, 100, 128])
+@pytest.mark.parametrize("target", [0.5, 0.6, 0.77, 0.99])
+def test_a_uniform_schedule_of_one_bin_is_executed_to_a_thousandth(num_tokens, multiple, target):
+    """One row of 23 integers cannot always meet the mean: then the bin is split."""
+    schedule = Schedule.uniform(target, num_blocks=24)
+    table = schedule.for_tokens(num_tokens, multiple=multiple)
+    assert table.mean_keep_ratio == pytest.approx(target, rel=1e-3)
+    assert all(k % multiple == 0 or k == num_tokens for row in table.counts for k in row)
+    # 1024 tokens by 1: the mean of 23 integers is off by 1 / (2 * 23 * 1024) at most.
+    assert (multiple, num_tokens) != (1, 1024) or table.num_bins == 1
+
+
+def test_few_tokens_do_not_make_a_large_table():
+    """Half a step of one entry must not exceed a thousandth of the mean: 500 / (r N) entries."""
+    assert Schedule.uniform(0.75, num_blocks=1, full_blocks=()).for_tokens(2).num_bins == 334
+    assert Schedule.uniform(1e-6, num_blocks=2).for_tokens(16).num_bins == 1  # out of reach: k = 1
 
 
 @given(st.floats(0.01, 0.99), st.integers(1, 500), st.integers(2, 10), st.integers(1, 64))
@@ -174,9 +212,9 @@ def test_a_uniform_schedule_needs_at_most_two_kinds_of_rows(ratio, num_tokens, b
 
 
 def test_tokens_go_back_to_the_entries_that_rounding_took_most_from():
-    schedule = Schedule(ratios=((1.0, 0.55, 0.58, 0.52),))
-    # 5.5, 5.8, 5.2 of 10 tokens: floors 5, 5, 5 and 1.5 owed, given to 5.8 and then 5.5.
-    assert schedule.for_tokens(10).counts == ((10, 6, 6, 5),)
+    schedule = Schedule(ratios=((1.0, 0.55, 0.58, 0.57),))
+    # 5.5, 5.8, 5.7 of 10 tokens: floors 5, 5, 5 and 2 owed, given to 5.8 and then 5.7.
+    assert schedule.for_tokens(10).counts == ((10, 5, 6, 6),)
 
 
 def test_a_lower_bound_that_spends_too_much_is_paid_for_elsewhere():

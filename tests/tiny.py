@@ -1,5 +1,6 @@
 """Tiny real models, inputs, adapters and pipelines: diffusers' own classes, small and random."""
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -116,10 +117,12 @@ def from_counts(counts: list[list[int]], num_tokens: int = NUM_TOKENS) -> Schedu
     return Schedule.from_ratios([[k / num_tokens for k in row] for row in counts], full)
 
 
-def pipeline(model: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+def pipeline(
+    model: SD3Transformer2DModel, kind: Any = StableDiffusion3Pipeline, **options: Any
+) -> StableDiffusion3Pipeline:
     """A pipeline around a transformer; text comes as embeddings, images leave as latents."""
     absent: Any = None
-    pipe = StableDiffusion3Pipeline(
+    pipe = kind(
         transformer=model,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=absent,
@@ -129,6 +132,7 @@ def pipeline(model: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
         tokenizer_2=absent,
         text_encoder_3=absent,
         tokenizer_3=absent,
+        **options,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -169,8 +173,16 @@ def footprint(model: nn.Module) -> dict[str, Any]:
     return marks
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Rewrite top-level keys of an adapter's config.json; a None removes the key."""
+def edit_config(folder: Path, *, sign: bool = True, **changes: Any) -> None:
+    """Rewrite top-level keys of an adapter's config.json; a None removes the key.
+
+    `sign` makes the digest fit again, for what a digest alone must not have to catch.
+    """
     path = folder / "config.json"
     data = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+    data = {k: v for k, v in data.items() if v is not None}
+    if sign:
+        rest = {k: v for k, v in data.items() if k != "digest"}
+        text = json.dumps(rest, sort_keys=True)
+        data["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(data))

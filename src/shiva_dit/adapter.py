@@ -28,6 +28,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 BACKBONE_FILE = "tuned_backbone.safetensors"
 CARD_FILE = "README.md"
+WEIGHTS_FILES = (WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE)
 
 BackboneKind = Literal["frozen", "lora", "dora", "full"]
 
@@ -167,7 +168,8 @@ class ShivaAdapter(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter into a folder: each file whole or not at all, the config last.
 
-        Two saves of the same adapter are equal to the byte.
+        Two saves of the same adapter are equal to the byte. Weights of an earlier adapter in the
+        folder that this one doesn't have are removed.
 
         Raises:
             ValueError: If the config promises a tuned backbone that the adapter doesn't hold, or
@@ -181,6 +183,14 @@ class ShivaAdapter(nn.Module):
                 f"{len(self.backbone_weights)} tensors of a tuned backbone: set "
                 "adapter.backbone_weights, or the config's backbone, before saving."
             )
+        data = {
+            "_class_name": CLASS_NAME,
+            "format_version": FORMAT_VERSION,
+            "config": to_dict(self.config),
+            "schedule": json.loads(self.schedule.to_json()),
+            "training": self.training_record,
+        }
+        _digest(data)  # what can't be written is refused before anything is
         files = {WEIGHTS_FILE: self.state_dict()}
         if self.backbone_weights:
             name = BACKBONE_FILE if kind == "full" else LORA_FILE
@@ -197,19 +207,13 @@ class ShivaAdapter(nn.Module):
                 lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m),
             )
             digests[name] = _sha256(folder / name)
-        write_json(
-            folder / CONFIG_FILE,
-            {
-                "_class_name": CLASS_NAME,
-                "format_version": FORMAT_VERSION,
-                "config": to_dict(self.config),
-                "schedule": json.loads(self.schedule.to_json()),
-                "files": digests,
-                "training": self.training_record,
-            },
-        )
+        data["files"] = digests
+        write_json(folder / CONFIG_FILE, {**data, "digest": _digest(data)})
         card = model_card(self)
         write_atomically(folder / CARD_FILE, lambda path: path.write_text(card, encoding="utf-8"))
+        for name in WEIGHTS_FILES:
+            if name not in files:
+                (folder / name).unlink(missing_ok=True)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Save and upload to the Hugging Face Hub; returns the address of the repository."""
@@ -221,7 +225,9 @@ class ShivaAdapter(nn.Module):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, delete_patterns=list(WEIGHTS_FILES)
+            )
         return str(url)
 
     # --- loading ----------------------------------------------------------------------------
@@ -249,12 +255,12 @@ class ShivaAdapter(nn.Module):
             schedule = Schedule.from_json(json.dumps(data["schedule"]))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if schedule.num_blocks != config.num_blocks:
-            raise ValueError(
-                f"{where}: the schedule has {schedule.num_blocks} blocks, the config "
-                f"{config.num_blocks}."
-            )
-        adapter = cls(config, schedule)
+        for name in ("num_blocks", "full_blocks"):
+            ours, theirs = getattr(config, name), getattr(schedule, name)
+            if ours != theirs:
+                raise ValueError(f"{where}: {name} is {ours}, in the schedule {theirs}.")
+        with torch.device("meta"):  # nothing is allocated for sizes that no file has
+            adapter = cls(config, schedule)
         _load_strictly(adapter, _read_weights(folder, WEIGHTS_FILE, data["files"]), folder)
         if config.backbone != "frozen":
             name = BACKBONE_FILE if config.backbone == "full" else LORA_FILE
@@ -291,15 +297,17 @@ def _local_folder(source: str | Path, revision: str | None, token: str | None) -
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ValueError(f"{name} is neither a folder nor a Hub id like user/name.")
     from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
 
-    return Path(
-        snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE],
+    try:
+        found = snapshot_download(
+            name, revision=revision, token=token, allow_patterns=[CONFIG_FILE, *WEIGHTS_FILES]
         )
-    )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"there is no folder {name} here, and the Hub gave no such repository: {error}"
+        ) from error
+    return Path(found)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -322,6 +330,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key in ("config", "schedule", "files", "training"):
         if not isinstance(data.get(key), dict):
             raise ValueError(f"{path} is damaged: {key!r} is missing.")
+    if data.pop("digest", None) != _digest(data):
+        raise ValueError(
+            f"{path} was altered after it was written (its digest differs). For other ratios pass "
+            "schedule= or keep_ratio= to shiva_dit.apply; for anything else save the adapter again."
+        )
     return data
 
 
@@ -358,13 +371,26 @@ def _load_strictly(adapter: ShivaAdapter, state: dict[str, Tensor], folder: Path
                 f"{folder / WEIGHTS_FILE}: {name} has shape {tuple(value.shape)}, the config asks "
                 f"for {tuple(own[name].shape)}."
             )
+        if value.dtype != own[name].dtype:
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE}: {name} is {value.dtype}, "
+                f"an adapter is {own[name].dtype}."
+            )
         if not torch.isfinite(value).all():
             raise ValueError(f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite.")
-    adapter.load_state_dict(state)
+    adapter.load_state_dict(state, assign=True)
+    adapter.requires_grad_(True)
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of plain data, whatever the layout of the file that holds it."""
+    text = json.dumps(data, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def model_card(adapter: ShivaAdapter) -> str:

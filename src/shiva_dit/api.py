@@ -39,8 +39,10 @@ def apply(
 ) -> T:
     """Attach an adapter to a pipeline or a transformer, in place of an earlier one.
 
-    Weights of the backbone that the adapter brings along (LoRA, or the whole state) are put on.
-    Images are the same as before at ratio 1, and cheaper below. No state is kept between calls.
+    Weights of the backbone that the adapter brings along (LoRA, or the whole state) are put on,
+    and stay on whatever LoRAs of your own you load, choose or disable afterwards. At ratio 1 and
+    without such weights images are the same as before. No state is kept between calls, and one
+    forward runs at a time.
 
     Batched guidance (both halves in one call) shares the selection if `target` is a pipeline,
     which is asked whether guidance is on; a bare transformer never shares.
@@ -59,24 +61,20 @@ def apply(
 
     Raises:
         ValueError: If the model is not supported, the adapter is another model's or damaged, or a
-            ratio lies outside its range. Nothing is attached then.
+            ratio lies outside its range. Nothing is attached then, an earlier adapter neither.
     """
     model = pipeline_transformer(target)
+    remove(target)
     if not isinstance(adapter, ShivaAdapter):
         adapter = ShivaAdapter.from_pretrained(adapter, revision=revision, token=token)
     if schedule is not None and keep_ratio is not None:
         raise ValueError("pass either a schedule or a keep_ratio, not both.")
     adapter.check_fits(model)
-    broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
-    if broken is not None:
-        raise ValueError(
-            f"the adapter's {broken} holds values that are not finite: train it again."
-        )
+    _check_weights(adapter)
     if keep_ratio is not None:
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
         schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
-    remove(target)
     kind = adapter.config.backbone
     lora = lora_metadata(adapter.config) if kind in ("lora", "dora") else None
     backbone = TunedBackbone(model, adapter.backbone_weights, lora)
@@ -103,17 +101,43 @@ def apply(
     return target
 
 
+def _check_weights(adapter: ShivaAdapter) -> None:
+    broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
+    if broken is not None:
+        raise ValueError(
+            f"the adapter's {broken} holds values that are not finite: train it again."
+        )
+    dtypes = {parameter.dtype for parameter in adapter.parameters()} - {torch.float32}
+    if dtypes:
+        raise ValueError(
+            f"the adapter's weights must be torch.float32, got {dtypes.pop()}: only the model is "
+            "converted to 16 bits, the adapter adapts by itself."
+        )
+
+
 def _guidance_is_on(pipeline: Any) -> bool:
+    """Whether the running call holds an unconditional and a conditional half.
+
+    Raises:
+        ValueError: If the batch is made of other parts than these two.
+    """
+    if getattr(pipeline, "do_perturbed_attention_guidance", False):
+        raise ValueError(
+            "perturbed-attention guidance puts three passes into one batch, which can't share "
+            "their tokens: pass pag_scale=0, or call shiva_dit.remove."
+        )
     return hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
 
 
 def remove(target: T) -> T:
-    """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing."""
+    """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing.
+
+    Raises:
+        RuntimeError: If the adapter's LoRA was fused into the model meanwhile: unfuse it first.
+    """
     attachment = attachment_of(pipeline_transformer(target))
     if attachment is not None:
         attachment.detach()
-        if attachment.backbone is not None:
-            attachment.backbone.restore()
     return target
 
 
@@ -134,9 +158,9 @@ def disabled(target: Any) -> Iterator[None]:
 
 
 def _enable(attachment: Attachment, enabled: bool) -> None:
-    attachment.enabled = enabled
     if attachment.backbone is not None:
         attachment.backbone.enable(enabled)
+    attachment.enabled = enabled
 
 
 def compile(target: T, **options: Any) -> T:

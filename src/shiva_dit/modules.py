@@ -48,10 +48,11 @@ class TokenScorer(nn.Module):
         context: Float[Tensor, "B Dc"],
         layer: Float[Tensor, " Dl"],
     ) -> Float[Tensor, "B H"]:
-        """The context term h (Eq. 8)."""
-        h = self.project_time(self._normalize(time).float())
-        h = h + self.project_context(self._normalize(context).float())
-        return h + self.project_layer(layer)
+        """The context term h (Eq. 8), in float32 also under autocast: inference has none."""
+        with torch.autocast(time.device.type, enabled=False):
+            h = self.project_time(self._normalize(time).float())
+            h = h + self.project_context(self._normalize(context).float())
+            return h + self.project_layer(layer)
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"]

@@ -94,11 +94,11 @@ class BudgetConfig:
     error of a task gradient of about 0.1."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
+        if not 0 < self.weight < math.inf:
             raise ValueError(f"budget weight must be positive, got {self.weight}.")
         if not 0 < self.momentum <= 1:
             raise ValueError(f"budget momentum must lie in (0, 1], got {self.momentum}.")
-        if self.integral < 0:
+        if not 0 <= self.integral < math.inf:
             raise ValueError(f"budget integral gain must be at least 0, got {self.integral}.")
 
 

@@ -16,6 +16,7 @@ residual, KV gate     also <dL/dv, v> at the value projection
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class EstimatorConfig:
                 'estimator rejected must be "none", "mean", "ridge" or "teacher", '
                 f"got {self.rejected!r}."
             )
-        if self.ridge <= 0:
+        if not 0 < self.ridge < math.inf:
             raise ValueError(f"estimator ridge must be positive, got {self.ridge}.")
 
     @property

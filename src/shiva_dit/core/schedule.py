@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+MEAN_TOLERANCE = 1e-3
+"""How far the mean of executed counts may lie from the ratios', as a share of it."""
+
 
 def nearest_bin(t: float, num_bins: int) -> int:
     """The bin of a time among `num_bins` equal bins of [0, 1]; the nearest centre, never equality.
@@ -25,9 +28,9 @@ def nearest_bin(t: float, num_bins: int) -> int:
 class Schedule:
     """Keep ratios over time and depth, independent of resolution.
 
-    >>> schedule = Schedule.uniform(0.4, num_blocks=3)
+    >>> schedule = Schedule.uniform(0.4, num_blocks=6)
     >>> schedule.for_tokens(64).counts
-    ((64, 26, 25),)
+    ((64, 26, 26, 26, 25, 25),)
     """
 
     ratios: tuple[tuple[float, ...], ...]
@@ -92,25 +95,50 @@ class Schedule:
 
         Rounding each ratio down would spend less than was asked for (by multiple / 2N on average),
         so the remainder is given back, one step at a time, where rounding took most; among equals
-        whole blocks first, so that few distinct rows arise.
+        whole blocks first, so that few distinct rows arise. Where a table has too few entries for
+        the mean to be met, each time bin is split into several that differ by a step.
 
         Args:
             num_tokens: N, at least 1.
             multiple: k is a multiple of this, or N. Kernels like 64 or 128.
 
         Returns:
-            A table whose mean ratio is as near to the schedule's as one step of one entry allows.
+            A table whose mean ratio is within 0.1% of the schedule's (where that is at least
+            1 / N: no block keeps fewer tokens than one).
+
+        Raises:
+            ValueError: If no multiple comes that low: k is at least one `multiple`.
         """
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
-        counts = [[num_tokens] * self.num_blocks for _ in self.ratios]
+        wanted = self.mean_keep_ratio
+        lowest = min(multiple, num_tokens)
+        if multiple > 1 and lowest > wanted * num_tokens * (1.0 + MEAN_TOLERANCE):
+            raise ValueError(
+                f"with multiple = {multiple} every block keeps at least {lowest} of {num_tokens} "
+                f"tokens, more than the mean of {wanted:.4g} asked for: use a multiple of at most "
+                f"{max(1, int(wanted * num_tokens))}."
+            )
+        table = self._rounded(num_tokens, multiple, 1)
+        reachable = lowest <= wanted * num_tokens  # if not, k = 1 is as near as it gets
+        if reachable and abs(table.mean_keep_ratio - wanted) > MEAN_TOLERANCE * wanted:
+            # The mean of n entries misses by half a step at most: multiple / (2 n N).
+            entries = len(self.prunable_blocks) * self.num_bins
+            needed = multiple / (2 * MEAN_TOLERANCE * wanted * num_tokens * entries)
+            table = self._rounded(num_tokens, multiple, math.ceil(needed))
+        return table
+
+    def _rounded(self, num_tokens: int, multiple: int, parts: int) -> KeepTable:
+        """The table with each time bin split into `parts`."""
+        ratios = [row for row in self.ratios for _ in range(parts)]
+        counts = [[num_tokens] * self.num_blocks for _ in ratios]
         lowest = min(multiple, num_tokens)
         cells: list[tuple[float, int, int, int]] = []
         remainder = 0.0
         for place, block in enumerate(self.prunable_blocks):
-            for bin_index, row in enumerate(self.ratios):
+            for bin_index, row in enumerate(ratios):
                 exact = row[block] * num_tokens
                 low = max(lowest, int((exact + 1e-6) // multiple) * multiple)
                 low = min(low, num_tokens)
@@ -204,6 +232,11 @@ class KeepTable:
     """N."""
     prunable_blocks: tuple[int, ...]
     """Blocks that count for the mean."""
+
+    @property
+    def num_bins(self) -> int:
+        """Time bins: the schedule's, or several for each of them."""
+        return len(self.counts)
 
     def row(self, t: float) -> tuple[int, ...]:
         """Tokens kept, k, of every block at time t in [0, 1], by the nearest bin."""

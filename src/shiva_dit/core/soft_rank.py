@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 RankMethod = Literal["exp_sum", "chunked"]
 
@@ -177,7 +178,10 @@ class _ExpSumRank(torch.autograd.Function):
         return torch.empty_like(ranks).scatter_(-1, order, ranks).to(scores.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, None]:
         (grad,) = grads
         ordered, order = ctx.saved_tensors
         rates, weights = _rates_and_weights(ctx.num_terms, grad.device)

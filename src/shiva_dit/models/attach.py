@@ -9,118 +9,28 @@ submodule, so the state dict is the model's own.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 from torch.fx.experimental.sym_node import DynamicInt
 
-from shiva_dit.core.schedule import KeepTable, Schedule, nearest_bin
-from shiva_dit.core.selection import (
-    gather_tokens,
-    scatter_tokens,
-    select_top_k,
-    share_between_halves,
-)
+from shiva_dit.core.schedule import KeepTable, Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.backbone import TunedBackbone
-from shiva_dit.models.families import block_spec, model_spec
-from shiva_dit.models.spec import BlockSpec, argument_place, bind
+from shiva_dit.models.block_hook import BlockHook, BlockState
+from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.spec import bind
 
 HOOK_NAME = "shiva_dit"
-
-
-@dataclass(slots=True)
-class BlockState:
-    """What one block does in one forward.
-
-    Made anew each time, so that a recomputation in backward can be given its own forward's.
-    """
-
-    k: int
-    """A `DynamicInt`: compiled blocks take it as a symbolic size from their first call on."""
-    dense: bool
-    share_halves: bool = False
-    condition: Tensor | None = None
-    gates: SelectionGates | None = None
-
-
-class Slot:
-    """Holds a block's current state. Not a module: dynamo then treats k as a symbolic size."""
-
-    __slots__ = ("state",)
-
-    def __init__(self) -> None:
-        self.state = BlockState(k=0, dense=True)
-
-
-class BlockHook(ModelHook):
-    """Gather, run, scatter around one block."""
-
-    def __init__(self, attachment: Attachment, module: nn.Module, index: int) -> None:
-        super().__init__()
-        self.attachment = attachment
-        self.scores = attachment.selector.scorer(index)
-        self.index = index
-        self.spec: BlockSpec = block_spec(module)
-        self.place = argument_place(module, self.spec.hidden)
-        self.slot = Slot()
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block on its chosen tokens; the unchanged block where nothing is pruned."""
-        del module
-        state = self.slot.state
-        if state.dense:
-            return self.run(*args, **kwargs)
-        by_name = self.spec.hidden in kwargs
-        x = kwargs[self.spec.hidden] if by_name else args[self.place]  # (B, N, D)
-        scores = self.scores(x.detach(), state.condition)
-        if state.share_halves:
-            scores = share_between_halves(scores)
-        gates = state.gates
-        if gates is None:
-            chosen = select_top_k(scores, state.k)
-        else:
-            chosen = gates.choose(scores, state.k)
-            x = gates.enter(x)
-        if self.attachment.observer is not None:
-            self.attachment.observer(self.index, chosen)
-        before = gather_tokens(x, chosen)  # (B, k, D)
-        if by_name:
-            kwargs = {**kwargs, self.spec.hidden: before}
-        else:
-            args = (*args[: self.place], before, *args[self.place + 1 :])
-        output = self.run(*args, **kwargs)
-        place = self.spec.output
-        after = output if place is None else output[place]
-        if gates is not None:
-            x, after = gates.leave(x, before, after)
-        x = scatter_tokens(x, chosen, after)  # (B, N, D)
-        return x if place is None else (*output[:place], x, *output[place + 1 :])
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's own forward."""
-        forward = self.fn_ref.original_forward
-        assert forward is not None
-        return forward(*args, **kwargs)
-
-    def gate_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Torch hook on the block's value projections (KV gate)."""
-        del module, args
-        gates = self.slot.state.gates
-        return output if gates is None else gates.value(output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise RuntimeError(
-            "a model with an adapter attached cannot be deep-copied: the copy would run the "
-            "original's blocks. Call shiva_dit.remove(model) first, copy, and apply to both."
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +67,7 @@ class Attachment:
         self.adapter: Any = None
         self.blocks = self.spec.blocks(model)
         self._gated: GatedForward | None = None
+        self._runs_in: threading.Thread | None = None
         self._context: Tensor | None = None
         self._tables: dict[int, KeepTable] = {}
         self._undo: list[Callable[[], object]] = []
@@ -167,7 +78,10 @@ class Attachment:
             )
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
-        self.hooks = [BlockHook(self, block, index) for index, block in enumerate(self.blocks)]
+        self.hooks = [
+            BlockHook(self, selector, block, index) for index, block in enumerate(self.blocks)
+        ]
+        self._slots = {id(b): h.slot for b, h in zip(self.blocks, self.hooks, strict=True)}
         try:
             self._register(gate_values)
         except BaseException:
@@ -196,7 +110,14 @@ class Attachment:
         _forget_registries(self.model)
 
     def detach(self) -> None:
-        """Take every hook off. The model is then as it was, to the attribute."""
+        """Take hooks and tuned weights off. The model is then as it was, to bit and attribute.
+
+        Raises:
+            RuntimeError: If the tuned weights can't be taken off (`TunedBackbone.restore`);
+                nothing has changed then.
+        """
+        if self.backbone is not None:
+            self.backbone.restore()
         while self._undo:
             self._undo.pop()()
         _forget_registries(self.model)
@@ -228,46 +149,88 @@ class Attachment:
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        self._enter_thread()
         self._forget()  # an interrupted forward (Ctrl-C) leaves its state: torch skips the hook
         if not self.enabled:
             return
+        if self.backbone is not None:
+            self.backbone.keep_on()
         arguments = bind(model, args, kwargs)
-        num_tokens = self.spec.tokens(model, arguments[self.spec.sample])
+        num_tokens = self.spec.tokens(model, self._argument(arguments, self.spec.sample))
+        timestep = self._argument(arguments, self.spec.timestep)
+        self._context = self._argument(arguments, self.spec.context)
+        self._refuse_lora_scale(arguments)
         gated = self._gated
         share = False
         if gated is None:
-            counts = self.table(num_tokens).row(self._time(arguments[self.spec.timestep]))
+            counts = self._row(num_tokens, timestep)
             extra = self.spec.no_sharing is not None and arguments.get(self.spec.no_sharing)
             share = not extra and self.shares_halves is not None and self.shares_halves()
         else:
             counts = gated.counts
-            for k in counts:
-                if not 1 <= k <= num_tokens:
-                    raise ValueError(f"k must lie in [1, N] = [1, {num_tokens}], got {k}.")
-        self._context = arguments[self.spec.context]
+            self._check_counts(counts, num_tokens)
         for hook, k in zip(self.hooks, counts, strict=True):
+            # In training a block that happens to keep all its tokens is judged too (Eq. 24).
+            judged = gated is not None and hook.index in self.schedule.prunable_blocks
+            gates = gated.gates(hook.index) if gated is not None and judged else None
             hook.slot.state = BlockState(
                 k=DynamicInt(k),
-                dense=k >= num_tokens,
+                dense=k >= num_tokens and gates is None,
                 share_halves=share,
-                gates=None if gated is None or k >= num_tokens else gated.gates(hook.index),
+                gates=gates,
+                observer=self.observer,
             )
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             self._snapshot_checkpoints(model)
 
-    def _time(self, timestep: Tensor | float) -> float:
-        """The forward's t in [0, 1]: the one host read per step, none if t doesn't matter."""
-        if self.schedule.num_bins == 1:
-            return 0.0
+    def _enter_thread(self) -> None:
+        """One forward at a time: its state lies in the blocks' slots."""
+        current, other = threading.current_thread(), self._runs_in
+        if other is not None and other is not current and other.is_alive():
+            raise RuntimeError(
+                f"this model is running in thread {other.name!r} already: a model with an adapter "
+                "serves one forward at a time. Guard it by a lock, or give each thread a pipeline."
+            )
+        self._runs_in = current
+
+    def _argument(self, arguments: dict[str, Any], name: str) -> Any:
+        value = arguments.get(name)
+        if value is None:
+            raise ValueError(f"{self.spec.model_class} was called without {name!r}.")
+        return value
+
+    def _refuse_lora_scale(self, arguments: dict[str, Any]) -> None:
+        """A scale for the user's LoRAs, given with the call, would scale the adapter's too."""
+        if self.backbone is None or self.backbone.lora is None or self.spec.lora_scale is None:
+            return
+        scale = (arguments.get(self.spec.lora_scale) or {}).get("scale", 1.0)
+        if scale != 1.0:
+            raise ValueError(
+                f"{self.spec.lora_scale}'s scale = {scale} would scale the adapter's own LoRA as "
+                'well: set the weights of your LoRAs by pipe.set_adapters(["name"], [weight]).'
+            )
+
+    def _check_counts(self, counts: Sequence[int], num_tokens: int) -> None:
+        if len(counts) != len(self.blocks):
+            raise ValueError(f"expected k for {len(self.blocks)} blocks, got {len(counts)} values.")
+        for k in counts:
+            if not 1 <= k <= num_tokens:
+                raise ValueError(f"k must lie in [1, N] = [1, {num_tokens}], got {k}.")
+
+    def _row(self, num_tokens: int, timestep: Tensor | float) -> tuple[int, ...]:
+        """Every block's k: the one host read of the time per step, none if it doesn't matter."""
+        table = self.table(num_tokens)
+        if table.num_bins == 1:
+            return table.counts[0]
         steps = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
         times = [step / self.spec.timestep_scale for step in steps]
-        bins = {nearest_bin(t, self.schedule.num_bins) for t in times}
-        if len(bins) > 1:
+        rows = {table.row(t) for t in times}
+        if len(rows) > 1:
             raise ValueError(
                 f"the samples of one forward must share their time bin, so that they keep equally "
                 f"many tokens; got times {sorted(set(times))}. Split the batch by timestep."
             )
-        return times[0]
+        return rows.pop()
 
     def _after_time_embedding(
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
@@ -285,7 +248,9 @@ class Attachment:
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args, output
-        self._forget()
+        if self._runs_in is threading.current_thread():  # not a forward that was refused
+            self._forget()
+            self._runs_in = None
 
     def _forget(self) -> None:
         """Keep nothing between forwards, also after an exception."""
@@ -293,48 +258,10 @@ class Attachment:
         for hook in self.hooks:
             hook.slot.state = BlockState(k=0, dense=True)
 
-    def _snapshot_checkpoints(self, model: Any) -> None:
-        """Recompute each block with the state of its own forward, whatever ran since."""
-        current = model._gradient_checkpointing_func
-        if isinstance(current, _SnapshotCheckpoint) and current.attachment is self:
-            return
-        model._gradient_checkpointing_func = _SnapshotCheckpoint(self, current)
-        self._undo.append(partial(_restore_checkpoints, model, self))
-
-
-class _SnapshotCheckpoint:
-    """A model's checkpointing function that remembers each block's state for its recomputation."""
-
-    def __init__(self, attachment: Attachment, original: Callable[..., Any]) -> None:
-        self.attachment, self.original = attachment, original
-        self._slots = {
-            id(b): h.slot for b, h in zip(attachment.blocks, attachment.hooks, strict=True)
-        }
-
-    def __call__(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        slot = self._slots.get(id(module))
-        if slot is None:
-            return self.original(module, *args, **kwargs)
-        return self.original(_WithState(module, slot), *args, **kwargs)
-
-
-class _WithState:
-    def __init__(self, module: Callable[..., Any], slot: Slot) -> None:
-        self.module, self.slot, self.state = module, slot, slot.state
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        current = self.slot.state
-        self.slot.state = self.state
-        try:
-            return self.module(*args, **kwargs)
-        finally:
-            self.slot.state = current
-
-
-def _restore_checkpoints(model: Any, attachment: Attachment) -> None:
-    current = model._gradient_checkpointing_func
-    if isinstance(current, _SnapshotCheckpoint) and current.attachment is attachment:
-        model._gradient_checkpointing_func = current.original
+    def _snapshot_checkpoints(self, model: nn.Module) -> None:
+        if not snapshots_are_on(model, self._slots):
+            take_snapshots(model, self._slots)
+            self._undo.append(partial(leave_snapshots, model, self._slots))
 
 
 def _restore_compiled(block: nn.Module, before: Callable[..., Any] | None) -> None:
@@ -368,7 +295,8 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     blocks = model_spec(model).blocks(model)
     registry = getattr(blocks[0], "_diffusers_hook", None) if blocks else None
     hook = None if registry is None else registry.get_hook(HOOK_NAME)
-    return hook.attachment if isinstance(hook, BlockHook) else None
+    owner = hook.owner if isinstance(hook, BlockHook) else None
+    return owner if isinstance(owner, Attachment) else None
 
 
 def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: Any) -> Attachment:

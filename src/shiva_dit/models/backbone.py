@@ -74,8 +74,27 @@ def set_lora_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(model, state, adapter_name=PEFT_NAME)
 
 
+def lora_is_on(model: nn.Module) -> bool:
+    """Whether our LoRA takes part in the model's forward."""
+    return PEFT_NAME in _active(model)
+
+
+def refuse_fused(model: nn.Module) -> None:
+    """Raise where our LoRA was fused into the weights: undoing that would not be exact.
+
+    Raises:
+        RuntimeError: Says what to do.
+    """
+    if any(PEFT_NAME in layer.merged_adapters for _, layer in _lora_layers(model)):
+        raise RuntimeError(
+            "the adapter's LoRA was fused into the model's weights, so it can't be taken off or "
+            "switched: call unfuse_lora() first."
+        )
+
+
 def enable_lora(model: Any, enabled: bool) -> None:
     """Switch our LoRA on or off, leaving the user's own as they are."""
+    refuse_fused(model)
     others = [name for name in _active(model) if name != PEFT_NAME]
     wanted = [*others, PEFT_NAME] if enabled else others
     with _same_flags(model):
@@ -153,7 +172,8 @@ class TunedBackbone:
     ) -> None:
         self.model, self.lora = model, lora
         self.enabled = True
-        self._other: dict[str, Tensor] = {}
+        # The parameters themselves: a LoRA of the user changes names, not parameters.
+        self._other: list[tuple[nn.Parameter, Tensor]] = []
         self._restored = False
         self._switched_off: list[str] = []
         if lora is not None:
@@ -169,7 +189,7 @@ class TunedBackbone:
             self._other = self._checked(weights)
             self._swap()
 
-    def _checked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _checked(self, weights: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         own = dict(self.model.named_parameters())
         if own.keys() != weights.keys():
             odd = sorted(own.keys() ^ weights.keys())
@@ -183,36 +203,66 @@ class TunedBackbone:
                     f"the tuned backbone doesn't fit this model: {name} has shape "
                     f"{tuple(value.shape)}, the model's is {tuple(own[name].shape)}."
                 )
-        return {name: value.to(own[name]) for name, value in weights.items()}
+        return [(parameter, weights[name].to(parameter)) for name, parameter in own.items()]
 
     def _swap(self) -> None:
         """Exchange the model's tensors and the kept ones; no copy is made."""
-        for name, parameter in self.model.named_parameters():
-            if name in self._other:
-                kept = self._other[name].to(parameter.device)
-                self._other[name] = parameter.data
-                parameter.data = kept
+        present = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) not in present for parameter, _ in self._other):
+            raise RuntimeError(
+                "parameters of the model were replaced while a tuned backbone was on it "
+                "(sequential offload does that): its own weights can't be put back. Load the "
+                "model again, and apply before anything that replaces parameters."
+            )
+        for index, (parameter, kept) in enumerate(self._other):
+            # The model may have moved or changed its dtype since.
+            self._other[index] = (parameter, parameter.data)
+            parameter.data = kept.to(parameter)
+
+    def keep_on(self) -> None:
+        """Before a forward: the adapter's LoRA runs, whatever LoRAs the user chose meanwhile.
+
+        Raises:
+            RuntimeError: If it was unloaded.
+        """
+        if self.lora is None or not self.enabled or lora_is_on(self.model):
+            return
+        if PEFT_NAME not in getattr(self.model, "peft_config", {}):
+            raise RuntimeError(
+                "the adapter's LoRA was unloaded with others: call shiva_dit.apply again."
+            )
+        enable_lora(self.model, True)
 
     def enable(self, enabled: bool) -> None:
-        """Put the tuned weights on, or the model's own back."""
+        """Put the tuned weights on, or the model's own back.
+
+        Raises:
+            RuntimeError: If the adapter's LoRA was fused, or parameters were replaced.
+        """
         if enabled == self.enabled or self._restored:
             return
-        self.enabled = enabled
         if self.lora is not None:
             enable_lora(self.model, enabled)
         else:
             self._swap()
+        self.enabled = enabled
 
     def restore(self) -> None:
-        """Give the model its own weights back, to the bit, for good."""
+        """Give the model its own weights back, to the bit, for good.
+
+        Raises:
+            RuntimeError: If the adapter's LoRA was fused, or parameters were replaced. Nothing
+                has changed then.
+        """
         if self._restored:
             return
-        self._restored = True
         if self.lora is not None:
+            refuse_fused(self.model)
             remove_lora(self.model, self._switched_off)
         elif self._other and self.enabled:
             self._swap()
-        self._other = {}
+        self._restored = True
+        self._other = []
 
 
 def trainable_parameters(model: nn.Module, kind: str) -> dict[str, nn.Parameter]:

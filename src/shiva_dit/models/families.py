@@ -67,6 +67,7 @@ MODELS: dict[str, ModelSpec] = {
             time_embedder="time_text_embed.timestep_embedder",
             context="pooled_projections",
             no_sharing="skip_layers",
+            lora_scale="joint_attention_kwargs",
             tokens=_sd3_tokens,
             dims=_sd3_dims,
             flops=_sd3_flops,

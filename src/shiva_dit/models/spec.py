@@ -60,6 +60,8 @@ class ModelSpec:
     """Argument that holds the pooled text or class embedding."""
     no_sharing: str | None
     """Argument that, when given, marks an extra pass without guidance halves."""
+    lora_scale: str | None
+    """Argument whose "scale" multiplies all LoRAs of the model."""
     tokens: Callable[[nn.Module, Tensor], int]
     """Number of image tokens N for latents."""
     dims: Callable[[nn.Module], ModelDims]

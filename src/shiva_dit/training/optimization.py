@@ -41,7 +41,9 @@ class Optimization:
             "backbone": {"weight_decay": config.weight_decay},
         }
         self.adamw = torch.optim.AdamW(
-            [{"params": list(parts[p].values()), "name": p, **extra[p]} for p in PARTS], lr=0.0
+            [{"params": list(parts[p].values()), "name": p, **extra[p]} for p in PARTS],
+            lr=0.0,
+            fused=True,  # a third to a quarter of the time of the default on a CPU
         )
         self.average = {
             part: [p.detach().clone() for p in parameters.values()]

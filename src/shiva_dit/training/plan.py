@@ -76,8 +76,7 @@ class Planner:
         self.config, self.num_tokens = config, num_tokens
         self.policy, self.budget = policy, budget
         self.full_blocks = fixed.full_blocks
-        self.fixed_counts = fixed.for_tokens(num_tokens).counts[0]
-        self.fixed_mean = fixed.for_tokens(num_tokens).mean_keep_ratio
+        self.fixed = fixed.for_tokens(num_tokens)
 
     def step(self, stage: StageName, generator: torch.Generator) -> StepPlan:
         """The plan of one optimizer step in a stage."""
@@ -87,8 +86,12 @@ class Planner:
         if stage == "warmup":
             return self._warmup(generator)
         if not self.config.learns_policy:
-            counts = [self.fixed_counts] * self.config.micro_batches
-            return self._mixed_times(counts, generator, self.fixed_mean)
+            # Rows of a fixed schedule differ by rounding at most.
+            rows = torch.randint(
+                self.fixed.num_bins, (self.config.micro_batches,), generator=generator
+            )
+            counts = [self.fixed.counts[row] for row in rows.tolist()]
+            return self._mixed_times(counts, generator, self.fixed.mean_keep_ratio)
         noise = self.config.policy.logit_noise if stage == "policy" else 0.0
         return self._by_policy(noise, generator)
 
@@ -154,7 +157,7 @@ class Planner:
             counts = [tuple(keep_count(self.num_tokens, r) for r in row) for row in picked.tolist()]
         else:
             picked = ratios[bins.to(device)]
-            counts = [table.counts[b] for b in bins.tolist()]
+            counts = [table.row(t) for t in leaders.flatten().tolist()]
         leaf = picked.detach().requires_grad_()
         parts = [
             Part(

@@ -1,0 +1,116 @@
+"""What happens to one block: gather, run, scatter, by the state of the running forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from diffusers.hooks import ModelHook
+from torch import Tensor, nn
+
+from shiva_dit.core.selection import (
+    gather_tokens,
+    scatter_tokens,
+    select_top_k,
+    share_between_halves,
+)
+from shiva_dit.methods.base import Selector
+from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.models.families import block_spec
+from shiva_dit.models.spec import BlockSpec, argument_place
+
+
+@dataclass(slots=True)
+class BlockState:
+    """What one block does in one forward.
+
+    Made anew each time, so that a recomputation in backward can be given its own forward's.
+    """
+
+    k: int
+    """A `DynamicInt`: compiled blocks take it as a symbolic size from their first call on."""
+    dense: bool
+    share_halves: bool = False
+    condition: Tensor | None = None
+    gates: SelectionGates | None = None
+    observer: Callable[[int, Tensor], None] | None = None
+
+
+class Slot:
+    """Holds a block's current state. Not a module: dynamo then treats k as a symbolic size."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state = BlockState(k=0, dense=True)
+
+
+class BlockHook(ModelHook):
+    """Gather, run, scatter around one block.
+
+    Args:
+        owner: The attachment that it belongs to.
+        selector: Scores the block's tokens.
+        module: The block.
+        index: Its place among the blocks.
+    """
+
+    def __init__(self, owner: object, selector: Selector, module: nn.Module, index: int) -> None:
+        super().__init__()
+        self.owner = owner
+        self.scores = selector.scorer(index)
+        self.index = index
+        self.spec: BlockSpec = block_spec(module)
+        self.place = argument_place(module, self.spec.hidden)
+        self.slot = Slot()
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The block on its chosen tokens; the unchanged block where nothing is pruned."""
+        del module
+        state = self.slot.state
+        if state.dense:
+            return self.run(*args, **kwargs)
+        by_name = self.spec.hidden in kwargs
+        x = kwargs[self.spec.hidden] if by_name else args[self.place]  # (B, N, D)
+        scores = self.scores(x.detach(), state.condition)
+        if state.share_halves:
+            scores = share_between_halves(scores)
+        gates = state.gates
+        if gates is None:
+            chosen = select_top_k(scores, state.k)
+        else:
+            chosen = gates.choose(scores, state.k)
+            x = gates.enter(x)
+        if state.observer is not None:
+            state.observer(self.index, chosen)
+        before = gather_tokens(x, chosen)  # (B, k, D)
+        if by_name:
+            kwargs = {**kwargs, self.spec.hidden: before}
+        else:
+            args = (*args[: self.place], before, *args[self.place + 1 :])
+        output = self.run(*args, **kwargs)
+        place = self.spec.output
+        after = output if place is None else output[place]
+        if gates is not None:
+            x, after = gates.leave(x, before, after)
+        x = scatter_tokens(x, chosen, after)  # (B, N, D)
+        return x if place is None else (*output[:place], x, *output[place + 1 :])
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward."""
+        forward = self.fn_ref.original_forward
+        assert forward is not None
+        return forward(*args, **kwargs)
+
+    def gate_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Torch hook on the block's value projections (KV gate)."""
+        del module, args
+        gates = self.slot.state.gates
+        return output if gates is None else gates.value(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise RuntimeError(
+            "a model with an adapter attached cannot be deep-copied: the copy would run the "
+            "original's blocks. Call shiva_dit.remove(model) first, copy, and apply to both."
+        )
