@@ -196,8 +196,8 @@ configs = st.builds(
     name=st.text(max_size=8),
     fast=st.booleans(),
     folder=st.sampled_from([Path("runs"), Path("/tmp/a b"), Path("x/y.z")]),
-    target=st.none() | st.floats(allow_nan=False),
-    taus=st.lists(st.floats(allow_nan=False), max_size=4).map(tuple),
+    target=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    taus=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=4).map(tuple),
     inner=st.builds(
         Inner,
         rate=st.floats(0, 1, exclude_min=True),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,8 @@ def test_resuming_is_equal_to_the_bit(tmp_path: Path) -> None:
     for _ in range(3):
         first.train_step()
     first.save()
-    second = Trainer(config, tiny.sd3(seed=5), TinyData())  # other weights: all come back
-    second.student.teacher.load_state_dict(first.student.teacher.state_dict())
-    with torch.no_grad():
-        for name, parameter in second.student.model.named_parameters():
-            parameter.copy_(dict(first.student.model.named_parameters())[name])
-    assert second.resume()
+    second = Trainer(config, tiny.sd3(), TinyData())
+    assert second.resume() == first.last_good
     assert second.step == 3
     second.run(show_progress=False)
 
@@ -183,13 +180,59 @@ def test_interrupting_saves_and_resuming_ends_as_if_nothing_had_been(tmp_path: P
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resume_refuses_another_recipe(tmp_path: Path) -> None:
-    trainer = Trainer(recipe(tmp_path), tiny.sd3(), TinyData())
+class MoreData(TinyData):
+    def __len__(self) -> int:
+        return 13
+
+
+def test_resume_refuses_another_recipe_model_or_data(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    with pytest.raises(ValueError, match=r"no checkpoint in .* to resume from: is out= right\?"):
+        trainer.resume()
     trainer.train_step()
     trainer.save()
     other = Trainer(recipe(tmp_path, keep_ratio=0.4), tiny.sd3(), TinyData())
     with pytest.raises(ValueError, match="other values of keep_ratio"):
         other.resume()
+    with pytest.raises(ValueError, match="made with another samples than"):
+        Trainer(config, tiny.sd3(), MoreData()).resume()
+    with pytest.raises(ValueError, match="made with another model than"):
+        Trainer(config, tiny.sd3(seed=5), TinyData()).resume()
+    slower = dataclasses.replace(config.optimizer, backbone=1e-4)  # after a divergence
+    assert Trainer(recipe(tmp_path, optimizer=slower), tiny.sd3(), TinyData()).resume().exists()
+
+
+def test_training_into_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    train(config, tiny.sd3(), TinyData(), resume=False)
+    for kept in ("checkpoints", "adapter", "log.jsonl"):
+        with pytest.raises(ValueError, match="holds a run already"):
+            train(config, tiny.sd3(), TinyData(), resume=False)
+        path = tmp_path / kept
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(config, tiny.sd3(), TinyData(), resume=False)
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
+def test_closing_gives_the_model_back_as_it_came(tmp_path: Path, backbone: str) -> None:
+    model = tiny.sd3()
+    model.proj_out.bias.requires_grad_(False)
+    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    checkpointing = backbone in ("full", "lora")
+    config = recipe(tmp_path, backbone=backbone, gradient_checkpointing=checkpointing)
+    folder = train(config, model, TinyData(), resume=False)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    after = tiny.footprint(model)
+    assert {k: v for k, v in after.items() if k.endswith("requires_grad")} == {
+        k: v for k, v in before.items() if k.endswith("requires_grad")
+    }
+    assert list(model.state_dict()) == list(tiny.sd3().state_dict())
+    shiva_dit.apply(model, folder)
+    with pytest.raises(ValueError, match=r"has an adapter on: call shiva_dit\.remove"):
+        Trainer(config, model, TinyData())
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
 
 
 def test_a_loss_that_is_not_finite_names_step_stage_and_checkpoint(tmp_path: Path) -> None:
@@ -201,6 +244,56 @@ def test_a_loss_that_is_not_finite_names_step_stage_and_checkpoint(tmp_path: Pat
         trainer.train_step()
 
 
+def diverging(out: Path, **rates: float) -> Trainer:
+    optimizer = OptimizerConfig(**{"warmup_steps": 1, **rates})
+    config = recipe(out, warmup_steps=0, policy_steps=0, joint_steps=9, optimizer=optimizer)
+    return Trainer(config, tiny.sd3(), TinyData())
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path: Path) -> None:
+    trainer = diverging(tmp_path, backbone=1e3)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step \d \(stage 'joint'\).*--resu"
+    ):
+        trainer.run(show_progress=False)
+    for path in tmp_path.glob("checkpoints/*"):
+        assert all(torch.isfinite(v).all() for v in load_checkpoint(path).tensors.values())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(tmp_path), tiny.sd3(), TinyData())
+    before = values(trainer)
+    weight = trainer.student.adapter.router.layer_embedding.weight
+    weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"gradient of the router is not finite at step 0"):
+        trainer.train_step()
+    assert changed(before, trainer) == set()
+
+
+def test_a_policy_that_diverges_names_step_and_stage(tmp_path: Path) -> None:
+    trainer = diverging(tmp_path)
+    with torch.no_grad():
+        trainer.student.adapter.policy.anchor.fill_(-200.0)
+    with pytest.raises(FloatingPointError, match=r"ratios have left \(0, 1\] at step 0 \(stage 'j"):
+        trainer.train_step()
+
+
+def test_weights_that_overflow_when_saved_are_refused(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(tmp_path, backbone_dtype="float16"), tiny.sd3(), TinyData())
+    with torch.no_grad():
+        trainer.optimization.average["backbone"][0].fill_(1e6)
+    with pytest.raises(FloatingPointError, match="is not finite as float16: .*backbone_dtype"):
+        trainer.result()
+
+
+def test_ratios_near_one_train_too(tmp_path: Path) -> None:
+    """Every block keeps all its tokens, and the backbone is frozen in the first stages."""
+    trainer = Trainer(recipe(tmp_path, keep_ratio=0.999), tiny.sd3(), TinyData())
+    before = values(trainer)
+    trainer.run(show_progress=False)
+    assert changed(before, trainer) == {"router", "policy", "backbone"}
+
+
 def test_checkpoints_keep_two_and_say_when_damaged(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, Checkpoint({"x": torch.tensor([step])}, {"step": step}))
@@ -208,10 +301,18 @@ def test_checkpoints_keep_two_and_say_when_damaged(tmp_path: Path) -> None:
     last = latest_checkpoint(tmp_path)
     assert last is not None
     assert load_checkpoint(last).tensors["x"].item() == 3
-    content = (last / "tensors.safetensors").read_bytes()
-    (last / "tensors.safetensors").write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"damaged.*step-00000002"):
-        load_checkpoint(last)
+    path = last / "tensors.safetensors"
+    content = path.read_bytes()
+    for damage in (content[:-1], content[:-8] + b"\1" * 8, b""):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"damaged.*SHA-256.*step-00000002"):
+            load_checkpoint(last)
+    path.write_bytes(content)
+    path = last / "state.json"
+    for damage in (b"{}", b"[]", b"{", b"\xff\xfe"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"damaged.*step-00000002"):
+            load_checkpoint(last)
 
 
 @pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
@@ -219,11 +320,12 @@ def test_the_saved_adapter_gives_what_was_trained(tmp_path: Path, backbone: str)
     config = recipe(tmp_path, backbone=backbone)
     trainer = Trainer(config, tiny.sd3(), TinyData())
     trained = trainer.run(show_progress=False)
-    trainer.close()
     with trainer.optimization.averaged():
         again = attach(trainer.student.model, trainer.student.adapter.selector(), trained.schedule)
+        trainer.student.model.eval()
         expected = tiny.run(trainer.student.model, tiny.inputs())
         again.detach()
+    trainer.close()
 
     assert trained.adapter is not None
     trained.adapter.save_pretrained(tmp_path / "adapter")

@@ -19,7 +19,7 @@ from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models.families import model_spec
 from shiva_dit.modules import AdaptiveRatioPolicy, ShivaRouter
-from shiva_dit.provenance import write_atomically, write_json
+from shiva_dit.provenance import file_digest, write_atomically, write_json
 
 FORMAT_VERSION = 1
 CLASS_NAME = "ShivaAdapter"
@@ -206,7 +206,7 @@ class ShivaAdapter(nn.Module):
                 folder / name,
                 lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m),
             )
-            digests[name] = _sha256(folder / name)
+            digests[name] = file_digest(folder / name)
         data["files"] = digests
         write_json(folder / CONFIG_FILE, {**data, "digest": _digest(data)})
         card = model_card(self)
@@ -346,7 +346,7 @@ def _read_weights(folder: Path, name: str, digests: Mapping[str, str]) -> dict[s
         raise ValueError(
             f"{folder / CONFIG_FILE} doesn't list {name}: the two don't belong together."
         )
-    if _sha256(path) != digests[name]:
+    if file_digest(path) != digests[name]:
         raise ValueError(
             f"{path} is not the file that {CONFIG_FILE} was written with (its SHA-256 differs): "
             "it is truncated or was altered. Fetch or train the adapter again."
@@ -380,11 +380,6 @@ def _load_strictly(adapter: ShivaAdapter, state: dict[str, Tensor], folder: Path
             raise ValueError(f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite.")
     adapter.load_state_dict(state, assign=True)
     adapter.requires_grad_(True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ def run_task(task: tuple[QuickstartConfig, str, int]) -> Outcome:
         trained = trainer.run(description=_label("train", config, method, seed), position=_place())
         seconds = time.process_time() - start
         trainer.close()
-    TunedBackbone(backbone, trained.backbone_weights, None)
+    TunedBackbone(backbone, trained.backbone_weights, trained.lora)
     attachment = None
     if trained.selector is not None:
         attachment = attach(backbone, trained.selector, trained.schedule)

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shiva_dit.provenance import write_json
+from shiva_dit.provenance import file_digest, write_json
 
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+DIGEST = "tensors_sha256"
 PREFIX = "step-"
 KEEP = 2
 
@@ -42,7 +43,8 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     try:
         tensors = {name: value.detach().cpu().clone() for name, value in checkpoint.tensors.items()}
         save_file(tensors, temporary / TENSORS_FILE)
-        write_json(temporary / STATE_FILE, checkpoint.state)
+        digest = file_digest(temporary / TENSORS_FILE)
+        write_json(temporary / STATE_FILE, {DIGEST: digest, "state": checkpoint.state})
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -66,9 +68,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ValueError: If it is damaged; the error says which earlier one to go back to.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        return Checkpoint(load_file(path / TENSORS_FILE), state)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        data = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.keys() != {DIGEST, "state"}:
+            raise ValueError(f"{STATE_FILE} is not a checkpoint's")
+        if file_digest(path / TENSORS_FILE) != data[DIGEST]:
+            raise ValueError(f"{TENSORS_FILE} is not the file that was saved: its SHA-256 differs")
+        return Checkpoint(load_file(path / TENSORS_FILE), data["state"])
+    except (OSError, ValueError, SafetensorError) as error:
         others = ", ".join(p.name for p in _all(path.parent) if p != path) or "none"
         raise ValueError(
             f"checkpoint {path} is damaged ({error}). Remove it to go on from an earlier one "

@@ -74,11 +74,16 @@ class Optimization:
 
         Args:
             step: Steps done in all: a short run must not average in its own start.
+
+        Raises:
+            FloatingPointError: If a gradient is not finite; nothing was updated then.
         """
-        for parameters in self.parts.values():
+        for part, parameters in self.parts.items():
             held = [p for p in parameters.values() if p.grad is not None]
             if held:
-                nn.utils.clip_grad_norm_(held, self.config.grad_clip)
+                norm = nn.utils.clip_grad_norm_(held, self.config.grad_clip)
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(f"the gradient of the {part} is not finite")
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         update = get_ema_multi_avg_fn(min(self.config.ema, (1 + step) / (10 + step)))

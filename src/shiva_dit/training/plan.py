@@ -139,6 +139,8 @@ class Planner:
         device = self.policy.anchor.device
         grid = (torch.arange(num_bins, device=device) + 0.5) / num_bins
         ratios = self.policy(grid)  # (S, L)
+        if not bool(((ratios > 0) & (ratios <= 1)).all()):
+            raise FloatingPointError("the policy's keep ratios have left (0, 1]")
         prunable = list(self.policy.prunable_blocks)
         table = Schedule.from_ratios(ratios.tolist(), self.full_blocks).for_tokens(self.num_tokens)
         soft_mean = ratios[:, prunable].mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -103,12 +104,16 @@ class OptimizerConfig:
     """Decay of the moving average of what is trained, in [0, 1); it is what is saved."""
 
     def __post_init__(self) -> None:
-        for name in ("router", "policy", "backbone", "weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer {name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("router", "policy", "backbone", "weight_decay"):
+            if not 0.0 <= getattr(self, name) <= 1e3:
+                raise ValueError(
+                    f"optimizer {name} must lie in [0, 1000], got {getattr(self, name)}."
+                )
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer warmup_steps must be at least 0, got {self.warmup_steps}.")
         if not 0.0 <= self.decay_share <= 1.0:
             raise ValueError(f"optimizer decay_share must lie in [0, 1], got {self.decay_share}.")
-        if self.grad_clip <= 0:
+        if not 0.0 < self.grad_clip < math.inf:
             raise ValueError(f"optimizer grad_clip must be positive, got {self.grad_clip}.")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"optimizer ema must lie in [0, 1), got {self.ema}.")
@@ -176,6 +181,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.keep_ratio < 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1), got {self.keep_ratio}.")
+        for name in ("batch_size", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size must be a multiple of micro_batches, got {self.batch_size} and "

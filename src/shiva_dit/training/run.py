@@ -9,7 +9,7 @@ from torch import nn
 from shiva_dit.training.checkpoint import latest_checkpoint
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.trainer import Trainer
+from shiva_dit.training.trainer import LOG_FILE, Trainer
 
 
 def train(config: TrainConfig, model: nn.Module, data: TrainingData, *, resume: bool) -> Path:
@@ -19,34 +19,36 @@ def train(config: TrainConfig, model: nn.Module, data: TrainingData, *, resume: 
         config: The recipe; its method must be "shiva" (controls have no adapter to save).
         model: The backbone, on its device.
         data: Training samples.
-        resume: Go on from the last checkpoint in `config.out`, if there is one.
+        resume: Go on from the last checkpoint in `config.out`.
 
     Returns:
         The adapter's folder, for `shiva_dit.apply`.
 
     Raises:
-        ValueError: If the folder holds another run and `resume` is false.
+        ValueError: If the folder holds another run and `resume` is false, or no checkpoint and
+            `resume` is true.
     """
     if config.method != "shiva":
         raise ValueError(
             f"method {config.method!r} is a control and gives no adapter; "
             "`shiva-dit quickstart --all-controls` trains and judges the controls."
         )
+    folder = config.out / "adapter"
     found = latest_checkpoint(config.out / "checkpoints")
-    if found is not None and not resume:
-        raise ValueError(
-            f"{config.out} holds a run already (last checkpoint {found.name}): go on with it by "
-            "--resume, or train into another folder with out=..."
-        )
+    if not resume:
+        for path in (found, folder, config.out / LOG_FILE):
+            if path is not None and path.exists():
+                raise ValueError(
+                    f"{config.out} holds a run already ({path.name}): go on with it by --resume, "
+                    "or train into another folder with out=..."
+                )
     trainer = Trainer(config, model, data)
     try:
         if resume:
             trainer.resume()
         trained = trainer.run()
-        trainer.save()
     finally:
         trainer.close()
     assert trained.adapter is not None
-    folder = config.out / "adapter"
     trained.adapter.save_pretrained(folder)
     return folder

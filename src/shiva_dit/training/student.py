@@ -18,8 +18,8 @@ from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
-from shiva_dit.models.attach import GatedForward, attach
-from shiva_dit.models.backbone import add_lora, enable_lora
+from shiva_dit.models.attach import GatedForward, attach, attachment_of
+from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.training.data import Batch
 from shiva_dit.training.objective import distillation_loss, flow_matching_loss, interpolate
@@ -41,7 +41,12 @@ class Student:
     def __init__(
         self, config: TrainConfig, model: Any, sample: Batch, generator: torch.Generator
     ) -> None:
+        if attachment_of(model) is not None:
+            raise ValueError(
+                "the model has an adapter on: call shiva_dit.remove(model) before training."
+            )
         self.config, self.model, self.generator = config, model, generator
+        self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
         self.device = next(model.parameters()).device
         self.teacher = model
         if config.backbone == "full":
@@ -124,9 +129,19 @@ class Student:
         return features, prediction
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Give the model back as it came: its own weights, no hooks, no LoRA."""
         self.attachment.detach()
-        self.model.eval()
+        if self.config.backbone in ("lora", "dora"):
+            remove_lora(self.model)
+        elif self.teacher is not self.model:
+            self.model.load_state_dict(self.teacher.state_dict())
+        if self.config.gradient_checkpointing:
+            self.model.disable_gradient_checkpointing()
+        training, flags = self._was
+        self.model.train(training)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
 
     def _arguments(self, noisy: Tensor, t: Tensor, batch: Batch) -> dict[str, Any]:
         spec = self.attachment.spec

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
-from shiva_dit.models.backbone import backbone_weights, trainable_parameters
+from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.provenance import provenance, write_atomically
 from shiva_dit.training.checkpoint import (
     Checkpoint,
@@ -33,8 +35,12 @@ from shiva_dit.training.checkpoint import (
 from shiva_dit.training.data import ShuffledIndices, TrainingData, drop_captions
 from shiva_dit.training.optimization import Optimization
 from shiva_dit.training.plan import Planner
-from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.student import Student
+
+LOG_FILE = "log.jsonl"
+FREE = {"out", "checkpoint_every", "optimizer", "gradient_checkpointing", "backbone_dtype"}
+"""What a resumed run may change: where and how often it saves, and how fast it learns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,8 @@ class Trained:
     """None for the dense control."""
     schedule: Schedule
     backbone_weights: dict[str, Tensor]
+    lora: dict[str, Any] | None
+    """PEFT's settings, where these are a LoRA's."""
     adapter: ShivaAdapter | None
     """Ours only."""
 
@@ -70,6 +78,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, model: Any, data: TrainingData) -> None:
         self.config, self.data = config, data
+        self._fingerprint = fingerprint(model)
         self.step = 0
         self.last_good: Path | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -99,11 +108,22 @@ class Trainer:
         """One optimizer step; returns the losses and the mean keep ratio.
 
         Raises:
-            FloatingPointError: If the loss is not finite; names step, stage and last checkpoint.
+            FloatingPointError: If a loss, gradient or ratio is not finite; names step, stage and
+                last checkpoint. Nothing was updated then.
         """
-        config = self.config
-        stage, done, length = config.stage_at(self.step)
+        stage, done, length = self.config.stage_at(self.step)
         self.optimization.start(stage, done, length)
+        try:
+            values = self._losses(stage)
+            self.optimization.finish(self.step)
+        except FloatingPointError as error:
+            raise FloatingPointError(self._diverged(str(error), stage)) from error
+        self.step += 1
+        return values
+
+    def _losses(self, stage: StageName) -> dict[str, float]:
+        """All parts of a step, forward and backward."""
+        config = self.config
         progress = self.step / max(config.total_steps - 1, 1)
         plan = self.planner.step(stage, self.generator)
         sums = dict.fromkeys(("loss", "distill"), 0.0)
@@ -114,21 +134,18 @@ class Trainer:
             )
             loss, distilled = self.student.loss(part, batch.to(self.student.device), progress)
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(self._not_finite(stage))
+                raise FloatingPointError("the loss is not finite")
             (loss / len(plan.parts)).backward()
             sums["loss"] += loss.item() / len(plan.parts)
             sums["distill"] += distilled / len(plan.parts)
         sums["loss"] += plan.backward_policy()
-        self.optimization.finish(self.step)
-        self.step += 1
         return {**sums, "keep": plan.mean_keep_ratio}
 
-    def _not_finite(self, stage: str) -> str:
-        kept = self.last_good or "none"
+    def _diverged(self, what: str, stage: StageName) -> str:
         return (
-            f"the loss is not finite at step {self.step} (stage {stage!r}); the last good "
-            f"checkpoint: {kept}. Lower the learning rates of that stage, then run again with "
-            "--resume."
+            f"{what} at step {self.step} (stage {stage!r}); the last good checkpoint: "
+            f"{self.last_good or 'none'}. Lower the learning rates (optimizer.*) and go on from "
+            "there with --resume, or train again into another folder (out=...)."
         )
 
     def run(
@@ -169,24 +186,31 @@ class Trainer:
                 )
                 bar.update()
                 log.write(json.dumps({"step": self.step, "stage": stage, **values}) + "\n")
-                if interrupted:
+                if interrupted and self.step < total:
                     raise TrainingInterrupted(self.save())
-                if self.step % self.config.checkpoint_every == 0 and self.step < total:
+                if self.step % self.config.checkpoint_every == 0 or self.step == total:
                     self.save()
         return self.result()
 
     @contextmanager
     def _log(self) -> Iterator[Any]:
         """The run's log, one JSON line per step; lines after the resumed step are dropped."""
-        path = self.config.out / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
-        kept = "".join(lines[: self.step])
+        path = self.config.out / LOG_FILE
+        kept = ""
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines(True):
+                if line.endswith("\n") and json.loads(line)["step"] <= self.step:
+                    kept += line
         write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
         with path.open("a", encoding="utf-8", buffering=1) as log:
             yield log
 
     def result(self) -> Trained:
-        """What was trained so far, by its moving average. The run can go on afterwards."""
+        """What was trained so far, by its moving average. The run can go on afterwards.
+
+        Raises:
+            FloatingPointError: If a weight is not finite, in the dtype that it is saved in.
+        """
         student = self.student
         with self.optimization.averaged():
             weights = backbone_weights(student.model, self.config.backbone)
@@ -200,6 +224,12 @@ class Trainer:
             )
         dtype = getattr(torch, self.config.backbone_dtype)
         adapter.backbone_weights = {k: v.to("cpu", dtype) for k, v in weights.items()}
+        broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
+        if broken is not None:
+            raise FloatingPointError(
+                f"{broken} is not finite as {self.config.backbone_dtype}: lower the learning rates, "
+                "or set backbone_dtype = float32."
+            )
         adapter.training_record = {
             "recipe": to_dict(self.config),
             "steps": self.step,
@@ -210,11 +240,14 @@ class Trainer:
             selector=adapter.selector() if ours else selector,
             schedule=adapter.schedule,
             backbone_weights=adapter.backbone_weights,
+            lora=lora_metadata(adapter.config)
+            if self.config.backbone in ("lora", "dora")
+            else None,
             adapter=adapter if ours else None,
         )
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Give the model back as it came."""
         self.student.close()
 
     @property
@@ -223,40 +256,65 @@ class Trainer:
         return self.config.out / "checkpoints"
 
     def save(self) -> Path:
-        """Write everything that a bit-equal continuation needs."""
+        """Write everything that a bit-equal continuation needs.
+
+        Raises:
+            FloatingPointError: If a weight is not finite: such a checkpoint would be of no use.
+        """
         tensors = {"generator": self.generator.get_state(), **self.optimization.tensors()}
+        broken = first_not_finite(tensors)
+        if broken is not None:
+            stage = self.config.stage_at(self.step - 1)[0]
+            raise FloatingPointError(self._diverged(f"{broken} is not finite", stage))
         state = {
             "config": to_dict(self.config),
             "step": self.step,
             "position": self.indices.position,
             "budget": self.budget.state_dict(),
+            "data": self._data(),
         }
-        self.last_good = save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
+        with _uninterrupted():
+            self.last_good = save_checkpoint(
+                self.checkpoints, self.step, Checkpoint(tensors, state)
+            )
         return self.last_good
 
-    def resume(self) -> bool:
-        """Go on from the latest checkpoint; False if there is none.
+    def _data(self) -> dict[str, Any]:
+        """What a continuation must find again: the samples and the model that it started from."""
+        return {"samples": len(self.data), "model": self._fingerprint}
+
+    def resume(self) -> Path:
+        """Go on from the latest checkpoint; returns its folder.
 
         Raises:
-            ValueError: If the checkpoint is damaged or another recipe's.
+            ValueError: If there is none, or it is damaged, another recipe's, another model's or
+                other data's.
         """
         path = latest_checkpoint(self.checkpoints)
         if path is None:
-            return False
+            raise ValueError(
+                f"there is no checkpoint in {self.checkpoints} to resume from: is out= right? "
+                "Without --resume a new run starts."
+            )
         checkpoint = load_checkpoint(path)
-        self._check_recipe(checkpoint.state["config"], path)
-        self.optimization.load_tensors(checkpoint.tensors)
-        self.generator.set_state(checkpoint.tensors["generator"])
-        self.step = checkpoint.state["step"]
-        self.indices.position = checkpoint.state["position"]
-        self.budget.load_state_dict(checkpoint.state["budget"])
+        try:
+            self._check_recipe(checkpoint.state["config"], path)
+            for what, found in self._data().items():
+                if checkpoint.state["data"][what] != found:
+                    raise ValueError(f"{path} was made with another {what} than this run's.")
+            self.optimization.load_tensors(checkpoint.tensors)
+            self.generator.set_state(checkpoint.tensors["generator"])
+            self.step = checkpoint.state["step"]
+            self.indices.position = checkpoint.state["position"]
+            self.budget.load_state_dict(checkpoint.state["budget"])
+        except KeyError as error:
+            raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
         self.last_good = path
-        return True
+        return path
 
     def _check_recipe(self, saved: dict[str, Any], path: Path) -> None:
         current = json.loads(json.dumps(to_dict(self.config)))
-        free = {"out", "checkpoint_every"}
-        changed = sorted(k for k in current if k not in free and saved.get(k) != current[k])
+        changed = sorted(k for k in current if k not in FREE and saved.get(k) != current[k])
         if changed:
             raise ValueError(
                 f"{path} was made with other values of {', '.join(changed)}: resume with the same "
@@ -276,9 +334,33 @@ def _deferred_interrupt() -> Iterator[list[int]]:
         del frame
         interrupted.append(number)
         signal.signal(signal.SIGINT, before)
+        tqdm.write("Finishing this step and saving; Ctrl-C again stops without.", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, remember)
     try:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within: Ctrl-C does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest that tells models apart: of names, shapes and a few values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        few = flat[:: max(1, len(flat) // 8)].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {few.tolist()}".encode())
+    return digest.hexdigest()
