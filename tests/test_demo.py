@@ -2,24 +2,42 @@
 
 import json
 import re
+import shlex
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 import shiva_dit
+from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.cli import main
+from shiva_dit.config import from_dict, load_recipe, to_dict
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.demo.base import ADAPTER, load_backbone, load_judge
+from shiva_dit.demo.base import (
+    ADAPTER,
+    ASSETS,
+    BACKBONE_FILE,
+    JUDGE_FILE,
+    RECORD_FILE,
+    BaseTraining,
+    load_backbone,
+    load_judge,
+    train_base,
+)
 from shiva_dit.demo.captions import CaptionEncoder
 from shiva_dit.demo.contest import flops_per_image, sampler_times
 from shiva_dit.demo.digits import MAX_WORDS, DigitsTask
+from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.maps import kept_maps
+from shiva_dit.demo.quickstart import load_quickstart_recipe
 from shiva_dit.demo.scoring import frechet_floor, sample, score
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.metrics import psnr
 from shiva_dit.models.attach import attach
 from shiva_dit.report import render
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=4", "micro_batches=2"]
@@ -110,7 +128,7 @@ def test_the_sampler_visits_these_times() -> None:
 def test_quickstart_writes_picture_record_and_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["quickstart", "--out", str(tmp_path), "--count", "12", *SHORT]) == 0
+    assert main(["quickstart", "--out", str(tmp_path), "--count", "20", *SHORT]) == 0
     record = json.loads((tmp_path / "quickstart.json").read_text())
     assert [row["method"] for row in record["rows"]] == ["dense", "random", "random_tuned", "shiva"]
     assert record["keep_ratio_executed"] == pytest.approx(0.4, abs=0.01)
@@ -131,7 +149,104 @@ def test_train_command_saves_refuses_and_resumes(
     assert (tmp_path / "adapter" / "config.json").is_file()
     assert main(arguments) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert main([*arguments, "--resume"]) == 0
+    assert main([*arguments[:2], "--resume", *arguments[2:]]) == 0  # in any order
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = str(ROOT / "recipes/digits.toml"), f"out={tmp_path / 'my run'}"
+    arguments = ["train", recipe, "--threads", "1", out, *SHORT]
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> dict[str, float]:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert main(arguments) == 130
+    said = capsys.readouterr().err
+    assert "saving; Ctrl-C again" in said
+    again = re.search(r"Go on with:\n  shiva-dit (.*)", said)
+    assert again is not None
+    monkeypatch.setattr(Trainer, "train_step", step)
+    words = shlex.split(again[1])
+    assert words == ["train", recipe, out, *SHORT, "--resume", "--threads", "1"]
+    assert main(words) == 0
+    assert (tmp_path / "my run" / "adapter" / "config.json").is_file()
+
+
+def test_the_base_is_trained_from_a_seed_and_never_over_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(out: str, *overrides: str) -> int:
+        few = ["steps=3", "batch_size=4", "judge.steps=2", "judge.batch_size=4"]
+        return main(["train-base", "--out", str(tmp_path / out), *few, *overrides])
+
+    assert run("a") == 0
+    state = torch.get_rng_state()
+    assert run("b") == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert run("c", "seed=1") == 0
+    for name in (BACKBONE_FILE, JUDGE_FILE):
+        first, same, other = ((tmp_path / out / name).read_bytes() for out in "abc")
+        assert first == same
+        assert first != other
+    record = json.loads((tmp_path / "a" / RECORD_FILE).read_text())
+    assert record["config"]["steps"] == 3
+    assert 0 <= record["judge_accuracy_on_held_out"] <= 1
+    assert run("a") == 2
+    assert f"holds {BACKBONE_FILE} already" in capsys.readouterr().err
+    for wrong in ("steps=0", "batch_size=0", "learning_rate=nan", "judge.steps=0", "ema=1.0"):
+        assert run("d", wrong) == 2
+    assert not (tmp_path / "d" / BACKBONE_FILE).exists()
+
+
+def test_training_the_base_lowers_its_loss(task: DigitsTask, tmp_path: Path) -> None:
+    losses = {}
+    for steps in (1, 30):
+        config = BaseTraining(
+            steps=steps, batch_size=8, warmup_steps=5, judge=JudgeTraining(steps=1)
+        )
+        losses[steps] = train_base(task, config, tmp_path / str(steps))["final_loss"]
+    # A running mean that starts at the first loss; measured 1.600 and 1.285.
+    assert losses[30] < 0.9 * losses[1]
+
+
+def test_what_ships_was_made_by_the_recipes_that_ship() -> None:
+    base = load_recipe(BaseTraining, ROOT / "recipes/digits-base.toml")
+    assert base == BaseTraining()
+    record = json.loads((ASSETS / RECORD_FILE).read_text())
+    assert from_dict(BaseTraining, record["config"]) == base
+    recipe = to_dict(load_recipe(TrainConfig, ROOT / "recipes/digits.toml"))
+    made = ShivaAdapter.from_pretrained(ADAPTER).training_record["recipe"]
+    assert {**made, "out": None} == {**json.loads(json.dumps(recipe)), "out": None}
+
+
+def test_the_quickstart_trains_in_all_three_stages() -> None:
+    recipe = load_quickstart_recipe()
+    assert min(recipe.warmup_steps, recipe.policy_steps, recipe.joint_steps) >= 10
+    assert recipe.learns_policy
+    assert recipe.backbone == "full"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--count", "5"], "count must be at least 20"),
+        (["backbone=frozen"], "leaves them nothing to train"),
+        (["seed=3"], "sets seed by itself: use --keep, --seed"),
+        (["--keep", "1.5"], r"keep_ratio must lie in \(0, 1\)"),
+        (["--out", __file__], "File exists"),
+    ],
+)
+def test_the_quickstart_refuses_before_it_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["quickstart", "--out", str(tmp_path), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -165,6 +280,15 @@ def test_report_names_missing_records(tmp_path: Path) -> None:
         render(text, tmp_path)
     with pytest.raises(ValueError, match="no table 'memory'"):
         render(text.replace("quickstart", "memory"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", [("<!-- end table", "<!--  end tabel"), ("<!-- table q", "<!--table q"), (":", ";")]
+)
+def test_report_refuses_damaged_markers(damage: tuple[str, str], tmp_path: Path) -> None:
+    text = "<!-- table quickstart: gone.json -->\nforged\n<!-- end table -->\n"
+    with pytest.raises(ValueError, match="but 0 whole tables"):
+        render(text.replace(*damage), tmp_path)
 
 
 @pytest.mark.slow

@@ -282,7 +282,7 @@ def test_weights_that_overflow_when_saved_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(recipe(tmp_path, backbone_dtype="float16"), tiny.sd3(), TinyData())
     with torch.no_grad():
         trainer.optimization.average["backbone"][0].fill_(1e6)
-    with pytest.raises(FloatingPointError, match="is not finite as float16: .*backbone_dtype"):
+    with pytest.raises(FloatingPointError, match=r"is not finite as float16: .*backbone_dtype"):
         trainer.result()
 
 

@@ -4,58 +4,91 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from shiva_dit import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `shiva-dit`; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     # Its notices on optional image backends concern nobody here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return options.run(options)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"shiva-dit: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nshiva-dit: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options in any order: argparse alone takes no `key=value` after an option."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if "=" not in word or word.startswith("-")]
+    if rest and (wrong or not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shiva-dit", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"shiva-dit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    quickstart = commands.add_parser(
-        "quickstart", help="train an adapter on real digits, watch it, compare it, in minutes"
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Any:
+        made = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made.add_argument
+
+    add = command(
+        "quickstart", _quickstart, "train an adapter on real digits, watch it, compare it"
     )
-    quickstart.add_argument("--keep", type=float, default=0.4, help="mean share of tokens kept")
-    quickstart.add_argument("--seed", type=int, default=0, help="seed of training and sampling")
-    quickstart.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds")
-    quickstart.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to fill")
-    quickstart.add_argument("--count", type=int, default=300, help="images judged per method")
-    quickstart.add_argument("--all-controls", action="store_true", help="all controls, ~3x longer")
-    quickstart.add_argument("--workers", type=int, default=2, help="methods run at a time")
-    quickstart.add_argument("overrides", nargs="*", metavar="key=value", help="for the recipe")
-    quickstart.set_defaults(run=_quickstart)
+    add("--keep", type=float, default=0.4, help="mean share of tokens kept")
+    add("--seed", type=int, default=0, help="seed of training and sampling")
+    add("--seeds", type=_positive, default=1, help="repeat with so many seeds")
+    add("--out", type=Path, default=Path("quickstart"), help="folder to fill")
+    add("--count", type=_positive, default=300, help="images judged per method")
+    add("--all-controls", action="store_true", help="all controls, about 3 times longer")
+    add("--workers", type=_positive, default=2, help="methods run at a time")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
-    train = commands.add_parser("train", help="train an adapter by a recipe")
-    train.add_argument("recipe", type=Path, help="a TOML file, such as recipes/digits.toml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    train.add_argument("--threads", type=int, default=None, help="threads; all cores by default")
-    train.set_defaults(run=_train)
+    add = command("train", _train, "train an adapter by a recipe")
+    add("recipe", type=Path, help="a TOML file, such as recipes/digits.toml")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--threads", type=_positive, help="threads; all cores by default, results depend on it")
 
-    base = commands.add_parser("train-base", help="train the digits backbone and judge")
-    base.add_argument("--recipe", type=Path, default=None, help="recipes/digits-base.toml")
-    base.add_argument("--out", type=Path, required=True, help="folder for weights and record")
-    base.add_argument("--threads", type=int, default=1, help="threads; results depend on it")
-    base.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    base.set_defaults(run=_train_base)
+    add = command("train-base", _train_base, "train the digits backbone and its judge")
+    add("--recipe", type=Path, help="recipes/digits-base.toml, which holds the defaults")
+    add("--out", type=Path, required=True, help="folder for weights and record")
+    add("--threads", type=_positive, default=1, help="threads; results depend on it")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
-    report = commands.add_parser("report", help="write the tables of documents from records")
-    report.add_argument("documents", nargs="+", type=Path, help="Markdown files")
-    report.set_defaults(run=_report)
+    add = command("report", _report, "write the tables of documents from records")
+    add("documents", nargs="+", type=Path, help="Markdown files")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _use_threads(count: int | None) -> None:
@@ -92,7 +125,10 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
     model, data = load_task(recipe.task)
-    again = " ".join(["shiva-dit train", str(options.recipe), *options.overrides, "--resume"])
+    words = ["shiva-dit", "train", str(options.recipe), *options.overrides, "--resume"]
+    if options.threads is not None:
+        words += ["--threads", str(options.threads)]
+    again = shlex.join(words)
     try:
         print(train(recipe, model, data, resume=options.resume))
     except TrainingInterrupted as stop:
@@ -119,11 +155,13 @@ def _train_base(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from shiva_dit.provenance import write_atomically
     from shiva_dit.report import render
 
     for document in options.documents:
         text = document.read_text(encoding="utf-8")
-        document.write_text(render(text, document.parent), encoding="utf-8")
+        made = render(text, document.parent)
+        write_atomically(document, lambda path, made=made: path.write_text(made, encoding="utf-8"))
         print(f"{document}: tables are up to date")
     return 0
 

@@ -24,8 +24,16 @@ def render(text: str, folder: Path) -> str:
         folder: Its folder.
 
     Raises:
-        ValueError: If a record is missing or a kind unknown.
+        ValueError: If a record is missing, a kind unknown, or a marker damaged.
     """
+    found = len(_BLOCK.findall(text))
+    for marker in ("table", "end table"):
+        written = len(re.findall(rf"<!--\s*{marker}\b", text))
+        if written != found:
+            raise ValueError(
+                f"{written} markers of {marker!r} in {folder}, but {found} whole tables: a table "
+                "stands between <!-- table KIND: RECORD --> and <!-- end table -->."
+            )
 
     def replace(match: re.Match[str]) -> str:
         kind, path = match["kind"], folder / match["record"]

@@ -50,6 +50,8 @@ CONTROLS: dict[str, Method] = {
     "dense_tuned": "dense",
 }
 
+MIN_COUNT = 20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuickstartConfig:
@@ -67,6 +69,22 @@ class QuickstartConfig:
     """Methods that run at a time, each in a process of one thread."""
     recipe: TrainConfig = field(default_factory=TrainConfig)
     """How the adapter and the controls are trained."""
+
+    def __post_init__(self) -> None:
+        if self.count < MIN_COUNT:
+            raise ValueError(
+                f"count must be at least {MIN_COUNT} (the picture shows ten digits, and a distance "
+                f"needs more), got {self.count}."
+            )
+        if not self.seeds:
+            raise ValueError("seeds must be at least 1.")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}.")
+        if self.recipe.backbone == "frozen":
+            raise ValueError(
+                "the controls are compared after fine-tuning: a frozen backbone leaves them "
+                'nothing to train. Use backbone = "full", "lora" or "dora".'
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

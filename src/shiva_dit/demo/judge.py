@@ -64,6 +64,15 @@ class JudgeTraining:
     """Largest standard deviation of the noise added to images, in image units; each image draws
     its own below it. A judge must see digits, not grain."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"judge {name} must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 < self.learning_rate < 1.0:
+            raise ValueError(f"judge learning_rate must lie in (0, 1), got {self.learning_rate}.")
+        if self.noise < 0:
+            raise ValueError(f"judge noise must be at least 0, got {self.noise}.")
+
 
 def train_judge(
     judge: Judge,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import statistics
 import time
@@ -127,8 +128,22 @@ class Quickstart:
         return row
 
 
+OWN_KEYS = ("task", "out", "method", "seed", "keep_ratio")
+
+
 def load_quickstart_recipe(overrides: Sequence[str] = ()) -> TrainConfig:
-    """The recipe that ships with the package (`demo/assets/quickstart.toml`)."""
+    """The recipe that ships with the package (`demo/assets/quickstart.toml`).
+
+    Raises:
+        ValueError: If an override is for what the quickstart sets by itself.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in OWN_KEYS:
+            raise ValueError(
+                f"the quickstart sets {key} by itself: use --keep, --seed and --out, or "
+                "`shiva-dit train` for a run of your own."
+            )
     return load_recipe(TrainConfig, ASSETS / "quickstart.toml", overrides)
 
 
@@ -162,8 +177,9 @@ def run_quickstart(
         all_controls=all_controls,
         count=count,
         workers=workers,
-        recipe=load_quickstart_recipe([*overrides, f"keep_ratio={keep_ratio}"]),
+        recipe=dataclasses.replace(load_quickstart_recipe(overrides), keep_ratio=keep_ratio),
     )
+    out.mkdir(parents=True, exist_ok=True)  # what can fail must not fail after the work
     start = time.perf_counter()
     run = Quickstart(config)
     record = run.run()

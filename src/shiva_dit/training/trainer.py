@@ -227,8 +227,8 @@ class Trainer:
         broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
         if broken is not None:
             raise FloatingPointError(
-                f"{broken} is not finite as {self.config.backbone_dtype}: lower the learning rates, "
-                "or set backbone_dtype = float32."
+                f"{broken} is not finite as {self.config.backbone_dtype}: lower the learning "
+                "rates, or set backbone_dtype = float32."
             )
         adapter.training_record = {
             "recipe": to_dict(self.config),
