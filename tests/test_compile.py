@@ -82,6 +82,31 @@ def test_a_whole_schedule_takes_few_graphs_at_any_depth_and_equals_eager(
     assert tiny.footprint(compiled.model) == compiled.before
 
 
+@pytest.mark.parametrize(
+    ("edge", "more"),
+    [
+        ([64, 1, 30, 17], 1),  # torch takes a size of 1 for a constant
+        ([64, 1, 1, 1], 2),  # so too in the last block
+        ([64, 20, 30, 64], 1),  # the last block dense: another graph than the first's
+        ([64, 64, 64, 20], 0),  # the others dense: as the first
+    ],
+)
+def test_edges_cost_one_more_graph_at_most_per_kind_of_block(edge: list[int], more: int) -> None:
+    schedule = tiny.from_counts([[64, 20, 30, 40], edge, [64, 21, 31, 41]])
+    model = tiny.sd3()
+    cases = [tiny.inputs(t=t) for t in (0.9, 0.5, 0.1)]
+    shiva_dit.apply(model, tiny.adapter(model), schedule=schedule)
+    eager = [tiny.run(model, case) for case in cases]
+    counter = CompileCounterWithBackend("eager")
+    shiva_dit.compile(model, backend=counter)
+    for _ in range(2):
+        assert all(
+            torch.equal(tiny.run(model, case), expected)
+            for case, expected in zip(cases, eager, strict=True)
+        )
+    assert counter.frame_count == GRAPHS["plain"] + more
+
+
 def test_a_pipeline_runs_compiled_and_leaves_the_graphs_again() -> None:
     model = tiny.sd3()
     pipe = tiny.pipeline(model)

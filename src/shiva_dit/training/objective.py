@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -17,17 +19,44 @@ def interpolate(
     return (1.0 - t) * clean + t * noise
 
 
+def squared_error(
+    ours: Float[Tensor, "B ..."],
+    theirs: Float[Tensor, "B ..."],
+    weights: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean squared error in float32, each sample by its weight (1 by default)."""
+    error = F.mse_loss(ours.float(), theirs.float(), reduction="none").flatten(1).mean(1)  # (B,)
+    return error.mean() if weights is None else (weights * error).mean()
+
+
 def flow_matching_loss(
     prediction: Float[Tensor, "B C H W"],
     clean: Float[Tensor, "B C H W"],
     noise: Float[Tensor, "B C H W"],
+    weights: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared error of the predicted velocity against `e - x0` (L_diff of Eq. 14)."""
-    return F.mse_loss(prediction.float(), (noise - clean).float())
+    return squared_error(prediction, noise - clean, weights)
+
+
+def logit_normal_density(t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    r"""Density at t of a variable whose logit is N(0, 1); its mean over uniform t is 1.
+
+    .. math:: \exp(-\mathrm{logit}(t)^2 / 2) / (\sqrt{2 \pi}\, t (1 - t))
+
+    >>> logit_normal_density(torch.tensor([0.1, 0.5, 0.9]))
+    tensor([0.3966, 1.5958, 0.3966])
+    """
+    inner = t.clamp(1e-6, 1 - 1e-6)
+    return torch.exp(-0.5 * torch.logit(inner).square()) / (
+        math.sqrt(2 * math.pi) * inner * (1 - inner)
+    )
 
 
 def distillation_loss(
-    student: Sequence[Float[Tensor, "B N D"]], teacher: Sequence[Float[Tensor, "B N D"]]
+    student: Sequence[Float[Tensor, "B N D"]],
+    teacher: Sequence[Float[Tensor, "B N D"]],
+    weights: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Normalised feature distillation (Eq. 31).
 
@@ -37,6 +66,7 @@ def distillation_loss(
     Args:
         student: Features of the pruned model, one tensor per distilled layer.
         teacher: Features of the unpruned model at the same layers.
+        weights: Weight of each sample; 1 by default.
 
     Returns:
         A scalar in [0, 4].
@@ -47,7 +77,7 @@ def distillation_loss(
             f"{len(teacher)} and {len(student)}."
         )
     terms = [
-        F.mse_loss(_normalise(ours), _normalise(theirs.detach()))
+        squared_error(_normalise(ours), _normalise(theirs.detach()), weights)
         for ours, theirs in zip(student, teacher, strict=True)
     ]
     return sum(terms[1:], terms[0]) / len(terms)

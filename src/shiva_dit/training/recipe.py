@@ -72,6 +72,10 @@ class LossConfig:
     """Every so many blocks; the last block always."""
     output: float = 1.0
     """Squared error of the prediction against the teacher's."""
+    time_weighting: Literal["uniform", "logit_normal"] = "uniform"
+    """How much each time counts in all losses. "logit_normal": by the density of that law, whose
+    mean over time is 1: the middle of the way decides what a picture shows. Times are drawn and
+    tokens budgeted as before, so that a learned policy spends its tokens where it counts."""
 
     def __post_init__(self) -> None:
         if min(self.diffusion, self.distillation, self.output) < 0:

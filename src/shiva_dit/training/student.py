@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig, lora_metadata
@@ -22,7 +21,13 @@ from shiva_dit.models.attach import GatedForward, attach, attachment_of
 from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.training.data import Batch
-from shiva_dit.training.objective import distillation_loss, flow_matching_loss, interpolate
+from shiva_dit.training.objective import (
+    distillation_loss,
+    flow_matching_loss,
+    interpolate,
+    logit_normal_density,
+    squared_error,
+)
 from shiva_dit.training.plan import Part
 from shiva_dit.training.recipe import TrainConfig
 
@@ -105,13 +110,17 @@ class Student:
             self._autocast(),
         ):
             prediction = self.model(**arguments)[0]
-        output = F.mse_loss(prediction.float(), taught.float())
-        features = distillation_loss(
+        by_time = None if weights.time_weighting == "uniform" else logit_normal_density(t)
+        output = squared_error(prediction, taught)
+        loss = weights.output * squared_error(prediction, taught, by_time)
+        loss = loss + weights.distillation * distillation_loss(
             [student.outputs[i] for i in self.distilled],
             [teacher.outputs[i] for i in self.distilled],
+            by_time,
         )
-        loss = weights.output * output + weights.distillation * features
-        loss = loss + weights.diffusion * flow_matching_loss(prediction, batch.latents, noise)
+        loss = loss + weights.diffusion * flow_matching_loss(
+            prediction, batch.latents, noise, by_time
+        )
         return loss, output.item()
 
     def teach(self, arguments: dict[str, Any]) -> tuple[BlockFeatures, Tensor]:
