@@ -138,7 +138,9 @@ def test_quickstart_writes_picture_record_and_table(
     assert (tmp_path / "quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed = capsys.readouterr().out
     assert re.search(r"Shiva +\d\.\d\d G \(0\.\d\d\)", printed)
-    assert "Floor of the distance" in printed
+    assert "Floor of that to real (20 real training digits)" in printed
+    assert rows["shiva"]["frechet_to_dense"] > 0
+    assert "frechet_to_dense" not in rows["dense"]
 
 
 def test_train_command_saves_refuses_and_resumes(

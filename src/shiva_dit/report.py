@@ -50,10 +50,9 @@ def render(text: str, folder: Path) -> str:
 def quickstart_rows(record: dict[str, Any]) -> list[list[str]]:
     """Header and rows of the quickstart's table."""
     dense = next(row for row in record["rows"] if row["method"] == "dense")
-    paired = any("psnr" in row for row in record["rows"])
     rows = [
-        ["method", "FLOPs per image", "judged right", "Frechet distance",
-         *(["PSNR to unpruned, dB"] if paired else []), "train, CPU s", "sample, CPU s"]
+        ["method", "FLOPs per image", "judged right", "distance to real", "distance to unpruned",
+         "PSNR to unpruned, dB", "train, CPU s", "sample, CPU s"]
     ]  # fmt: skip
     for row in record["rows"]:
         rows.append(
@@ -62,7 +61,8 @@ def quickstart_rows(record: dict[str, Any]) -> list[list[str]]:
                 f"{row['flops'] / 1e9:.2f} G ({row['flops'] / dense['flops']:.2f})",
                 _spread(row["correct_by_seed"], "{:.1%}"),
                 _spread(row["frechet_by_seed"], "{:.2f}"),
-                *([_psnr(row)] if paired else []),
+                _paired(row, "frechet_to_dense", "{:.2f}"),
+                _paired(row, "psnr", "{:.1f}"),
                 f"{row['train_cpu_s']:.0f}" if row["train_cpu_s"] else "-",
                 f"{row['sample_cpu_s']:.1f}",
             ]
@@ -78,7 +78,8 @@ def quickstart_note(record: dict[str, Any]) -> str:
         f"Keep ratio asked {config['keep_ratio']:g}, executed {record['keep_ratio_executed']:.4f}; "
         f"{config['count']} images per method and seed, {seeds} seed"
         + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
-        + f"Floor of the distance ({config['count']} real training digits): "
+        + "Distances are Frechet's, in the judge's features. "
+        f"Floor of that to real ({config['count']} real training digits): "
         f"{record['frechet_floor']:.2f}."
     )
 
@@ -99,8 +100,9 @@ def plain_table(record: dict[str, Any]) -> str:
     return "\n".join([*(line.rstrip() for line in lines), "", quickstart_note(record)])
 
 
-def _psnr(row: dict[str, Any]) -> str:
-    return _spread(row["psnr_by_seed"], "{:.1f}") if "psnr_by_seed" in row else "-"
+def _paired(row: dict[str, Any], name: str, form: str) -> str:
+    """What compares a method with the unpruned model, which has no such entry itself."""
+    return _spread(row[f"{name}_by_seed"], form) if row["method"] != "dense" else "-"
 
 
 def _spread(values: list[float], form: str) -> str:

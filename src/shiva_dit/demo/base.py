@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from shiva_dit.core.budget import logit_normal, stratified
 from shiva_dit.demo.digits import DigitsTask
-from shiva_dit.demo.judge import Judge, JudgeTraining, train_judge
+from shiva_dit.demo.judge import Judge, JudgeTraining, shift, train_judge
 from shiva_dit.provenance import provenance, write_atomically, write_json
 from shiva_dit.training.data import ShuffledIndices, drop_captions
 from shiva_dit.training.objective import flow_matching_loss, interpolate
@@ -40,16 +41,19 @@ class BaseTraining:
     batch_size: int = 16
     """Images per step. Small: at equal cost, four times the steps with a quarter of the images
     halved the distance of the samples to real digits."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak rate of AdamW; risen to, held, then decayed linearly to 0."""
     warmup_steps: int = 60
     """Steps over which the rate rises."""
-    decay_share: float = 0.35
+    decay_share: float = 0.6
     """Share of the steps over which the rate decays, in (0, 1]."""
     ema: float = 0.997
     """Decay of the exponential moving average of the weights, which is what is kept, in [0, 1)."""
     caption_dropout: float = 0.1
     """Probability of training a sample without its caption, in [0, 1]."""
+    moved_share: float = 0.4
+    """Share of the steps, from the first, whose images are moved by up to a pixel, in [0, 1]. It
+    makes more of few images; but moved digits are no real ones, so the last word is theirs."""
     judge: JudgeTraining = field(default_factory=JudgeTraining)
     """The judge's own training."""
 
@@ -65,8 +69,9 @@ class BaseTraining:
             raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}.")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}.")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}.")
+        for name in ("caption_dropout", "moved_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, as a share of the peak."""
@@ -147,6 +152,8 @@ def _train_backbone(task: DigitsTask, config: BaseTraining) -> tuple[torch.nn.Mo
     bar = tqdm(range(config.steps), desc="digits backbone", unit="step")
     for step in bar:
         batch = task.batch(indices.take(config.batch_size), generator)
+        if step < config.moved_share * config.steps:
+            batch = dataclasses.replace(batch, latents=shift(batch.latents, generator))
         batch = drop_captions(batch, unconditional, config.caption_dropout, generator)
         t = logit_normal(stratified(config.batch_size, generator))
         noise = torch.randn(batch.latents.shape, generator=generator)

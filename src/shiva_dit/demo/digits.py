@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from shiva_dit.demo.captions import CaptionEncoder
-from shiva_dit.demo.judge import Judge, shift
+from shiva_dit.demo.judge import Judge
 from shiva_dit.training.data import Batch
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -122,10 +122,11 @@ class DigitsTask:
         return self.conditioning([self.caption(label) for label in range(self.num_classes)])
 
     def batch(self, indices: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-        """Training images by index, each moved by up to one pixel, with their captions."""
+        """Training images by index, as they are, with their captions."""
+        del generator
         labels = self.labels[indices]
         conditioning = {name: value[labels] for name, value in self._class_conditioning.items()}
-        return Batch(latents=shift(self.images[indices], generator), conditioning=conditioning)
+        return Batch(latents=self.images[indices], conditioning=conditioning)
 
     def unconditional(self) -> dict[str, Tensor]:
         """Conditioning of the empty caption."""

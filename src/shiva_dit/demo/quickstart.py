@@ -24,7 +24,7 @@ from shiva_dit.demo.contest import (
 )
 from shiva_dit.demo.digits import DigitsTask
 from shiva_dit.demo.picture import draw_quickstart
-from shiva_dit.demo.scoring import NUM_STEPS, frechet_floor
+from shiva_dit.demo.scoring import NUM_STEPS, distance_between, frechet_floor
 from shiva_dit.metrics import psnr
 from shiva_dit.provenance import provenance, write_json
 from shiva_dit.report import plain_table
@@ -37,6 +37,7 @@ class Quickstart:
     def __init__(self, config: QuickstartConfig) -> None:
         self.config = config
         self.task = DigitsTask()
+        self.judge = load_judge(self.task)
         self.outcomes: dict[str, list[Outcome]] = {}
 
     @property
@@ -87,7 +88,7 @@ class Quickstart:
             "what": f"quickstart-keep{round(100 * self.config.keep_ratio)}",
             "config": to_dict(self.config),
             "keep_ratio_executed": self.outcomes["shiva"][0].keep_ratio,
-            "frechet_floor": frechet_floor(self.task, load_judge(self.task), self.config.count),
+            "frechet_floor": frechet_floor(self.task, self.judge, self.config.count),
             "rows": rows,
             "provenance": provenance(),
         }
@@ -120,8 +121,11 @@ class Quickstart:
             "sample_cpu_s": [o.score.cpu_s for o in outcomes],
         }
         if method != "dense":
-            pairs = zip(outcomes, self.outcomes["dense"], strict=True)
+            pairs = list(zip(outcomes, self.outcomes["dense"], strict=True))
             measured["psnr"] = [psnr(ours.images, dense.images) for ours, dense in pairs]
+            measured["frechet_to_dense"] = [
+                distance_between(self.judge, ours.images, dense.images) for ours, dense in pairs
+            ]
         for name, values in measured.items():
             row[name] = statistics.fmean(values)
             row[f"{name}_by_seed"] = values

@@ -77,15 +77,24 @@ def score(
     labels = balanced_labels(len(images))
     return Score(
         correct=float((judge(images).argmax(1) == labels).double().mean()),
-        frechet=frechet_distance(judge.features(images), judge.features(task.held_out_images)),
+        frechet=distance_between(judge, images, task.held_out_images),
         cpu_s=cpu_s,
     )
+
+
+@torch.no_grad()
+def distance_between(
+    judge: Judge, images: Float[Tensor, "N C H W"], others: Float[Tensor, "M C H W"]
+) -> float:
+    """Frechet distance between two sets of images in the judge's features.
+
+    For two sets made from the same noise there is no floor: equal models have distance 0.
+    """
+    return frechet_distance(judge.features(images), judge.features(others))
 
 
 @torch.no_grad()
 def frechet_floor(task: DigitsTask, judge: Judge, count: int, *, seed: int = 0) -> float:
     """Frechet distance of `count` real training digits to the held-out ones: the floor."""
     picked = torch.randperm(len(task), generator=torch.Generator().manual_seed(seed))[:count]
-    return frechet_distance(
-        judge.features(task.images[picked]), judge.features(task.held_out_images)
-    )
+    return distance_between(judge, task.images[picked], task.held_out_images)
