@@ -39,8 +39,7 @@ class BaseTraining:
     steps: int = 2500
     """Optimizer steps."""
     batch_size: int = 16
-    """Images per step. Small: at equal cost, four times the steps with a quarter of the images
-    halved the distance of the samples to real digits."""
+    """Images per step. Small: at equal cost, more steps with fewer images draw better digits."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW; risen to, held, then decayed linearly to 0."""
     warmup_steps: int = 60
