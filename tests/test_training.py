@@ -23,11 +23,12 @@ from shiva_dit.training.checkpoint import (
     save_checkpoint,
 )
 from shiva_dit.training.data import Batch, ShuffledIndices, drop_captions
+from shiva_dit.training.interrupt import TrainingInterrupted
 from shiva_dit.training.objective import distillation_loss, flow_matching_loss, interpolate
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import EstimatorConfig, OptimizerConfig, PolicyConfig, TrainConfig
 from shiva_dit.training.run import train
-from shiva_dit.training.trainer import Trainer, TrainingInterrupted
+from shiva_dit.training.trainer import Trainer
 from tests import tiny
 
 

@@ -119,9 +119,9 @@ def _train(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.config import load_recipe
     from shiva_dit.demo.tasks import load_task
+    from shiva_dit.training.interrupt import TrainingInterrupted
     from shiva_dit.training.recipe import TrainConfig
     from shiva_dit.training.run import train
-    from shiva_dit.training.trainer import TrainingInterrupted
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
     model, data = load_task(recipe.task)

@@ -196,25 +196,16 @@ def _ridge_prediction(
     With fewer chosen tokens than columns the k x k system of the dual form is solved instead.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _solve_ridge(x, chosen, update, ridge)
-
-
-def _solve_ridge(
-    x: Float[Tensor, "B N D"],
-    chosen: Int[Tensor, "B k"],
-    update: Float[Tensor, "B k D"],
-    ridge: float,
-) -> Float[Tensor, "B N D"]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.layer_norm(x.to(wide), x.shape[-1:])
-    design = torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)  # (B, N, D + 1)
-    seen = gather_tokens(design, chosen)  # (B, k, D + 1)
-    target = update.to(wide)
-    num_seen, num_columns = seen.shape[1:]
-    if num_seen < num_columns:
-        gram = seen @ seen.mT + ridge * torch.eye(num_seen, dtype=wide, device=x.device)
-        weights = seen.mT @ torch.cholesky_solve(target, torch.linalg.cholesky(gram))
-    else:
-        gram = seen.mT @ seen + ridge * torch.eye(num_columns, dtype=wide, device=x.device)
-        weights = torch.cholesky_solve(seen.mT @ target, torch.linalg.cholesky(gram))
-    return design @ weights
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(wide), x.shape[-1:])
+        design = torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)  # (B, N, D + 1)
+        seen = gather_tokens(design, chosen)  # (B, k, D + 1)
+        target = update.to(wide)
+        num_seen, num_columns = seen.shape[1:]
+        if num_seen < num_columns:
+            gram = seen @ seen.mT + ridge * torch.eye(num_seen, dtype=wide, device=x.device)
+            weights = seen.mT @ torch.cholesky_solve(target, torch.linalg.cholesky(gram))
+        else:
+            gram = seen.mT @ seen + ridge * torch.eye(num_columns, dtype=wide, device=x.device)
+            weights = torch.cholesky_solve(seen.mT @ target, torch.linalg.cholesky(gram))
+        return design @ weights

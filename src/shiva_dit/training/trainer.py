@@ -6,9 +6,6 @@ import copy
 import hashlib
 import json
 import math
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +30,7 @@ from shiva_dit.training.checkpoint import (
     save_checkpoint,
 )
 from shiva_dit.training.data import ShuffledIndices, TrainingData, drop_captions
+from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt, uninterrupted
 from shiva_dit.training.optimization import Optimization
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import StageName, TrainConfig
@@ -55,14 +53,6 @@ class Trained:
     """PEFT's settings, where these are a LoRA's."""
     adapter: ShivaAdapter | None
     """Ours only."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, after the step in hand was finished and everything saved in `checkpoint`."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"interrupted; saved in {checkpoint}")
-        self.checkpoint = checkpoint
 
 
 class Trainer:
@@ -173,7 +163,7 @@ class Trainer:
             disable=not show_progress,
             position=position,
         )
-        with bar, self._log() as log, _deferred_interrupt() as interrupted:
+        with bar, self._log() as log, deferred_interrupt() as interrupted:
             while self.step < total:
                 stage = self.config.stage_at(self.step)[0]
                 values = self.train_step()
@@ -273,7 +263,7 @@ class Trainer:
             "budget": self.budget.state_dict(),
             "data": self._data(),
         }
-        with _uninterrupted():
+        with uninterrupted():
             self.last_good = save_checkpoint(
                 self.checkpoints, self.step, Checkpoint(tensors, state)
             )
@@ -320,40 +310,6 @@ class Trainer:
                 f"{path} was made with other values of {', '.join(changed)}: resume with the same "
                 "recipe, or train into another folder (out=...)."
             )
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[list[int]]:
-    """Within: the first Ctrl-C fills the list instead of breaking into the middle of a step."""
-    interrupted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # only the main thread receives signals
-        return
-
-    def remember(number: int, frame: object) -> None:
-        del frame
-        interrupted.append(number)
-        signal.signal(signal.SIGINT, before)
-        tqdm.write("Finishing this step and saving; Ctrl-C again stops without.", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Within: Ctrl-C does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
