@@ -731,12 +731,16 @@ def test_a_callers_own_checkpointing_function_is_used_and_given_back() -> None:
 
 
 @kinds
-def test_gates_change_no_value(kind: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gates_change_no_value(kind: str, estimator: str, dtype: torch.dtype) -> None:
     """A gated forward without noise is the pruned forward of inference, bit by bit."""
-    training = Training(kind, "residual")
+    training = Training(kind, estimator)
+    training.model.to(dtype)
     attachment = training.attach()
     bins = attachment.table(tiny.NUM_TOKENS).counts
     gates = training.gates
+    arguments = {name: value.to(dtype) for name, value in tiny.inputs(t=TIMES[1]).items()}
 
     def quiet(block: int) -> SelectionGates:
         made = gates(block)
@@ -744,8 +748,9 @@ def test_gates_change_no_value(kind: str) -> None:
         return made
 
     with attachment.gated(GatedForward(counts=bins[1], gates=quiet)):
-        gated = training.model(**tiny.inputs(t=TIMES[1])).sample
-    assert torch.equal(gated, tiny.run(training.model, tiny.inputs(t=TIMES[1])))
+        gated = training.model(**arguments).sample
+    assert gated.dtype == dtype
+    assert torch.equal(gated, tiny.run(training.model, arguments))
 
 
 def test_a_block_that_keeps_all_its_tokens_is_judged_too() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter
@@ -26,7 +27,7 @@ from shiva_dit.demo.base import (
     train_base,
 )
 from shiva_dit.demo.captions import CaptionEncoder
-from shiva_dit.demo.contest import flops_per_image, sampler_times
+from shiva_dit.demo.contest import CONTROLS, NAMES, flops_per_image, sampler_times
 from shiva_dit.demo.digits import MAX_WORDS, DigitsTask
 from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.maps import kept_maps
@@ -141,6 +142,28 @@ def test_quickstart_writes_picture_record_and_table(
     assert "Floor of that to real (20 real training digits)" in printed
     assert rows["shiva"]["frechet_to_dense"] > 0
     assert "frechet_to_dense" not in rows["dense"]
+
+
+@pytest.mark.slow
+def test_all_controls_are_compared_at_equal_flops(tmp_path: Path) -> None:
+    arguments = ["quickstart", "--all-controls", "--seeds", "2", "--seed", "3", "--keep", "0.5"]
+    assert main([*arguments, "--count", "20", "--out", str(tmp_path), *SHORT]) == 0
+    record = json.loads((tmp_path / "quickstart.json").read_text())
+    rows = {row["method"]: row for row in record["rows"]}
+    assert list(rows) == list(NAMES)
+    assert record["config"]["seeds"] == [3, 4]
+    dense, ours = rows["dense"]["flops"], rows["shiva"]["flops"]
+    for method in ("random", "random_tuned", "centre_tuned", "fixed_map_tuned", "norm_tuned"):
+        # The routers are what ours costs more.
+        assert 0.9 * ours < rows[method]["flops"] < ours
+    assert rows["dense_tuned"]["flops"] == dense
+    # Whole steps of the twelve: half a step away at most.
+    assert abs(rows["fewer_steps"]["flops"] - ours) <= dense / 12 / 2
+    for method, row in rows.items():
+        assert len(row["frechet_by_seed"]) == 2
+        assert (row["train_cpu_s"] > 0) == (method in CONTROLS or method == "shiva")
+    with Image.open(tmp_path / "quickstart.png") as picture:
+        assert picture.size == (1320, 1545)
 
 
 def test_train_command_saves_refuses_and_resumes(
@@ -273,6 +296,7 @@ def test_train_command_explains_wrong_input(
 def test_tables_agree_with_their_records(document: str) -> None:
     path = ROOT / document if document == "README.md" else ROOT / "docs" / document
     text = path.read_text(encoding="utf-8")
+    assert text.count("<!-- table ") == {"README.md": 1, "results.md": 4}.get(document, 0)
     assert render(text, path.parent) == text
 
 

@@ -436,6 +436,30 @@ def test_a_plan_carries_gradients_of_tokens_and_budget_to_the_policy(tmp_path: P
     assert plan.mean_keep_ratio == 0.5
 
 
+def test_the_budget_brings_the_executed_integers_to_the_target(tmp_path: Path) -> None:
+    """A closed loop over what is run: with 9 tokens, rounding moves a ratio by up to 0.06."""
+    config = recipe(tmp_path, keep_ratio=0.4)
+    plans = planner(config)
+    plans.num_tokens = 9
+    with torch.no_grad():
+        plans.policy.anchor.fill_(2.0)  # 0.88 of the tokens
+        plans.policy.layer_branch[-1].weight.normal_(
+            std=0.1, generator=torch.Generator().manual_seed(1)
+        )
+    optimizer = torch.optim.Adam(plans.policy.parameters(), lr=1e-4)  # the paper's
+    generator = torch.Generator().manual_seed(0)
+    executed = []
+    for _ in range(240):
+        plan = plans.step("joint", generator)
+        executed.append(plan.mean_keep_ratio)
+        optimizer.zero_grad()
+        plan.backward_policy()
+        optimizer.step()
+    assert executed[0] > 0.8
+    # Counts of 8 bins and 3 blocks: one token more or less is 1 / (9 * 24) = 0.0046.
+    assert max(abs(mean - 0.4) for mean in executed[-20:]) < 0.0047
+
+
 def test_a_learned_policy_refuses_times_that_the_budget_does_not_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="time_sampling"):
         recipe(tmp_path, time_sampling="logit_normal")
