@@ -55,7 +55,8 @@ def draw_quickstart(
 
 def _draw_rows(figure: SubFigure, rows: Mapping[str, tuple[Tensor, str]]) -> None:
     axes = figure.subplots(len(rows), 11, squeeze=False, width_ratios=[3.4] + [1] * 10)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.02, wspace=0.06, hspace=0.08)
+    top = 1.0 - 0.45 / (0.95 * len(rows) + 0.5)  # room for the title, however many rows
+    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=0.02, wspace=0.06, hspace=0.08)
     for line, (name, (images, caption)) in zip(axes, rows.items(), strict=True):
         line[0].text(0.0, 0.62, name, fontsize=11, weight="bold", va="center")
         line[0].text(0.0, 0.26, caption, fontsize=9, va="center", color="0.3")
