@@ -302,6 +302,19 @@ def test_the_anchor_is_the_targets_logit():
     )
 
 
+def test_the_condition_is_the_same_under_autocast():
+    """Training may run under autocast, inference does not."""
+    router = ShivaRouter(16, 12, 10, num_blocks=4, num_groups=2, hidden=8)
+    generator = torch.Generator().manual_seed(0)
+    time = torch.randn(3, 12, generator=generator)
+    context = torch.randn(3, 10, generator=generator)
+    expected = router.condition(time, context, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = router.condition(time, context, 2)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_scores_stay_in_float32_under_autocast():
     router = ShivaRouter(32, 16, 12, num_blocks=4, num_groups=2, hidden=8)
     generator = torch.Generator().manual_seed(0)

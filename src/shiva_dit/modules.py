@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from shiva_dit.core.schedule import Schedule, ratios_from_logits
 
 LAYER_DIM = 64
 POLICY_HIDDEN = 256
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within: products in the dtype of their arguments. The meta device knows no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class TokenScorer(nn.Module):
@@ -49,7 +57,7 @@ class TokenScorer(nn.Module):
         layer: Float[Tensor, " Dl"],
     ) -> Float[Tensor, "B H"]:
         """The context term h (Eq. 8), in float32 also under autocast: inference has none."""
-        with torch.autocast(time.device.type, enabled=False):
+        with without_autocast(time.device):
             h = self.project_time(self._normalize(time).float())
             h = h + self.project_context(self._normalize(context).float())
             return h + self.project_layer(layer)
