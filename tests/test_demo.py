@@ -80,6 +80,7 @@ def test_the_shipped_backbone_draws_digits_that_the_judge_reads(task: DigitsTask
     assert score(task, load_judge(task), images).correct >= 0.9
 
 
+@pytest.mark.slow
 def test_the_shipped_adapter_fits_the_shipped_backbone(task: DigitsTask) -> None:
     backbone = load_backbone(task)
     dense, _ = sample(task, backbone, 40, seed=0, guidance=1.5)
@@ -228,6 +229,7 @@ def test_the_base_is_trained_from_a_seed_and_never_over_another(
     assert not (tmp_path / "d" / BACKBONE_FILE).exists()
 
 
+@pytest.mark.slow
 def test_training_the_base_lowers_its_loss(task: DigitsTask, tmp_path: Path) -> None:
     losses = {}
     for steps in (1, 30):
