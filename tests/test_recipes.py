@@ -142,7 +142,7 @@ def test_precision_is_that_of_the_models_products(tmp_path: Path, precision: Any
 # --- losses ---------------------------------------------------------------------------------
 
 
-def first_loss(out: Path, **weights: float) -> float:
+def first_loss(out: Path, **weights: Any) -> float:
     loss = LossConfig(**{"diffusion": 0.0, "distillation": 0.0, "output": 0.0, **weights})
     # Without a policy there is no budget loss.
     config = recipe(out, loss=loss, policy=PolicyConfig(adaptive=False))
@@ -158,6 +158,8 @@ def test_every_loss_counts_by_its_weight(tmp_path: Path) -> None:
     assert len(set(alone.values())) == 3
     for name, value in alone.items():
         assert first_loss(tmp_path, **{name: 2.0}) == pytest.approx(2 * value, rel=1e-5)
+        by_time = first_loss(tmp_path, **{name: 1.0, "time_weighting": "logit_normal"})
+        assert abs(by_time - value) > 1e-3 * value
     together = first_loss(tmp_path, diffusion=1.0, distillation=1.0, output=1.0)
     assert together == pytest.approx(sum(alone.values()), rel=1e-5)
 

@@ -24,7 +24,13 @@ from shiva_dit.training.checkpoint import (
 )
 from shiva_dit.training.data import Batch, ShuffledIndices, drop_captions
 from shiva_dit.training.interrupt import TrainingInterrupted
-from shiva_dit.training.objective import distillation_loss, flow_matching_loss, interpolate
+from shiva_dit.training.objective import (
+    distillation_loss,
+    flow_matching_loss,
+    interpolate,
+    logit_normal_density,
+    squared_error,
+)
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import EstimatorConfig, OptimizerConfig, PolicyConfig, TrainConfig
 from shiva_dit.training.run import train
@@ -502,6 +508,21 @@ def test_the_straight_path_and_its_velocity() -> None:
     velocity = (ahead - x) / 1e-2
     # Float32: 1e-7 relative over a step of 1e-2.
     assert flow_matching_loss(velocity, clean, noise) < 1e-8
+
+
+def test_weights_by_time_keep_the_mean_and_favour_the_middle() -> None:
+    t = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    density = logit_normal_density(t)
+    # A density: the midpoint rule over 4,000 points is good to far better than this.
+    assert density.mean().item() == pytest.approx(1.0, abs=1e-6)
+    assert density[2000] == density.max() or density[1999] == density.max()
+    ours = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    theirs = torch.zeros_like(ours)
+    weights = torch.tensor([0.0, 2.0, 1.0])
+    each = [squared_error(ours[i : i + 1], theirs[i : i + 1]).item() for i in range(3)]
+    assert squared_error(ours, theirs).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+    weighted = squared_error(ours, theirs, weights).item()
+    assert weighted == pytest.approx((2 * each[1] + each[2]) / 3, rel=1e-5)
 
 
 def test_distillation_sees_direction_not_scale() -> None:

@@ -74,11 +74,6 @@ def set_lora_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(model, state, adapter_name=PEFT_NAME)
 
 
-def lora_is_on(model: nn.Module) -> bool:
-    """Whether our LoRA takes part in the model's forward."""
-    return PEFT_NAME in _active(model)
-
-
 def refuse_fused(model: nn.Module) -> None:
     """Raise where our LoRA was fused into the weights: undoing that would not be exact.
 
@@ -185,6 +180,8 @@ class TunedBackbone:
             except BaseException:
                 self.restore()
                 raise
+            # One layer stands for all in `keep_on`, which runs before every forward.
+            self._layer = next(m for _, m in _lora_layers(model) if PEFT_NAME in m.active_adapters)
         elif weights:
             self._other = self._checked(weights)
             self._swap()
@@ -225,13 +222,15 @@ class TunedBackbone:
         Raises:
             RuntimeError: If it was unloaded.
         """
-        if self.lora is None or not self.enabled or lora_is_on(self.model):
+        if self.lora is None or not self.enabled:
             return
         if PEFT_NAME not in getattr(self.model, "peft_config", {}):
             raise RuntimeError(
                 "the adapter's LoRA was unloaded with others: call shiva_dit.apply again."
             )
-        enable_lora(self.model, True)
+        layer = self._layer
+        if layer.disable_adapters or PEFT_NAME not in layer.active_adapters:
+            enable_lora(self.model, True)
 
     def enable(self, enabled: bool) -> None:
         """Put the tuned weights on, or the model's own back.

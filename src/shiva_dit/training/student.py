@@ -52,6 +52,7 @@ class Student:
             )
         self.config, self.model, self.generator = config, model, generator
         self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
+        self._was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
         self.device = next(model.parameters()).device
         self.teacher = model
         if config.backbone == "full":
@@ -111,7 +112,7 @@ class Student:
         ):
             prediction = self.model(**arguments)[0]
         by_time = None if weights.time_weighting == "uniform" else logit_normal_density(t)
-        output = squared_error(prediction, taught)
+        output = squared_error(prediction.detach(), taught)
         loss = weights.output * squared_error(prediction, taught, by_time)
         loss = loss + weights.distillation * distillation_loss(
             [student.outputs[i] for i in self.distilled],
@@ -144,7 +145,7 @@ class Student:
             remove_lora(self.model)
         elif self.teacher is not self.model:
             self.model.load_state_dict(self.teacher.state_dict())
-        if self.config.gradient_checkpointing:
+        if self.config.gradient_checkpointing and not self._was_checkpointing:
             self.model.disable_gradient_checkpointing()
         training, flags = self._was
         self.model.train(training)
