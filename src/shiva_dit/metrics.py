@@ -28,11 +28,7 @@ def frechet_distance(features: Float[Tensor, "N F"], reference: Float[Tensor, "M
     >>> abs(round(frechet_distance(x, x + 1.0), 4))
     4.0
     """
-    if min(len(features), len(reference)) < 2:
-        raise ValueError(
-            f"a covariance needs at least 2 samples in each set, got {len(features)} and "
-            f"{len(reference)}."
-        )
+    _check_counts(features, reference)
     mean_x, cov_x = _moments(features)
     mean_y, cov_y = _moments(reference)
     # The eigenvalues of C1 C2 are those of the symmetric C1^(1/2) C2 C1^(1/2).
@@ -41,6 +37,36 @@ def frechet_distance(features: Float[Tensor, "N F"], reference: Float[Tensor, "M
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
     shift = (mean_x - mean_y).square().sum()
     return float(shift + cov_x.trace() + cov_y.trace() - 2.0 * cross)
+
+
+def kernel_distance(features: Float[Tensor, "N F"], reference: Float[Tensor, "M F"]) -> float:
+    r"""Squared maximum mean discrepancy with the cubic kernel (KID), unbiased, in float64.
+
+    .. math:: k(x, y) = (\langle x, y \rangle / F + 1)^3
+
+    Args:
+        features: Features of the images that are judged; N at least 2.
+        reference: Features of real images; M at least 2.
+
+    Returns:
+        An estimate whose expectation is 0 for equal distributions, whatever N and M; it can be
+        negative.
+
+    >>> x = torch.arange(6.0).view(3, 2)
+    >>> kernel_distance(x + 2.0, x) > kernel_distance(x + 1.0, x)
+    True
+    """
+    _check_counts(features, reference)
+    x, y = features.double(), reference.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1.0).pow(3)
+
+    def within(a: Tensor) -> Tensor:
+        values = kernel(a, a)
+        return (values.sum() - values.trace()) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2.0 * kernel(x, y).mean())
 
 
 def psnr(
@@ -64,6 +90,14 @@ def psnr(
     difference = images.double().clamp(-1, 1) - reference.double().clamp(-1, 1)
     error = float(difference.square().mean())
     return 10.0 * math.log10(data_range**2 / error) if error else math.inf
+
+
+def _check_counts(features: Tensor, reference: Tensor) -> None:
+    if min(len(features), len(reference)) < 2:
+        raise ValueError(
+            f"a distance between sets needs at least 2 samples in each set, got {len(features)} and "
+            f"{len(reference)}."
+        )
 
 
 def _moments(features: Float[Tensor, "N F"]) -> tuple[Float[Tensor, " F"], Float[Tensor, "F F"]]:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -16,24 +17,38 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from shiva_dit.core.budget import logit_normal, stratified
-from shiva_dit.demo.digits import DigitsTask
 from shiva_dit.demo.judge import Judge, JudgeTraining, shift, train_judge
+from shiva_dit.demo.task import DemoTask
 from shiva_dit.provenance import provenance, write_atomically, write_json
 from shiva_dit.training.data import ShuffledIndices, drop_captions
 from shiva_dit.training.objective import flow_matching_loss, interpolate
 
 ASSETS = Path(__file__).parent / "assets"
-BACKBONE_FILE = "digits-backbone.safetensors"
-JUDGE_FILE = "digits-judge.safetensors"
-RECORD_FILE = "digits-base.json"
 ADAPTER = ASSETS / "digits-keep40"
-"""A trained adapter for the shipped backbone, made by `recipes/digits.toml`."""
+"""A trained adapter for the shipped digits backbone, made by `recipes/digits.toml`."""
+
+
+def backbone_file(task: DemoTask) -> str:
+    """File name of a task's backbone."""
+    return f"{task.name}-backbone.safetensors"
+
+
+def judge_file(task: DemoTask) -> str:
+    """File name of a task's judge."""
+    return f"{task.name}-judge.safetensors"
+
+
+def record_file(task: DemoTask) -> str:
+    """File name of the record of how both were made."""
+    return f"{task.name}-base.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseTraining:
-    """How a demo backbone is trained from scratch (`recipes/digits-base.toml`)."""
+    """How a demo backbone is trained from scratch (`recipes/digits-base.toml`, `recipes/scenes-base.toml`)."""
 
+    task: str = "digits"
+    """"digits", "scenes" or "scenes64"."""
     seed: int = 0
     """Of initial weights, data order and noise."""
     steps: int = 2500
@@ -79,13 +94,13 @@ class BaseTraining:
         return min(1.0, rise, fall)
 
 
-def train_base(task: DigitsTask, config: BaseTraining, out: Path) -> dict[str, object]:
+def train_base(task: DemoTask, config: BaseTraining, out: Path) -> dict[str, Any]:
     """Train a backbone and a judge, and write both with the record of how they were made.
 
     Args:
         task: The task that gives data and architectures.
         config: The recipe.
-        out: Folder for the two safetensors files (fp16) and `digits-base.json`; made if needed.
+        out: Folder for the two safetensors files (fp16) and their record; made if needed.
 
     Returns:
         The record: accuracy of the judge on unseen real images, CPU seconds, configuration.
@@ -95,32 +110,27 @@ def train_base(task: DigitsTask, config: BaseTraining, out: Path) -> dict[str, o
         FloatingPointError: If the loss is not finite; nothing is written then.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for name in (BACKBONE_FILE, JUDGE_FILE, RECORD_FILE):
+    for name in (backbone_file(task), judge_file(task), record_file(task)):
         if (out / name).exists():
             raise ValueError(f"{out} holds {name} already: train into another folder.")
     start = time.process_time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         judge = task.build_judge()
-        train_judge(
-            judge,
-            task.images,
-            task.labels,
-            config.judge,
-            torch.Generator().manual_seed(config.seed),
-        )
+        generator = torch.Generator().manual_seed(config.seed)
+        train_judge(judge, task.judge_batch, task.judge_loss, config.judge, generator)
         accuracy = judge_accuracy(judge, task)
         judge_seconds = time.process_time() - start
         torch.manual_seed(config.seed)  # of its own: the judge's training must not change it
         backbone, final_loss = _train_backbone(task, config)
-    for name, module in ((BACKBONE_FILE, backbone), (JUDGE_FILE, judge)):
+    for name, module in ((backbone_file(task), backbone), (judge_file(task), judge)):
         state = {
             key: value.half().contiguous() if value.is_floating_point() else value
             for key, value in sorted(module.state_dict().items())
         }
         write_atomically(out / name, partial(save_file, state))
-    record: dict[str, object] = {
-        "what": "digits-base",
+    record: dict[str, Any] = {
+        "what": f"{task.name}-base",
         "config": config,
         "judge_accuracy_on_held_out": accuracy,
         "judge_cpu_s": judge_seconds,
@@ -129,11 +139,11 @@ def train_base(task: DigitsTask, config: BaseTraining, out: Path) -> dict[str, o
         "num_parameters": sum(p.numel() for p in backbone.parameters()),
         "provenance": provenance(),
     }
-    write_json(out / RECORD_FILE, record)
+    write_json(out / record_file(task), record)
     return record
 
 
-def _train_backbone(task: DigitsTask, config: BaseTraining) -> tuple[torch.nn.Module, float]:
+def _train_backbone(task: DemoTask, config: BaseTraining) -> tuple[torch.nn.Module, float]:
     generator = torch.Generator().manual_seed(config.seed)
     model = task.build_backbone().train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -148,7 +158,7 @@ def _train_backbone(task: DigitsTask, config: BaseTraining) -> tuple[torch.nn.Mo
     indices = ShuffledIndices(len(task), config.seed)
     unconditional = task.unconditional()
     running = 0.0
-    bar = tqdm(range(config.steps), desc="digits backbone", unit="step")
+    bar = tqdm(range(config.steps), desc=f"{task.name} backbone", unit="step")
     for step in bar:
         batch = task.batch(indices.take(config.batch_size), generator)
         if step < config.moved_share * config.steps:
@@ -178,28 +188,26 @@ def _train_backbone(task: DigitsTask, config: BaseTraining) -> tuple[torch.nn.Mo
     return average.module.eval(), running
 
 
-def judge_accuracy(judge: Judge, task: DigitsTask) -> float:
-    """Share of unseen real images that the judge gets right, in [0, 1]."""
-    with torch.no_grad():
-        return float(
-            (judge(task.held_out_images).argmax(1) == task.held_out_labels).double().mean()
-        )
+@torch.no_grad()
+def judge_accuracy(judge: Judge, task: DemoTask) -> dict[str, float]:
+    """Share of unseen real images that the judge reads right, in [0, 1], by attribute."""
+    return task.right(judge(task.held_out_images), task.held_out_labels)
 
 
-def load_backbone(task: DigitsTask, folder: Path = ASSETS) -> SD3Transformer2DModel:
+def load_backbone(task: DemoTask, folder: Path = ASSETS) -> SD3Transformer2DModel:
     """The trained backbone in float32, in evaluation mode."""
     model = task.build_backbone()
     state = {
-        name: value.float() for name, value in load_file(_asset(folder, BACKBONE_FILE)).items()
+        name: value.float() for name, value in load_file(_asset(folder, backbone_file(task))).items()
     }
     model.load_state_dict(state)
     return model.eval()
 
 
-def load_judge(task: DigitsTask, folder: Path = ASSETS) -> Judge:
+def load_judge(task: DemoTask, folder: Path = ASSETS) -> Judge:
     """The trained judge in float32, in evaluation mode."""
     judge = task.build_judge()
-    weights = load_file(_asset(folder, JUDGE_FILE))
+    weights = load_file(_asset(folder, judge_file(task)))
     state = {
         name: value.float() if value.is_floating_point() else value
         for name, value in weights.items()

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-
-FEATURE_DIM = 32
-"""Width of the features in which Frechet distances are taken."""
-
+from tqdm import tqdm
 
 class Judge(nn.Module):
     """A convolutional classifier whose penultimate layer gives the features of the distances.
 
     Args:
         channels: Image channels.
-        num_classes: Classes to tell apart.
+        num_logits: Outputs; what they mean is the task's.
+        feature_dim: Width of the features in which distances between sets of images are taken.
     """
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_logits: int, feature_dim: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
@@ -36,17 +35,17 @@ class Judge(nn.Module):
             nn.BatchNorm2d(64),
             nn.SiLU(),
             nn.Flatten(),
-            nn.LazyLinear(FEATURE_DIM),
+            nn.LazyLinear(feature_dim),
             nn.SiLU(),
         )
-        self.head = nn.Linear(FEATURE_DIM, num_classes)
+        self.head = nn.Linear(feature_dim, num_logits)
 
     def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
         """Features of images in [-1, 1]; values outside are clipped, as a viewer would."""
         return self.body(images.float().clamp(-1, 1))
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """Class logits of images in [-1, 1]."""
+        """Logits of images in [-1, 1]."""
         return self.head(self.features(images))
 
 
@@ -76,21 +75,28 @@ class JudgeTraining:
 
 def train_judge(
     judge: Judge,
-    images: Float[Tensor, "N C H W"],
-    labels: Int[Tensor, " N"],
+    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     config: JudgeTraining,
     generator: torch.Generator,
 ) -> None:
-    """Train a judge in place on real images, with shifts of one pixel and noise."""
+    """Train a judge in place on real images with noise.
+
+    Args:
+        judge: What is trained.
+        draw: Gives so many images and labels.
+        loss_of: The loss of logits and labels.
+        config: The recipe.
+        generator: Source of images and noise.
+    """
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=1e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     judge.train()
-    for _ in range(config.steps):
-        picked = torch.randint(len(images), (config.batch_size,), generator=generator)
-        batch = shift(images[picked], generator)
-        grain = config.noise * torch.rand(len(batch), 1, 1, 1, generator=generator)
-        batch = batch + grain * torch.randn(batch.shape, generator=generator)
-        loss = F.cross_entropy(judge(batch), labels[picked], label_smoothing=0.05)
+    for _ in tqdm(range(config.steps), desc="judge", unit="step"):
+        images, labels = draw(config.batch_size, generator)
+        grain = config.noise * torch.rand(len(images), 1, 1, 1, generator=generator)
+        images = images + grain * torch.randn(images.shape, generator=generator)
+        loss = loss_of(judge(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shiva_dit.demo.digits import DigitsTask, balanced_labels
 from shiva_dit.demo.judge import Judge
-from shiva_dit.metrics import frechet_distance
+from shiva_dit.demo.task import DemoTask
+from shiva_dit.metrics import frechet_distance, kernel_distance
 
 NUM_STEPS = 12
 VAE_SCALE = 8  # the stock pipeline divides by this; without an autoencoder a latent is a pixel
@@ -19,41 +20,41 @@ VAE_SCALE = 8  # the stock pipeline divides by this; without an autoencoder a la
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """What the judge says of a set of generated digits."""
+    """What the judge says of a set of generated images."""
 
-    correct: float
-    """Share that the judge reads as the digit of the caption, in [0, 1]."""
+    right: dict[str, float]
+    """Share of what the captions ask for that the judge sees, in [0, 1]; "all" and by attribute."""
     frechet: float
-    """Frechet distance to all held-out real digits in the judge's features."""
-    cpu_s: float
-    """CPU seconds of sampling."""
+    """Frechet distance to all held-out real images in the judge's features."""
+    kernel: float
+    """Kernel distance (KID) to the same."""
 
 
 def sample(
-    task: DigitsTask,
+    task: DemoTask,
     backbone: nn.Module,
     count: int,
     *,
     seed: int,
+    start: int = 0,
     num_steps: int = NUM_STEPS,
     guidance: float = 1.0,
 ) -> tuple[Float[Tensor, "N C H W"], float]:
-    """Digits 0, 1, ..., 9, 0, ... by the stock SD3 pipeline, and the CPU seconds they took.
+    """Images of the task's prompts by the stock SD3 pipeline, and the CPU seconds they took.
 
     Args:
-        task: The digits.
+        task: Gives prompts and pipeline.
         backbone: With or without an adapter attached.
         count: Number of images.
         seed: Of the initial noise: the same for every method that is compared.
+        start: First prompt.
         num_steps: Euler steps.
         guidance: Guidance scale; 1 is none, the harsher test.
     """
-    labels = balanced_labels(count).tolist()
-    conditioning = task.conditioning([task.caption(label) for label in labels])
-    noise = torch.randn(
-        count, 1, task.image_size, task.image_size, generator=torch.Generator().manual_seed(seed)
-    )
-    start = time.process_time()
+    conditioning = task.conditioning(task.prompts(start, count)[0])
+    shape = (count, task.channels, task.image_size, task.image_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    began = time.process_time()
     images = task.pipeline(backbone)(
         prompt_embeds=conditioning["encoder_hidden_states"],
         pooled_prompt_embeds=conditioning["pooled_projections"],
@@ -66,19 +67,26 @@ def sample(
         latents=noise,
         output_type="latent",
     ).images
-    return images, time.process_time() - start
+    return images, time.process_time() - began
+
+
+def sampler_times(num_steps: int) -> list[float]:
+    """The times t that the demo's sampler visits, noisiest first."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(num_steps)
+    scale = scheduler.config["num_train_timesteps"]
+    return (scheduler.timesteps / scale).tolist()
 
 
 @torch.no_grad()
-def score(
-    task: DigitsTask, judge: Judge, images: Float[Tensor, "N C H W"], cpu_s: float = 0.0
-) -> Score:
-    """The judge's verdict on images made by `sample`."""
-    labels = balanced_labels(len(images))
+def score(task: DemoTask, judge: Judge, images: Float[Tensor, "N C H W"]) -> Score:
+    """The judge's verdict on images of the first prompts, as `sample` makes them."""
+    features = judge.features(images)
+    reference = judge.features(task.held_out_images)
     return Score(
-        correct=float((judge(images).argmax(1) == labels).double().mean()),
-        frechet=distance_between(judge, images, task.held_out_images),
-        cpu_s=cpu_s,
+        right=task.right(judge.head(features), task.prompts(0, len(images))[1]),
+        frechet=frechet_distance(features, reference),
+        kernel=kernel_distance(features, reference),
     )
 
 
@@ -94,7 +102,13 @@ def distance_between(
 
 
 @torch.no_grad()
-def frechet_floor(task: DigitsTask, judge: Judge, count: int, *, seed: int = 0) -> float:
-    """Frechet distance of `count` real training digits to the held-out ones: the floor."""
-    picked = torch.randperm(len(task), generator=torch.Generator().manual_seed(seed))[:count]
-    return distance_between(judge, task.images[picked], task.held_out_images)
+def floors(task: DemoTask, judge: Judge, count: int) -> Score:
+    """What `count` real images that are not among the held-out ones would score."""
+    images, labels = task.real(count)
+    features = judge.features(images)
+    reference = judge.features(task.held_out_images)
+    return Score(
+        right=task.right(judge.head(features), labels),
+        frechet=frechet_distance(features, reference),
+        kernel=kernel_distance(features, reference),
+    )

@@ -1,23 +1,27 @@
-"""Model and data of a recipe's `task`."""
+"""The demo tasks by name."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from functools import partial
 
-from shiva_dit.demo.base import load_backbone
 from shiva_dit.demo.digits import DigitsTask
-from shiva_dit.training.data import TrainingData
+from shiva_dit.demo.scenes import ScenesTask
+from shiva_dit.demo.task import DemoTask
 
-TASKS = ("digits",)
+TASKS: dict[str, Callable[[], DemoTask]] = {
+    "digits": DigitsTask,
+    "scenes": ScenesTask,
+    "scenes64": partial(ScenesTask, 64),
+}
 
 
-def load_task(name: str) -> tuple[nn.Module, TrainingData]:
-    """The trained backbone and the training data of a task.
+def load_task(name: str) -> DemoTask:
+    """A demo task.
 
     Raises:
         ValueError: If there is no such task.
     """
-    if name != "digits":
+    if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; known: {', '.join(TASKS)}.")
-    task = DigitsTask()
-    return load_backbone(task), task
+    return TASKS[name]()
