@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, default=1, help="threads; results depend on it")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
+    add = command("compare", _compare, "train and judge many recipes side by side")
+    add("recipe", type=Path, help="such as recipes/compare-estimators-digits.toml")
+    add("--out", type=Path, help="folder to fill or to go on in; runs/<what> by default")
+    add("--workers", type=_positive, default=2, help="runs at a time")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+
     add = command("report", _report, "write the tables of documents from records")
     add("documents", nargs="+", type=Path, help="Markdown files")
     return parser
@@ -150,9 +156,20 @@ def _train_base(options: argparse.Namespace) -> int:
         config = load_recipe(BaseTraining, options.recipe, options.overrides)
     record = train_base(load_task(config.task), config, options.out)
     print(
-        f"{options.out}: judge right on {record['judge_accuracy_on_held_out']['all']:.1%} of unseen "
-        "reals"
+        f"{options.out}: judge right on {record['judge_accuracy_on_held_out']['all']:.1%} of "
+        "unseen reals"
     )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from shiva_dit.demo.compare import load_comparison, run_comparison
+    from shiva_dit.report import comparison_rows, plain_rows
+
+    comparison = load_comparison(options.recipe, options.overrides)
+    out = options.out or Path("runs") / comparison.what
+    record = run_comparison(comparison, out, workers=options.workers)
+    print(f"\n{plain_rows(comparison_rows(record))}\n\nRecord: {out / 'record.json'}")
     return 0
 
 

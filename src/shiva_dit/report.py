@@ -86,18 +86,63 @@ def quickstart_note(record: dict[str, Any]) -> str:
 
 def quickstart_table(record: dict[str, Any]) -> str:
     """The quickstart's table, as Markdown."""
-    head, *rows = quickstart_rows(record)
-    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join([*lines, "", quickstart_note(record)])
+    return f"{markdown_rows(quickstart_rows(record))}\n\n{quickstart_note(record)}"
 
 
 def plain_table(record: dict[str, Any]) -> str:
     """The quickstart's table, for a terminal."""
-    rows = quickstart_rows(record)
+    return f"{plain_rows(quickstart_rows(record))}\n\n{quickstart_note(record)}"
+
+
+def markdown_rows(rows: list[list[str]]) -> str:
+    """Header and rows as a Markdown table."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *body])
+
+
+def plain_rows(rows: list[list[str]]) -> str:
+    """Header and rows in columns, for a terminal."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*(line.rstrip() for line in lines), "", quickstart_note(record)])
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def comparison_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a comparison's table."""
+    rows = [
+        ["arm", "FLOPs", "keep", "held-out error x 1000", "distance to real",
+         "distance to unpruned", "judged right", "ink kept", "train, CPU s per step"]
+    ]  # fmt: skip
+    unpruned = record["rows"][0]
+    for row in record["rows"]:
+        first = row is unpruned
+        errors = [1000.0 * value for value in row["held_out_error_by_seed"]]
+        rows.append(
+            [
+                row["name"],
+                f"{row['flops'] / unpruned['flops']:.2f}",
+                f"{row['keep_ratio']:.3f}",
+                "-" if first else _spread(errors, "{:.2f}"),
+                _spread(row["frechet_by_seed"], "{:.2f}"),
+                "-" if first else _spread(row["frechet_to_dense_by_seed"], "{:.2f}"),
+                _spread(row["correct_by_seed"], "{:.1%}"),
+                f"{row['ink_kept']:.0%}" if "ink_kept" in row else "-",
+                f"{row['train_cpu_s'] / row['steps']:.2f}" if "steps" in row else "-",
+            ]
+        )
+    return rows
+
+
+def comparison_table(record: dict[str, Any]) -> str:
+    """A comparison's table, as Markdown."""
+    config = record["config"]
+    note = (
+        f"{record['about']} {config['settings']['count']} images per arm and seed, "
+        f"{len(config['seeds'])} seeds (mean ± standard deviation). Floor of the distance to "
+        f"real: {record['floor']['frechet']:.2f}."
+    )
+    return f"{markdown_rows(comparison_rows(record))}\n\n{note}"
 
 
 def _paired(row: dict[str, Any], name: str, form: str) -> str:
@@ -134,6 +179,7 @@ def speed_table(record: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "comparison": comparison_table,
     "quickstart": quickstart_table,
     "speed": speed_table,
 }

@@ -198,7 +198,8 @@ def load_backbone(task: DemoTask, folder: Path = ASSETS) -> SD3Transformer2DMode
     """The trained backbone in float32, in evaluation mode."""
     model = task.build_backbone()
     state = {
-        name: value.float() for name, value in load_file(_asset(folder, backbone_file(task))).items()
+        name: value.float()
+        for name, value in load_file(_asset(folder, backbone_file(task))).items()
     }
     model.load_state_dict(state)
     return model.eval()

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+
 class Judge(nn.Module):
     """A convolutional classifier whose penultimate layer gives the features of the distances.
 

@@ -6,39 +6,32 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from shiva_dit.demo.digits import DigitsTask
-from shiva_dit.demo.scoring import sample
+from shiva_dit.demo.held_out import recorded
+from shiva_dit.demo.scoring import NUM_STEPS, sample
+from shiva_dit.demo.task import DemoTask
 from shiva_dit.models.attach import Attachment
 
 
 def kept_maps(
-    task: DigitsTask, attachment: Attachment, count: int, *, seed: int
+    task: DemoTask, attachment: Attachment, count: int, *, seed: int, num_steps: int = NUM_STEPS
 ) -> Bool[Tensor, "L T B N"]:
     """Kept tokens per block, sampler step (noisiest first), image and token.
 
     Args:
-        task: The digits.
+        task: Gives the prompts.
         attachment: What is attached to the backbone.
-        count: Images, by digit as `sample` makes them.
+        count: Images of the first prompts, as `sample` makes them.
         seed: Of the initial noise.
+        num_steps: Sampler steps.
     """
-    num_blocks = len(attachment.blocks)
-    num_tokens = (task.image_size // 2) ** 2
-    steps: list[dict[int, Tensor]] = []
-
-    def observe(block: int, chosen: Tensor) -> None:
-        if not steps or block in steps[-1]:
-            steps.append({})
-        steps[-1][block] = chosen
-
-    attachment.observer = observe
-    try:
-        sample(task, attachment.model, count, seed=seed)
-    finally:
-        attachment.observer = None
-    kept = torch.ones(num_blocks, len(steps), count, num_tokens, dtype=torch.bool)
-    for step, chosen_by_block in enumerate(steps):
-        for block, chosen in chosen_by_block.items():
-            row = torch.zeros(count, num_tokens, dtype=torch.bool)
-            kept[block, step] = row.scatter(1, chosen, True)
+    with recorded(attachment) as chosen:
+        sample(task, attachment.model, count, seed=seed, num_steps=num_steps)
+    kept = torch.ones(len(attachment.blocks), num_steps, count, task.num_tokens, dtype=torch.bool)
+    step, seen = 0, set()
+    for block, tokens in chosen:
+        if block in seen:  # the first block comes again: the next step
+            step, seen = step + 1, set()
+        seen.add(block)
+        row = torch.zeros(count, task.num_tokens, dtype=torch.bool)
+        kept[block, step] = row.scatter(1, tokens, True)
     return kept

@@ -3,32 +3,73 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shiva_dit.config import load_recipe, to_dict
-from shiva_dit.demo.base import ASSETS, load_backbone, load_judge
-from shiva_dit.demo.contest import (
-    CONTROLS,
-    NAMES,
-    Outcome,
-    QuickstartConfig,
-    run_task,
-    sample_and_judge,
-    start_worker,
-)
+from shiva_dit.demo.base import ASSETS, load_judge
+from shiva_dit.demo.contest import Contestant, Outcome, Settings, compete
 from shiva_dit.demo.digits import DigitsTask
+from shiva_dit.demo.measures import row
 from shiva_dit.demo.picture import draw_quickstart
-from shiva_dit.demo.scoring import NUM_STEPS, distance_between, frechet_floor
-from shiva_dit.metrics import psnr
+from shiva_dit.demo.pool import run_jobs
+from shiva_dit.demo.scoring import NUM_STEPS, floors
 from shiva_dit.provenance import provenance, write_json
 from shiva_dit.report import plain_table
-from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.recipe import Method, TrainConfig
+
+NAMES: dict[str, str] = {
+    "dense": "unpruned",
+    "random": "random, no training",
+    "shiva": "Shiva",
+    "random_tuned": "random + fine-tuning",
+    "centre_tuned": "fixed centre map + fine-tuning",
+    "fixed_map_tuned": "fixed learned map + fine-tuning",
+    "norm_tuned": "feature norm + fine-tuning",
+    "dense_tuned": "unpruned, fine-tuned",
+    "fewer_steps": "unpruned, fewer steps",
+}
+CONTROLS: dict[str, Method] = {
+    "random_tuned": "random",
+    "centre_tuned": "centre",
+    "fixed_map_tuned": "fixed_map",
+    "norm_tuned": "norm",
+    "dense_tuned": "dense",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuickstartConfig:
+    """One run of `shiva-dit quickstart`."""
+
+    keep_ratio: float = 0.4
+    """Mean share of tokens kept in the pruned blocks, in (0, 1)."""
+    seeds: tuple[int, ...] = (0,)
+    """Each trains and samples everything once; the table then gives mean and spread."""
+    all_controls: bool = False
+    """Also: fixed maps, feature norm, the dense model fine-tuned, fewer steps."""
+    count: int = 300
+    """Images that are judged, per method and seed."""
+    workers: int = 2
+    """Methods that run at a time, each in a process of one thread."""
+    recipe: TrainConfig = field(default_factory=TrainConfig)
+    """How the adapter and the controls are trained."""
+
+    def __post_init__(self) -> None:
+        Settings(count=self.count)
+        if not self.seeds:
+            raise ValueError("seeds must be at least 1.")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}.")
+        if self.recipe.backbone == "frozen":
+            raise ValueError(
+                "the controls are compared after fine-tuning: a frozen backbone leaves them "
+                'nothing to train. Use backbone = "full", "lora" or "dora".'
+            )
 
 
 class Quickstart:
@@ -38,6 +79,7 @@ class Quickstart:
         self.config = config
         self.task = DigitsTask()
         self.judge = load_judge(self.task)
+        self.settings = Settings(count=config.count)
         self.outcomes: dict[str, list[Outcome]] = {}
 
     @property
@@ -48,47 +90,60 @@ class Quickstart:
         return ["dense", "random", "random_tuned", "shiva"]
 
     def run(self) -> dict[str, Any]:
-        """Train, sample and judge; returns the record.
-
-        Tiny models gain little from a second thread: two processes of one thread each get more
-        done than one process of two.
-        """
+        """Train, sample and judge; returns the record."""
         config = self.config
         # The longest first, so that the processes end together.
         order = sorted(self.methods, key=lambda m: (m != "shiva", m not in CONTROLS))
         order = [method for method in order if method != "fewer_steps"]
-        tasks = [(method, seed) for seed in config.seeds for method in order]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            config.workers, context, initializer=start_worker, initargs=(context.RLock(),)
-        ) as pool:
-            found = dict(zip(tasks, pool.map(run_task, [(config, *t) for t in tasks]), strict=True))
-        for method in self.methods:
-            if method != "fewer_steps":
-                self.outcomes[method] = [found[method, seed] for seed in config.seeds]
+        keys = [(method, seed) for seed in config.seeds for method in order]
+        jobs = [(self.settings, self._contestant(method), seed) for method, seed in keys]
+        found = dict(zip(keys, run_jobs(jobs, config.workers), strict=True))
+        for method in order:
+            self.outcomes[method] = [found[method, seed] for seed in config.seeds]
         if "fewer_steps" in self.methods:
             self.outcomes["fewer_steps"] = [self._fewer_steps(seed) for seed in config.seeds]
         return self.record()
+
+    def _contestant(self, method: str) -> Contestant:
+        config = self.config
+        recipe = dataclasses.replace(
+            config.recipe, method=CONTROLS.get(method, "shiva"), keep_ratio=config.keep_ratio
+        )
+        return Contestant(
+            name=NAMES[method],
+            recipe=None if method == "dense" else recipe,
+            trained=method != "random",
+            draws_maps=method == "shiva",
+        )
 
     def _fewer_steps(self, seed: int) -> Outcome:
         """The unpruned model with as many steps as our FLOPs allow."""
         share = self._mean_flops("shiva") / self._mean_flops("dense")
         num_steps = max(1, round(NUM_STEPS * share))
-        return sample_and_judge(
-            self.config, "fewer_steps", seed, self.task, load_backbone(self.task), None, num_steps
-        )
+        contestant = Contestant(name=NAMES["fewer_steps"], num_steps=num_steps)
+        return compete((self.settings, contestant, seed))
 
     def _mean_flops(self, method: str) -> float:
         return statistics.fmean(o.flops for o in self.outcomes[method])
 
     def record(self) -> dict[str, Any]:
         """Everything that was measured, as plain data."""
-        rows = [self._row(method) for method in self.methods]
+        dense = self.outcomes["dense"]
+        rows = [
+            row(
+                method,
+                NAMES[method],
+                self.outcomes[method],
+                None if method == "dense" else dense,
+                self.judge,
+            )
+            for method in self.methods
+        ]
         return {
             "what": f"quickstart-keep{round(100 * self.config.keep_ratio)}",
             "config": to_dict(self.config),
             "keep_ratio_executed": self.outcomes["shiva"][0].keep_ratio,
-            "frechet_floor": frechet_floor(self.task, self.judge, self.config.count),
+            "frechet_floor": floors(self.task, self.judge, self.config.count).frechet,
             "rows": rows,
             "provenance": provenance(),
         }
@@ -102,34 +157,13 @@ class Quickstart:
             first = self.outcomes[method][0]
             share = first.flops / self.outcomes["dense"][0].flops
             caption = (
-                f"{share:.0%} of the FLOPs, {first.score.correct:.0%} right, "
+                f"{share:.0%} of the FLOPs, {first.score.right['all']:.0%} right, "
                 f"distance {first.score.frechet:.1f}"
             )
             rows[NAMES[method]] = (first.images[:10], caption)
         keep = self.config.keep_ratio
         title = f"Real digits as training data; {keep:.0%} of the tokens kept in blocks 2 to 6"
         draw_quickstart(path, rows, maps, title)
-
-    def _row(self, method: str) -> dict[str, Any]:
-        outcomes = self.outcomes[method]
-        row: dict[str, Any] = {"method": method, "name": NAMES[method]}
-        measured = {
-            "correct": [o.score.correct for o in outcomes],
-            "frechet": [o.score.frechet for o in outcomes],
-            "flops": [o.flops for o in outcomes],
-            "train_cpu_s": [o.train_s for o in outcomes],
-            "sample_cpu_s": [o.score.cpu_s for o in outcomes],
-        }
-        if method != "dense":
-            pairs = list(zip(outcomes, self.outcomes["dense"], strict=True))
-            measured["psnr"] = [psnr(ours.images, dense.images) for ours, dense in pairs]
-            measured["frechet_to_dense"] = [
-                distance_between(self.judge, ours.images, dense.images) for ours, dense in pairs
-            ]
-        for name, values in measured.items():
-            row[name] = statistics.fmean(values)
-            row[f"{name}_by_seed"] = values
-        return row
 
 
 OWN_KEYS = ("task", "out", "method", "seed", "keep_ratio")

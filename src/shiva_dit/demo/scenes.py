@@ -55,7 +55,8 @@ NUM_VALUES = (1 + MAX_COUNT, len(SHAPES), len(COLOURS), len(SIZES))
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenes:
     """Many scenes: what the captions say, and how chance has drawn it. Entries of absent groups
-    are -1."""
+    are -1.
+    """
 
     place: Int[Tensor, "M G"]
     count: Int[Tensor, "M G"]
@@ -143,7 +144,8 @@ class Scenes:
 
     def captions(self) -> list[str]:
         """What each scene shows: "two small red rings in the top left and a large blue square in
-        the centre"."""
+        the centre".
+        """
         return [
             " and ".join(
                 _group_caption(*values) for values in zip(*row, strict=True) if values[0] >= 0
@@ -237,9 +239,7 @@ class ScenesTask(DemoTask):
         words = ["and", *COUNTS, *SIZES, *COLOURS, *SHAPE_NAMES, *PLURALS.values()]
         words += dict.fromkeys(word for place in PLACES for word in place.split())
         self.captions = CaptionEncoder(tuple(words), MAX_WORDS)
-        self.scenes = Scenes.sample(
-            NUM_TRAINING, torch.Generator().manual_seed(0), unseen=False
-        )
+        self.scenes = Scenes.sample(NUM_TRAINING, torch.Generator().manual_seed(0), unseen=False)
         self.held_out = _half_unseen(NUM_HELD_OUT, seed=1)
         self.held_out_images, self._cover = self.held_out.render(image_size)
         self.held_out_labels = self.held_out.labels()
@@ -297,15 +297,16 @@ class ScenesTask(DemoTask):
         """Cross entropy of each attribute, mean over places (where there is something)."""
         losses = [
             F.cross_entropy(
-                values.flatten(0, 1), labels[..., i].flatten(), ignore_index=-1, label_smoothing=0.05
+                values.flatten(0, 1),
+                labels[..., i].flatten(),
+                ignore_index=-1,
+                label_smoothing=0.05,
             )
             for i, values in enumerate(self._attributes(logits))
         ]
         return torch.stack(losses).sum()
 
-    def right(
-        self, logits: Float[Tensor, "B K"], labels: Int[Tensor, "B 5 4"]
-    ) -> dict[str, float]:
+    def right(self, logits: Float[Tensor, "B K"], labels: Int[Tensor, "B 5 4"]) -> dict[str, float]:
         """Adherence by attribute, over all groups asked for; "all" is their mean.
 
         "place" is right for a group if something stands at its place, and it is counted against

@@ -89,9 +89,7 @@ class DemoTask(ABC):
         """What the judge minimises."""
 
     @abstractmethod
-    def right(
-        self, logits: Float[Tensor, "B K"], labels: Int[Tensor, "B ..."]
-    ) -> dict[str, float]:
+    def right(self, logits: Float[Tensor, "B K"], labels: Int[Tensor, "B ..."]) -> dict[str, float]:
         """Share of what was asked that the judge sees, in [0, 1], by attribute."""
 
     # --- models -----------------------------------------------------------------------------

@@ -1,0 +1,226 @@
+"""Comparisons by recipe: many ways to train and run one backbone, with seeds, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from shiva_dit.config import from_dict, to_dict, with_overrides
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.demo.base import load_judge
+from shiva_dit.demo.contest import Contestant, Outcome, Settings
+from shiva_dit.demo.held_out import HeldOut
+from shiva_dit.demo.measures import row
+from shiva_dit.demo.pool import run_jobs
+from shiva_dit.demo.scoring import Score, floors
+from shiva_dit.demo.tasks import load_task
+from shiva_dit.provenance import provenance, write_atomically, write_json
+from shiva_dit.training.recipe import TrainConfig
+
+UNPRUNED = "unpruned"
+"""Key of the model as it ships: it is always among the contestants."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One file of `recipes/compare-*.toml`."""
+
+    what: str
+    """Names the record."""
+    about: str
+    """What is asked, in a sentence."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each arm is trained and sampled once per seed."""
+    settings: Settings = field(default_factory=Settings)
+    """What is equal for all arms."""
+    recipe: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    """What the arms' recipes have in common (`TrainConfig`)."""
+    arms: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    """By key: `name`, and what the arm changes in the common recipe."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or not self.arms:
+            raise ValueError("a comparison needs at least one seed and one arm.")
+        if UNPRUNED in self.arms:
+            raise ValueError(f"{UNPRUNED!r} is always there: give the arm another key.")
+
+    def contestants(self) -> dict[str, Contestant]:
+        """All arms, the unpruned model first.
+
+        Raises:
+            ValueError: If an arm has no name or its recipe is wrong.
+        """
+        made = {UNPRUNED: Contestant(name="unpruned")}
+        for key, arm in self.arms.items():
+            if not isinstance(arm, dict) or not isinstance(arm.get("name"), str):
+                raise ValueError(f"arms.{key}: expected a table with a name.")
+            changes = {k: v for k, v in arm.items() if k != "name"}
+            recipe = from_dict(TrainConfig, merged(self.recipe, changes), f"arms.{key}")
+            made[key] = Contestant(name=arm["name"], recipe=recipe)
+        return made
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested data with the values of other nested data put over it.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
+    """A comparison's file with command-line overrides.
+
+    Raises:
+        ValueError: If the file is missing, no TOML, or wrong.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no comparison {path}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    return from_dict(Comparison, with_overrides(data, overrides), str(path))
+
+
+def run_comparison(comparison: Comparison, out: Path, *, workers: int) -> dict[str, Any]:
+    """Run what is not done yet, and write the record.
+
+    Args:
+        comparison: What to run.
+        out: Folder for one JSON file and one file of images per arm and seed, and `record.json`.
+            Arms that it holds already are not run again.
+        workers: Arms at a time, each in a process of one thread.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If the folder holds an arm that was run with other settings.
+    """
+    contestants = comparison.contestants()
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    keys = [(key, seed) for seed in comparison.seeds for key in contestants]
+    todo = []
+    for key, seed in keys:
+        if not _is_done(out, comparison.settings, contestants[key], key, seed):
+            todo.append((key, seed))
+    jobs = [(comparison.settings, contestants[key], seed) for key, seed in todo]
+    bar = tqdm(total=len(keys), initial=len(keys) - len(todo), desc=comparison.what, unit="run")
+    with bar:
+        for (key, seed), outcome in zip(todo, run_jobs(jobs, workers), strict=True):
+            _save(out, comparison.settings, contestants[key], key, seed, outcome)
+            bar.update()
+    record = _record(comparison, contestants, out)
+    record["wall_s"] = time.perf_counter() - start
+    record["runs_of_this_call"] = len(todo)
+    write_json(out / "record.json", record)
+    return record
+
+
+def _record(
+    comparison: Comparison, contestants: Mapping[str, Contestant], out: Path
+) -> dict[str, Any]:
+    task = load_task(comparison.settings.task)
+    judge = load_judge(task)
+    outcomes = {key: [_load(out, key, seed) for seed in comparison.seeds] for key in contestants}
+    rows = []
+    for key, contestant in contestants.items():
+        twins = None if key == UNPRUNED else outcomes[UNPRUNED]
+        made = row(key, contestant.name, outcomes[key], twins, judge)
+        if contestant.recipe is not None:
+            made["steps"] = contestant.recipe.total_steps
+            made["keep_ratio_asked"] = contestant.recipe.keep_ratio
+        schedules = [o.schedule for o in outcomes[key] if o.schedule is not None]
+        if schedules and contestant.recipe is not None and contestant.recipe.learns_policy:
+            made["schedules"] = [[list(r) for r in s.ratios] for s in schedules]
+        rows.append(made)
+    return {
+        "what": comparison.what,
+        "about": comparison.about,
+        "config": to_dict(comparison),
+        "floor": dataclasses.asdict(floors(task, judge, comparison.settings.count)),
+        "rows": rows,
+        "runs_at": _where_run(comparison, contestants, out),
+        "provenance": provenance(),
+    }
+
+
+def _where_run(
+    comparison: Comparison, contestants: Mapping[str, Contestant], out: Path
+) -> list[Any]:
+    """The code that the runs were made with: one entry unless the comparison was resumed."""
+    found = []
+    for key in contestants:
+        for seed in comparison.seeds:
+            plain = json.loads((out / f"{key}-{seed}.json").read_text(encoding="utf-8"))
+            code = {name: plain["provenance"][name] for name in ("commit", "dirty")}
+            if code not in found:
+                found.append(code)
+    return found
+
+
+def _identity(settings: Settings, contestant: Contestant, seed: int) -> dict[str, Any]:
+    """What decides a run: two runs with the same give the same numbers."""
+    recipe = None if contestant.recipe is None else to_dict(contestant.recipe)
+    plain = {"settings": to_dict(settings), "recipe": recipe, "seed": seed}
+    return json.loads(json.dumps(plain))
+
+
+def _is_done(out: Path, settings: Settings, contestant: Contestant, key: str, seed: int) -> bool:
+    path = out / f"{key}-{seed}.json"
+    if not path.is_file():
+        return False
+    if json.loads(path.read_text(encoding="utf-8"))["run"] != _identity(settings, contestant, seed):
+        raise ValueError(
+            f"{path} was made with other settings: remove it to run that arm again, or use "
+            "another folder (--out)."
+        )
+    return True
+
+
+def _save(
+    out: Path, settings: Settings, contestant: Contestant, key: str, seed: int, outcome: Outcome
+) -> None:
+    """The images first: a run whose JSON is there is whole."""
+    path = out / f"{key}-{seed}.safetensors"
+    write_atomically(path, lambda file: save_file({"images": outcome.images}, file))
+    plain = {
+        "run": _identity(settings, contestant, seed),
+        "provenance": provenance(),
+        "score": dataclasses.asdict(outcome.score),
+        "held_out": dataclasses.asdict(outcome.held_out),
+        "schedule": None if outcome.schedule is None else outcome.schedule.to_json(),
+        **{name: getattr(outcome, name) for name in ("flops", "sample_s", "train_s", "keep_ratio")},
+    }
+    write_json(path.with_suffix(".json"), plain)
+
+
+def _load(out: Path, key: str, seed: int) -> Outcome:
+    path = out / f"{key}-{seed}.json"
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    del plain["run"], plain["provenance"]
+    schedule = plain.pop("schedule")
+    return Outcome(
+        score=Score(**plain.pop("score")),
+        held_out=HeldOut(**plain.pop("held_out")),
+        schedule=None if schedule is None else Schedule.from_json(schedule),
+        images=load_file(path.with_suffix(".safetensors"))["images"],
+        **plain,
+    )

@@ -1,0 +1,58 @@
+"""From outcomes to rows of a record: means over seeds, and every seed's value."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from shiva_dit.demo.contest import Outcome
+from shiva_dit.demo.judge import Judge
+from shiva_dit.demo.scoring import distance_between
+from shiva_dit.metrics import psnr
+
+
+def measure(outcome: Outcome, unpruned: Outcome | None, judge: Judge) -> dict[str, float]:
+    """All numbers of one outcome.
+
+    Args:
+        outcome: What is measured.
+        unpruned: The unpruned model's, from the same noise; None if this is it.
+        judge: Gives the features of distances.
+    """
+    score = outcome.score
+    values = {
+        "correct": score.right["all"],
+        **{f"right_{name}": share for name, share in score.right.items() if name != "all"},
+        "frechet": score.frechet,
+        "kernel": score.kernel,
+        "flops": outcome.flops,
+        "keep_ratio": outcome.keep_ratio,
+        "train_cpu_s": outcome.train_s,
+        "sample_cpu_s": outcome.sample_s,
+        "held_out_error": outcome.held_out.error,
+    }
+    if outcome.held_out.ink_kept is not None:
+        values["ink_kept"] = outcome.held_out.ink_kept
+    if unpruned is not None:
+        values["psnr"] = psnr(outcome.images, unpruned.images)
+        values["frechet_to_dense"] = distance_between(judge, outcome.images, unpruned.images)
+    return values
+
+
+def row(
+    key: str,
+    name: str,
+    outcomes: Sequence[Outcome],
+    unpruned: Sequence[Outcome] | None,
+    judge: Judge,
+) -> dict[str, Any]:
+    """One contestant's row: `x` is the mean over seeds of what `x_by_seed` lists."""
+    twins = unpruned if unpruned is not None else [None] * len(outcomes)
+    by_seed = [measure(o, twin, judge) for o, twin in zip(outcomes, twins, strict=True)]
+    made: dict[str, Any] = {"method": key, "name": name}
+    for measured in by_seed[0]:
+        values = [found[measured] for found in by_seed]
+        made[measured] = statistics.fmean(values)
+        made[f"{measured}_by_seed"] = values
+    return made
