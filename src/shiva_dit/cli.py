@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=_positive, default=2, help="runs at a time")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
+    add = command("inspect", _inspect, "hold estimators against the truth: the flip test")
+    add("what", choices=["flips"], help="flips: what choosing a token does, and what is said of it")
+    add("--task", default="digits", help="demo task; for models of your own: shiva_dit.inspection")
+    add("--adapter", type=Path, help="what selects; the shipped digits adapter by default")
+    add("--random", type=float, metavar="KEEP", help="select by chance at this keep ratio instead")
+    add("--out", type=Path, default=Path("flips"), help="folder for record and plot")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")
+
     add = command("report", _report, "write the tables of documents from records")
     add("documents", nargs="+", type=Path, help="Markdown files")
     return parser
@@ -170,6 +178,16 @@ def _compare(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / comparison.what
     record = run_comparison(comparison, out, workers=options.workers)
     print(f"\n{plain_rows(comparison_rows(record))}\n\nRecord: {out / 'record.json'}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from shiva_dit.config import from_dict, with_overrides
+    from shiva_dit.demo.flips import run_flips
+    from shiva_dit.inspection import FlipConfig
+
+    config = from_dict(FlipConfig, with_overrides({}, options.overrides))
+    print(run_flips(options.task, options.adapter, options.random, config, options.out))
     return 0
 
 

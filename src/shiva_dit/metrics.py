@@ -95,7 +95,7 @@ def psnr(
 def _check_counts(features: Tensor, reference: Tensor) -> None:
     if min(len(features), len(reference)) < 2:
         raise ValueError(
-            f"a distance between sets needs at least 2 samples in each set, got {len(features)} and "
+            f"a distance needs at least 2 samples in each set, got {len(features)} and "
             f"{len(reference)}."
         )
 

@@ -145,6 +145,42 @@ def comparison_table(record: dict[str, Any]) -> str:
     return f"{markdown_rows(comparison_rows(record))}\n\n{note}"
 
 
+def flips_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a flip test's table."""
+    groups = ("all", "selected", "rejected")
+    rows = [
+        ["estimator", *groups, *(f"sign, {g}" for g in groups[1:]), "dL/dk sign", "dL/dk est/true"]
+    ]
+    for name, found in record["estimators"].items():
+        budget = record["budget"].get(name)
+        rows.append(
+            [
+                name,
+                *(_known(found[group]["spearman"], "{:+.2f}") for group in groups),
+                *(_known(found[group]["sign"], "{:.0%}") for group in groups[1:]),
+                _known(budget and budget["sign"], "{:.0%}"),
+                _known(budget and budget["median_of_estimate_over_truth"], "{:+.2f}"),
+            ]
+        )
+    return rows
+
+
+def flips_table(record: dict[str, Any]) -> str:
+    """A flip test's table, as Markdown."""
+    config = record["config"]
+    tokens = config["tokens"] or "all"
+    note = (
+        f"{record['title']}: {config['images']} samples at as many times, {tokens} tokens of each "
+        f"block flipped; loss: {config['loss']}. Rank correlations with the true effect, mean over "
+        "samples and blocks; `-`: says nothing."
+    )
+    return f"{markdown_rows(flips_rows(record))}\n\n{note}"
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
 def _paired(row: dict[str, Any], name: str, form: str) -> str:
     """What compares a method with the unpruned model, which has no such entry itself."""
     return _spread(row[f"{name}_by_seed"], form) if row["method"] != "dense" else "-"
@@ -180,6 +216,7 @@ def speed_table(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "comparison": comparison_table,
+    "flips": flips_table,
     "quickstart": quickstart_table,
     "speed": speed_table,
 }

@@ -45,7 +45,7 @@ def record_file(task: DemoTask) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseTraining:
-    """How a demo backbone is trained from scratch (`recipes/digits-base.toml`, `recipes/scenes-base.toml`)."""
+    """How a demo backbone is trained from scratch (`recipes/*-base.toml`)."""
 
     task: str = "digits"
     """"digits", "scenes" or "scenes64"."""
@@ -197,10 +197,8 @@ def judge_accuracy(judge: Judge, task: DemoTask) -> dict[str, float]:
 def load_backbone(task: DemoTask, folder: Path = ASSETS) -> SD3Transformer2DModel:
     """The trained backbone in float32, in evaluation mode."""
     model = task.build_backbone()
-    state = {
-        name: value.float()
-        for name, value in load_file(_asset(folder, backbone_file(task))).items()
-    }
+    weights = load_file(_asset(folder, backbone_file(task)))
+    state = {name: value.float() for name, value in weights.items()}
     model.load_state_dict(state)
     return model.eval()
 

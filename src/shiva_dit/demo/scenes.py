@@ -54,8 +54,9 @@ NUM_VALUES = (1 + MAX_COUNT, len(SHAPES), len(COLOURS), len(SIZES))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenes:
-    """Many scenes: what the captions say, and how chance has drawn it. Entries of absent groups
-    are -1.
+    """Many scenes: what the captions say, and how chance has drawn it.
+
+    Entries of absent groups are -1.
     """
 
     place: Int[Tensor, "M G"]
@@ -143,9 +144,7 @@ class Scenes:
         )
 
     def captions(self) -> list[str]:
-        """What each scene shows: "two small red rings in the top left and a large blue square in
-        the centre".
-        """
+        """What each scene shows: "a large red star in the centre and two small ..."."""
         return [
             " and ".join(
                 _group_caption(*values) for values in zip(*row, strict=True) if values[0] >= 0

@@ -93,13 +93,8 @@ class Attachment:
             registry = HookRegistry.check_if_exists_or_initialize(block)
             self._undo.append(partial(_unregister, block))
             registry.register_hook(hook, HOOK_NAME)
-            if gate_values:
-                for name in hook.spec.value_modules:
-                    parent, _, leaf = name.rpartition(".")
-                    owner = getattr(block, parent, None)
-                    if owner is not None:
-                        handle = getattr(owner, leaf).register_forward_hook(hook.gate_value)
-                        self._undo.append(handle.remove)
+        if gate_values:
+            self._undo += self._gate_values()
         embedder = self.model.get_submodule(self.spec.time_embedder)
         for register in (
             partial(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True),
@@ -136,6 +131,27 @@ class Attachment:
             yield
         finally:
             self._gated = None
+
+    @contextmanager
+    def values_gated(self) -> Iterator[None]:
+        """Within: value projections pass through the gates, on a model attached without them."""
+        removals = self._gate_values()
+        try:
+            yield
+        finally:
+            for remove in removals:
+                remove()
+
+    def _gate_values(self) -> list[Callable[[], None]]:
+        removals = []
+        for block, hook in zip(self.blocks, self.hooks, strict=True):
+            for name in hook.spec.value_modules:
+                parent, _, leaf = name.rpartition(".")
+                owner = getattr(block, parent, None)
+                if owner is not None:
+                    handle = getattr(owner, leaf).register_forward_hook(hook.gate_value)
+                    removals.append(handle.remove)
+        return removals
 
     def compile(self, **options: Any) -> None:
         """Compile each block by itself; `detach` takes that back too."""
