@@ -85,12 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=_positive, default=2, help="runs at a time")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
-    add = command("inspect", _inspect, "hold estimators against the truth: the flip test")
-    add("what", choices=["flips"], help="flips: what choosing a token does, and what is said of it")
+    add = command("inspect", _inspect, "hold estimators against the truth")
+    add("what", choices=["flips", "synthetic"], help="the flip test, or the paper's figure 6")
     add("--task", default="digits", help="demo task; for models of your own: shiva_dit.inspection")
     add("--adapter", type=Path, help="what selects; the shipped digits adapter by default")
     add("--random", type=float, metavar="KEEP", help="select by chance at this keep ratio instead")
-    add("--out", type=Path, default=Path("flips"), help="folder for record and plot")
+    add("--out", type=Path, help="folder for record and plot; the test's name by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")
 
     add = command("report", _report, "write the tables of documents from records")
@@ -182,12 +182,18 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    out = options.out or Path(options.what)
+    if options.what == "synthetic":
+        from shiva_dit.demo.synthetic import run_synthetic
+
+        print(run_synthetic(out))
+        return 0
     from shiva_dit.config import from_dict, with_overrides
     from shiva_dit.demo.flips import run_flips
     from shiva_dit.inspection import FlipConfig
 
     config = from_dict(FlipConfig, with_overrides({}, options.overrides))
-    print(run_flips(options.task, options.adapter, options.random, config, options.out))
+    print(run_flips(options.task, options.adapter, options.random, config, out))
     return 0
 
 

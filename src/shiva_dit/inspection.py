@@ -38,7 +38,7 @@ ESTIMATORS: dict[str, EstimatorConfig] = {
     },
 }
 """All estimators by name: "paper", and "residual" with each treatment of rejected tokens."""
-ROUTER = "router's own scores"
+ROUTER = "the scores themselves"
 """Beside the estimators: the order in which the attached selector itself puts the tokens."""
 GROUPS = ("all", "selected", "rejected")
 PLAIN = EstimatorConfig(rejected="none", kv_gate=False)

@@ -47,3 +47,23 @@ def draw_flips(record: dict[str, Any], path: Path) -> None:
     axis.set_title(record["title"], fontsize=11)
     axis.legend(loc="lower right", fontsize=9)
     save_figure(figure, path)
+
+
+def draw_synthetic(record: dict[str, Any], cosines: dict[str, list[float]], path: Path) -> None:
+    """Figure 6a by seed with its control, and the two cosines' histograms."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    for axis, what, label in (
+        (axes[0], "k", "tokens kept, k"),
+        (axes[1], "recall", "share of the 20 signal tokens kept"),
+    ):
+        control = axis.plot(record[f"control_{what}_by_step_and_seed"], color="0.7", lw=1)
+        ours = axis.plot(record[f"{what}_by_step_and_seed"], color="tab:blue", lw=1)
+        axis.legend([ours[0], control[0]], ["Eq. 7, a line per seed", "selected path alone"])
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    axes[0].axhline(20, color="black", ls=":", lw=0.8)
+    for name, values in cosines.items():
+        axes[2].hist(values, bins=40, alpha=0.6, label=name.replace("_", " "))
+    axes[2].set_xlabel("cosine of the gradients, 1,000 trials")
+    axes[2].legend(fontsize=8)
+    save_figure(figure, path)

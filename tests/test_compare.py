@@ -1,0 +1,92 @@
+"""Comparisons: arms merge into recipes, finished runs are kept, foreign ones refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shiva_dit.cli import main
+from shiva_dit.demo.compare import Comparison, load_comparison
+from shiva_dit.report import comparison_table
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("compare-*.toml"))
+FEW = ["recipe.warmup_steps=1", "recipe.policy_steps=1", "recipe.joint_steps=1", "seeds=[0]"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_arm_that_ships_is_a_whole_recipe(path: Path) -> None:
+    comparison = load_comparison(path)
+    contestants = comparison.contestants()
+    assert list(contestants) == ["unpruned", *comparison.arms]
+    assert len({c.name for c in contestants.values()}) == len(contestants)
+    recipes = [c.recipe for c in contestants.values() if c.recipe is not None]
+    assert len(set(recipes)) == len(recipes), "two arms are the same"
+    assert f"compare recipes/{path.name}" in path.read_text()
+
+
+def test_an_arm_changes_what_it_names_and_nothing_else() -> None:
+    arms = {"a": {"name": "A", "router": {"hidden": 16}}}
+    recipe = {"keep_ratio": 0.3, "router": {"noise_std": 0.1}}
+    made = Comparison(what="x", about="y", recipe=recipe, arms=arms).contestants()["a"].recipe
+    assert made is not None
+    assert (made.keep_ratio, made.router.hidden, made.router.noise_std) == (0.3, 16, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({}, "at least one seed and one arm"),
+        ({"unpruned": {"name": "x"}}, "always there"),
+        ({"a": {"keep_ratio": 0.5}}, "arms.a: expected a table with a name"),
+        ({"a": {"name": "A", "routr": {}}}, "arms.a: unknown key 'routr'"),
+    ],
+)
+def test_a_wrong_comparison_says_what_is_wrong(arms: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Comparison(what="x", about="y", arms=arms).contestants()
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(
+        """
+what = "small"
+about = "Two arms."
+[settings]
+count = 20
+[recipe]
+backbone = "full"
+batch_size = 4
+micro_batches = 2
+[arms.ours]
+name = "ours"
+[arms.random]
+name = "by chance"
+method = "random"
+"""
+    )
+    out = tmp_path / "runs"
+    command = ["compare", str(recipe), "--out", str(out), "--workers", "1", *FEW]
+    assert main(command) == 0
+    first = json.loads((out / "record.json").read_text())
+    assert [row["method"] for row in first["rows"]] == ["unpruned", "ours", "random"]
+    assert first["rows"][0]["held_out_error"] == 0.0
+    assert first["rows"][1]["held_out_error"] > 0.0
+    assert first["rows"][2]["ink_kept"] == pytest.approx(0.6, abs=0.02)
+    assert len(first["rows"][1]["schedules"][0]) == 64
+    assert "by chance" in capsys.readouterr().out
+    assert "Two arms. 20 images per arm and seed" in comparison_table(first)
+    (out / "random-0.json").unlink()
+    assert main(command) == 0
+    again = json.loads((out / "record.json").read_text())
+    assert again["runs_of_this_call"] == 1
+    timed = ("train_cpu_s", "sample_cpu_s")
+    for old, new in zip(first["rows"], again["rows"], strict=True):
+        for name in set(old) - {f"{t}{end}" for t in timed for end in ("", "_by_seed")}:
+            assert old[name] == new[name]
+    assert main([*command, "settings.count=21"]) == 2
+    assert "made with other settings" in capsys.readouterr().err
