@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.core.schedule import hand_made
 from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.modules import ShivaRouter
 from shiva_dit.training import student
 from shiva_dit.training.checkpoint import (
     Checkpoint,
@@ -23,6 +26,7 @@ from shiva_dit.training.recipe import (
     OptimizerConfig,
     PolicyConfig,
     RouterConfig,
+    ShapeConfig,
     TrainConfig,
 )
 from shiva_dit.training.trainer import Trainer
@@ -293,3 +297,70 @@ def test_the_bar_tells_loss_ratio_and_distillation_error(
     assert "6/6" in shown
     for pattern in (r"stage=joint", r"loss=\d+\.\d{3}", r"keep=0\.\d{3}", r"distill=\d+\.\d{4}"):
         assert re.search(pattern, shown)
+
+
+# --- schedules by hand, routers that read less ------------------------------------------------
+
+
+def test_a_fixed_schedule_by_hand_is_what_trains_and_what_is_saved(tmp_path: Path) -> None:
+    shape = ShapeConfig(depth=-1.5, time=2.0)
+    policy = PolicyConfig(adaptive=False, shape=shape, num_bins=8)
+    config = recipe(tmp_path, policy=policy, batch_size=8, micro_batches=4)
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    wanted = hand_made(
+        config.keep_ratio, depth=-1.5, time=2.0, form="linear", num_blocks=4, num_bins=8
+    )
+    table = wanted.for_tokens(64)
+    assert len(set(table.counts)) > 4
+    for _ in range(20):
+        for part in trainer.planner.step("joint", trainer.generator).parts:
+            assert part.counts in {table.row(t) for t in part.t.tolist()}
+            assert part.soft_k == [float(k) for k in part.counts]
+    adapter = trainer.run(show_progress=False).adapter
+    assert adapter is not None
+    assert adapter.schedule == wanted
+    assert adapter.schedule.mean_keep_ratio == pytest.approx(config.keep_ratio, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["linear", "step"])
+def test_schedules_by_hand_lean_as_asked_and_keep_the_mean(form: Any) -> None:
+    early = hand_made(0.3, depth=-2.0, time=0.0, form=form, num_blocks=7, num_bins=4)
+    noisy = hand_made(0.3, depth=0.0, time=2.0, form=form, num_blocks=7, num_bins=4)
+    for made in (early, noisy):
+        assert made.mean_keep_ratio == pytest.approx(0.3, abs=1e-9)
+        assert all(row[0] == 1.0 for row in made.ratios)
+    assert early.ratios[0] == early.ratios[3]
+    assert early.ratios[0][1] > 2 * early.ratios[0][6]
+    assert noisy.ratios[3][1] > 2 * noisy.ratios[0][1]
+    assert len({*early.ratios[0][1:]}) == (6 if form == "linear" else 2)
+
+
+@pytest.mark.parametrize("left_out", ["time", "context", "layer"])
+def test_a_router_does_not_see_what_it_is_not_given(tmp_path: Path, left_out: str) -> None:
+    inputs: Any = tuple(name for name in ("time", "context", "layer") if name != left_out)
+    config = recipe(tmp_path, router=RouterConfig(inputs=inputs))
+    trained = Trainer(config, tiny.sd3(), TinyData()).run(show_progress=False).adapter
+    assert trained is not None
+    trained.save_pretrained(tmp_path / "adapter")
+    router = ShivaAdapter.from_pretrained(tmp_path / "adapter").router
+    tiny.randomize(router, seed=0, std=1.0)
+    generator = torch.Generator().manual_seed(0)
+    time = torch.randn(2, 32, generator=generator)
+    context = torch.randn(2, tiny.POOLED_DIM, generator=generator)
+    plain = router.condition(time, context, 2)
+    changed = {
+        "time": router.condition(-time, context, 2),
+        "context": router.condition(time, -context, 2),
+        "layer": router.condition(time, context, 3),  # the same group's other block
+    }
+    for name, found in changed.items():
+        assert torch.equal(found, plain) == (name == left_out)
+
+
+def test_what_does_not_fit_together_is_named() -> None:
+    with pytest.raises(ValueError, match=r"set policy\.adaptive = false"):
+        PolicyConfig(shape=ShapeConfig(depth=1.0))
+    with pytest.raises(ValueError, match=r"depth and time must lie in \[-20, 20\]"):
+        ShapeConfig(time=float("nan"))
+    with pytest.raises(ValueError, match="must be among time, context, layer, got text"):
+        ShivaRouter(8, 8, 8, 2, 1, inputs=("text",))

@@ -18,7 +18,7 @@ from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models.families import model_spec
-from shiva_dit.modules import AdaptiveRatioPolicy, ShivaRouter
+from shiva_dit.modules import ROUTER_INPUTS, AdaptiveRatioPolicy, ShivaRouter
 from shiva_dit.provenance import file_digest, write_atomically, write_json
 
 FORMAT_VERSION = 1
@@ -53,6 +53,8 @@ class ShivaConfig:
     """d', width of the routers."""
     normalize_inputs: bool = True
     """Whether the router layer-normalises its inputs."""
+    router_inputs: tuple[str, ...] = ROUTER_INPUTS
+    """What the router reads beside the token: "time", "context", "layer"."""
     full_blocks: tuple[int, ...] = (0,)
     """Blocks that are never pruned."""
     keep_ratio: float = 0.6
@@ -128,6 +130,7 @@ class ShivaAdapter(nn.Module):
             config.num_groups,
             config.hidden,
             config.normalize_inputs,
+            config.router_inputs,
         )
         self.policy = AdaptiveRatioPolicy(config.num_blocks, config.keep_ratio, config.full_blocks)
         self.schedule = schedule or Schedule.uniform(

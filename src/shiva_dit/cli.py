@@ -86,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
     add = command("inspect", _inspect, "hold estimators against the truth")
-    add("what", choices=["flips", "synthetic"], help="the flip test, or the paper's figure 6")
+    add(
+        "what",
+        choices=["flips", "captions", "synthetic"],
+        help="the flip test; whether tokens follow the caption; the paper's figure 6",
+    )
     add("--task", default="digits", help="demo task; for models of your own: shiva_dit.inspection")
     add("--adapter", type=Path, help="what selects; the shipped digits adapter by default")
     add("--random", type=float, metavar="KEEP", help="select by chance at this keep ratio instead")
@@ -187,6 +191,11 @@ def _inspect(options: argparse.Namespace) -> int:
         from shiva_dit.demo.synthetic import run_synthetic
 
         print(run_synthetic(out))
+        return 0
+    if options.what == "captions":
+        from shiva_dit.demo.caption_swap import run_caption_swap
+
+        print(run_caption_swap(options.task, options.adapter, out))
         return 0
     from shiva_dit.config import from_dict, with_overrides
     from shiva_dit.demo.flips import run_flips

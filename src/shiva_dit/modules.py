@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from shiva_dit.core.schedule import Schedule, ratios_from_logits
 
 LAYER_DIM = 64
+ROUTER_INPUTS: tuple[str, ...] = ("time", "context", "layer")
+"""What a router may read beside its token (Eq. 8)."""
 POLICY_HIDDEN = 256
 
 
@@ -35,17 +37,25 @@ class TokenScorer(nn.Module):
         context_dim: Width of the pooled text or class embedding.
         hidden: d'.
         normalize_inputs: Layer-normalise tokens, time and context first.
+        inputs: Which of `ROUTER_INPUTS` are read.
     """
 
     def __init__(
-        self, width: int, time_dim: int, context_dim: int, hidden: int, normalize_inputs: bool
+        self,
+        width: int,
+        time_dim: int,
+        context_dim: int,
+        hidden: int,
+        normalize_inputs: bool,
+        inputs: Collection[str] = ROUTER_INPUTS,
     ) -> None:
         super().__init__()
         self.normalize_inputs = normalize_inputs
+        self.hidden = hidden
         self.project_tokens = nn.Linear(width, hidden)
-        self.project_time = nn.Linear(time_dim, hidden)
-        self.project_context = nn.Linear(context_dim, hidden)
-        self.project_layer = nn.Linear(LAYER_DIM, hidden)
+        self.project_time = nn.Linear(time_dim, hidden) if "time" in inputs else None
+        self.project_context = nn.Linear(context_dim, hidden) if "context" in inputs else None
+        self.project_layer = nn.Linear(LAYER_DIM, hidden) if "layer" in inputs else None
         self.score_norm = nn.LayerNorm(hidden)
         # No bias: it would move all scores alike, and the selection not at all.
         self.score = nn.Linear(hidden, 1, bias=False)
@@ -58,9 +68,12 @@ class TokenScorer(nn.Module):
     ) -> Float[Tensor, "B H"]:
         """The context term h (Eq. 8), in float32 also under autocast: inference has none."""
         with without_autocast(time.device):
-            h = self.project_time(self._normalize(time).float())
-            h = h + self.project_context(self._normalize(context).float())
-            return h + self.project_layer(layer)
+            h = layer.new_zeros(len(time), self.hidden)
+            if self.project_time is not None:
+                h = h + self.project_time(self._normalize(time).float())
+            if self.project_context is not None:
+                h = h + self.project_context(self._normalize(context).float())
+            return h if self.project_layer is None else h + self.project_layer(layer)
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"]
@@ -97,9 +110,10 @@ class ShivaRouter(nn.Module):
         hidden: d'.
         normalize_inputs: Layer-normalise x, t and c first (without parameters). Tokens of deep
             blocks differ in size by orders of magnitude; Eq. 9 has no such norm.
+        inputs: Which of "time", "context" and "layer" are read beside the token; all in Eq. 8.
 
     Raises:
-        ValueError: If G does not divide L.
+        ValueError: If G does not divide L, or an input is unknown.
     """
 
     def __init__(
@@ -111,8 +125,13 @@ class ShivaRouter(nn.Module):
         num_groups: int,
         hidden: int = 64,
         normalize_inputs: bool = True,
+        inputs: Collection[str] = ROUTER_INPUTS,
     ) -> None:
         super().__init__()
+        if not set(inputs) <= set(ROUTER_INPUTS):
+            raise ValueError(
+                f"router inputs must be among {', '.join(ROUTER_INPUTS)}, got {', '.join(inputs)}."
+            )
         if not 1 <= num_groups <= num_blocks or num_blocks % num_groups:
             divisors = [g for g in range(1, num_blocks + 1) if num_blocks % g == 0]
             raise ValueError(
@@ -123,7 +142,7 @@ class ShivaRouter(nn.Module):
         self.hidden = hidden
         self.normalize_inputs = normalize_inputs
         self.groups = nn.ModuleList(
-            TokenScorer(width, time_dim, context_dim, hidden, normalize_inputs)
+            TokenScorer(width, time_dim, context_dim, hidden, normalize_inputs, inputs)
             for _ in range(num_groups)
         )
         self.layer_embedding = nn.Embedding(num_blocks, LAYER_DIM)

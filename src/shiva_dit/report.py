@@ -177,6 +177,31 @@ def flips_table(record: dict[str, Any]) -> str:
     return f"{markdown_rows(flips_rows(record))}\n\n{note}"
 
 
+def caption_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of the caption ablation: share of ink kept, mean over pruned blocks."""
+    names = {
+        "true": "own caption",
+        "empty": "no caption",
+        "swapped": "another image's caption",
+        "chance": "any token",
+    }
+    times = list(record["shares"]["true"])
+    rows = [["share of ink tokens kept", *(f"t = {t}" for t in times)]]
+    for kind, name in names.items():
+        found = record["shares"][kind]
+        rows.append([name, *(f"{sum(found[t]) / len(found[t]):.0%}" for t in times)])
+    return rows
+
+
+def caption_table(record: dict[str, Any]) -> str:
+    """The caption ablation's table, as Markdown."""
+    return (
+        f"{markdown_rows(caption_rows(record))}\n\n{record['count']} held-out images; ink is "
+        f"{record['ink']:.0%} of the tokens; mean over the pruned blocks. At t = 1 nothing of the "
+        "image is left."
+    )
+
+
 def _known(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
@@ -215,6 +240,7 @@ def speed_table(record: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "captions": caption_table,
     "comparison": comparison_table,
     "flips": flips_table,
     "quickstart": quickstart_table,

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -270,6 +271,49 @@ def anneal(start: float, end: float, progress: float) -> float:
     if min(start, end) <= 0:
         raise ValueError(f"temperatures must be positive, got {start} and {end}.")
     return start * (end / start) ** min(max(progress, 0.0), 1.0)
+
+
+def hand_made(
+    target: float,
+    *,
+    depth: float,
+    time: float,
+    form: Literal["linear", "step"],
+    num_blocks: int,
+    num_bins: int,
+    full_blocks: Sequence[int] = (0,),
+) -> Schedule:
+    r"""A schedule that is not learned: logits that rise or fall with depth and time.
+
+    .. math:: r = \sigma(a\, u_l + b\, u_t + \text{anchor})
+
+    where u goes from -1 in the first prunable block (at t = 0) to 1 in the last (at t = 1), and
+    is only its sign with "step". The anchor makes the mean the target.
+
+    Args:
+        target: Mean keep ratio over the prunable blocks, in (0, 1].
+        depth: a; positive keeps more in late blocks.
+        time: b; positive keeps more in noise.
+        form: "linear", or "step": two levels, halves of depth and time.
+        num_blocks: L.
+        num_bins: Time bins.
+        full_blocks: Blocks that are never pruned.
+
+    >>> made = hand_made(0.5, depth=-9.0, time=0.0, form="step", num_blocks=5, num_bins=1)
+    >>> [round(ratio, 2) for ratio in made.ratios[0]]
+    [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    prunable = [block for block in range(num_blocks) if block not in full_blocks]
+
+    def spread(count: int) -> torch.Tensor:
+        u = torch.linspace(-1.0, 1.0, count) if count > 1 else torch.zeros(1)
+        return u.sign() if form == "step" else u
+
+    logits = torch.zeros(num_bins, num_blocks)
+    logits[:, prunable] = depth * spread(len(prunable)) + time * spread(num_bins)[:, None]
+    return Schedule(
+        ratios=ratios_from_logits(logits, target, full_blocks), full_blocks=tuple(full_blocks)
+    )
 
 
 def ratios_from_logits(

@@ -101,27 +101,3 @@ def masks(chosen: list[tuple[int, Tensor]], num_tokens: int) -> list[Bool[Tensor
         torch.zeros(len(tokens), num_tokens, dtype=torch.bool).scatter(1, tokens, True)
         for _, tokens in chosen
     ]
-
-
-@torch.no_grad()
-def ink_kept_by_caption(
-    task: DemoTask, attachment: Attachment, times: list[float], count: int = 100
-) -> dict[str, list[list[float]]]:
-    """Share of ink tokens kept when the caption is the image's own, empty, or another image's.
-
-    At t = 1 there is no image to read: the right place can come from the caption alone.
-
-    Returns:
-        For each kind of caption, by time, the share in each pruned block, in [0, 1].
-    """
-    images = list(range(count))
-    ink = task.ink(images)
-    kinds: tuple[Captions, ...] = ("true", "empty", "swapped")
-    shares: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    for kind in kinds:
-        for t in times:
-            with recorded(attachment) as chosen:
-                attachment.model(**noisy_arguments(task, images, t, kind))
-            found = masks(chosen, ink.shape[1])
-            shares[kind].append([float(mask[ink].double().mean()) for mask in found])
-    return shares

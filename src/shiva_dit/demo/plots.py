@@ -11,6 +11,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from shiva_dit.provenance import write_atomically
 
@@ -66,4 +67,52 @@ def draw_synthetic(record: dict[str, Any], cosines: dict[str, list[float]], path
         axes[2].hist(values, bins=40, alpha=0.6, label=name.replace("_", " "))
     axes[2].set_xlabel("cosine of the gradients, 1,000 trials")
     axes[2].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_caption_swap(
+    pictures: Tensor, captions: list[str], maps: list[tuple[str, Tensor]], path: Path
+) -> None:
+    """Held-out pictures with their captions, and the share of blocks that keep each token.
+
+    Args:
+        pictures: (B, C, H, W) in [-1, 1].
+        captions: Of the pictures.
+        maps: Title and shares (B, N) in [0, 1] of each column.
+        path: The PNG.
+    """
+    rows, columns = len(pictures), 1 + len(maps)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.1 * columns, 2.3 * rows), squeeze=False, layout="constrained"
+    )
+    side = round(maps[0][1].shape[1] ** 0.5)
+    for row in range(rows):
+        image = (pictures[row].permute(1, 2, 0).clamp(-1, 1) + 1) / 2
+        axes[row, 0].imshow(image.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+        axes[row, 0].set_title(captions[row].replace(" and ", "\nand "), fontsize=6.5)
+        for axis, (title, shares) in zip(axes[row, 1:], maps, strict=True):
+            axis.imshow(shares[row].view(side, side), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(title if row == 0 else "", fontsize=7.5)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    save_figure(figure, path)
+
+
+def draw_schedule(ratios: list[list[float]], title: str, path: Path) -> None:
+    """A learned table as a heat map: keep ratio by block (from below) and time.
+
+    Args:
+        ratios: By time bin (t rising from 0) and block.
+        title: Above it.
+        path: The PNG.
+    """
+    table = np.array(ratios).T[:, ::-1]  # noisiest first, as a sampler goes
+    figure, axis = plt.subplots(figsize=(7, 0.4 * len(table) + 1.6), layout="constrained")
+    shown = axis.imshow(table, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1)
+    axis.set_yticks(range(len(table)), [f"block {i + 1}" for i in range(len(table))], fontsize=8)
+    ends = (-0.5, table.shape[1] / 2 - 0.5, table.shape[1] - 0.5)
+    axis.set_xticks(ends, ["t = 1 (noise)", "0.5", "0"])
+    axis.set_title(title, fontsize=10)
+    figure.colorbar(shown, label="keep ratio")
     save_figure(figure, path)

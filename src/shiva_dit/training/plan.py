@@ -85,6 +85,8 @@ class Planner:
             return self._mixed_times([counts] * self.config.micro_batches, generator, 1.0)
         if stage == "warmup":
             return self._warmup(generator)
+        if not self.config.learns_policy and self.config.policy.shape.time:
+            return self._fixed_in_time(generator)
         if not self.config.learns_policy:
             # Rows of a fixed schedule differ by rounding at most.
             rows = torch.randint(
@@ -145,10 +147,7 @@ class Planner:
         table = Schedule.from_ratios(ratios.tolist(), self.full_blocks).for_tokens(self.num_tokens)
         soft_mean = ratios[:, prunable].mean()
         executed = table.mean_keep_ratio + (soft_mean - soft_mean.detach())
-        times = self._times(self.config.batch_size, generator).view(num_parts, -1)
-        leaders = times.gather(
-            1, torch.randint(times.shape[1], (num_parts, 1), generator=generator)
-        )
+        times, leaders = self._led_times(generator)
         bins = torch.tensor([nearest_bin(t, num_bins) for t in leaders.flatten().tolist()])
         if self.config.shared_bin:
             jitter = torch.rand(times.shape, generator=generator)
@@ -176,6 +175,25 @@ class Planner:
             _leaf=leaf,
             _budget=self.budget.loss(executed),
         )
+
+    def _fixed_in_time(self, generator: torch.Generator) -> StepPlan:
+        """Counts of a fixed schedule that varies with time, drawn as the policy's are."""
+        times, leaders = self._led_times(generator)
+        rows = [self.fixed.row(t) for t in leaders.flatten().tolist()]
+        parts = [
+            Part(t=t, counts=row, soft_k=[float(k) for k in row])
+            for t, row in zip(times, rows, strict=True)
+        ]
+        return StepPlan(parts=parts, mean_keep_ratio=self.fixed.mean_keep_ratio)
+
+    def _led_times(
+        self, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "M b"], Float[Tensor, "M 1"]]:
+        """Times of each part in order, and the one of its samples whose bin gives its counts."""
+        num_parts = self.config.micro_batches
+        times = self._times(self.config.batch_size, generator).view(num_parts, -1)
+        picked = torch.randint(times.shape[1], (num_parts, 1), generator=generator)
+        return times, times.gather(1, picked)
 
     def _times(self, count: int, generator: torch.Generator) -> Float[Tensor, " S"]:
         strata = stratified(count, generator)

@@ -25,6 +25,8 @@ class RouterConfig:
     """d'."""
     normalize_inputs: bool = True
     """Layer-normalise what the router reads."""
+    inputs: tuple[Literal["time", "context", "layer"], ...] = ("time", "context", "layer")
+    """What the router reads beside its token (Eq. 8)."""
     noise_std: float = 0.3
     """Noise on the standardised scores in training, at least 0."""
     tau_rank: tuple[float, float] = (0.2, 0.02)
@@ -41,11 +43,30 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeConfig:
+    """A schedule by hand (`shiva_dit.core.schedule.hand_made`), where none is learned."""
+
+    depth: float = 0.0
+    """How the logit of the ratio goes with depth, from -depth in the first prunable block to
+    +depth in the last."""
+    time: float = 0.0
+    """How it goes with time, from -time at t = 0 to +time at t = 1."""
+    form: Literal["linear", "step"] = "linear"
+    """Evenly, or in two levels."""
+
+    def __post_init__(self) -> None:
+        if not (abs(self.depth) <= 20.0 and abs(self.time) <= 20.0):
+            raise ValueError("policy.shape: depth and time must lie in [-20, 20].")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyConfig:
     """How the ratio policy learns (Eq. 10-13, 29)."""
 
     adaptive: bool = True
-    """Learn the ratios; if not, every block keeps the target ratio at all times."""
+    """Learn the ratios; if not, `shape` gives them."""
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    """The fixed schedule; by default every block keeps the target ratio at all times."""
     logit_noise: float = 1.0
     """Standard deviation of the noise on the logits in the policy stage (Eq. 29)."""
     num_bins: int = 64
@@ -58,6 +79,8 @@ class PolicyConfig:
             raise ValueError(f"policy logit_noise must be at least 0, got {self.logit_noise}.")
         if self.num_bins < 1:
             raise ValueError(f"policy num_bins must be at least 1, got {self.num_bins}.")
+        if self.adaptive and self.shape != ShapeConfig():
+            raise ValueError("policy.shape is for fixed schedules: set policy.adaptive = false.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig, lora_metadata
-from shiva_dit.core.schedule import anneal
+from shiva_dit.core.schedule import anneal, hand_made
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.gates import SelectionGates
@@ -29,7 +29,7 @@ from shiva_dit.training.objective import (
     squared_error,
 )
 from shiva_dit.training.plan import Part
-from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.recipe import ShapeConfig, TrainConfig
 
 
 class Student:
@@ -57,7 +57,7 @@ class Student:
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
-        self.adapter = ShivaAdapter(_adapter_config(config, model)).to(self.device)
+        self.adapter = _adapter(config, model).to(self.device)
         if config.backbone in ("lora", "dora"):
             add_lora(model, lora_metadata(self.adapter.config))
         if config.gradient_checkpointing:
@@ -204,11 +204,29 @@ class Student:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def _adapter(config: TrainConfig, model: Any) -> ShivaAdapter:
+    made = _adapter_config(config, model)
+    shape = config.policy.shape
+    if shape == ShapeConfig():
+        return ShivaAdapter(made)
+    schedule = hand_made(
+        config.keep_ratio,
+        depth=shape.depth,
+        time=shape.time,
+        form=shape.form,
+        num_blocks=made.num_blocks,
+        num_bins=made.num_bins,
+        full_blocks=made.full_blocks,
+    )
+    return ShivaAdapter(made, schedule)
+
+
 def _adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
     options: dict[str, Any] = {
         "keep_ratio": config.keep_ratio,
         "hidden": config.router.hidden,
         "normalize_inputs": config.router.normalize_inputs,
+        "router_inputs": config.router.inputs,
         "num_bins": config.policy.num_bins,
         "backbone": config.backbone,
         "lora_rank": config.lora_rank,
