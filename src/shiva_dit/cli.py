@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", default="digits", help="demo task; for models of your own: shiva_dit.inspection")
     add("--adapter", type=Path, help="what selects; the shipped digits adapter by default")
     add("--random", type=float, metavar="KEEP", help="select by chance at this keep ratio instead")
-    add("--out", type=Path, help="folder for record and plot; the test's name by default")
+    add("--out", type=Path, help="folder for record and plot; runs/<what> by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")
 
     add = command("report", _report, "write the tables of documents from records")
@@ -186,7 +186,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    out = options.out or Path(options.what)
+    out = options.out or Path("runs") / options.what
     if options.what == "synthetic":
         from shiva_dit.demo.synthetic import run_synthetic
 

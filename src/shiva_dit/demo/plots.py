@@ -57,8 +57,13 @@ def draw_synthetic(record: dict[str, Any], cosines: dict[str, list[float]], path
         (axes[0], "k", "tokens kept, k"),
         (axes[1], "recall", "share of the 20 signal tokens kept"),
     ):
-        control = axis.plot(record[f"control_{what}_by_step_and_seed"], color="0.7", lw=1)
-        ours = axis.plot(record[f"{what}_by_step_and_seed"], color="tab:blue", lw=1)
+        control, ours = (
+            axis.plot(record["every"] * np.arange(len(values)), values, color=colour, lw=1)
+            for values, colour in (
+                (record[f"control_{what}_by_step_and_seed"], "0.7"),
+                (record[f"{what}_by_step_and_seed"], "tab:blue"),
+            )
+        )
         axis.legend([ours[0], control[0]], ["Eq. 7, a line per seed", "selected path alone"])
         axis.set_xlabel("step")
         axis.set_ylabel(label)
