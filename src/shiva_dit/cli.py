@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for record and plot; runs/<what> by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")
 
-    add = command("report", _report, "write the tables of documents from records")
+    add = command("report", _report, "write tables and plots of documents from records")
     add("documents", nargs="+", type=Path, help="Markdown files")
     return parser
 
@@ -207,6 +207,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from shiva_dit.demo.plots import draw_plots
     from shiva_dit.provenance import write_atomically
     from shiva_dit.report import render
 
@@ -214,7 +215,8 @@ def _report(options: argparse.Namespace) -> int:
         text = document.read_text(encoding="utf-8")
         made = render(text, document.parent)
         write_atomically(document, lambda path, made=made: path.write_text(made, encoding="utf-8"))
-        print(f"{document}: tables are up to date")
+        plots = draw_plots(text, document.parent)
+        print(f"{document}: tables and {len(plots)} plots are up to date")
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,7 @@ def draw_flips(record: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_synthetic(record: dict[str, Any], cosines: dict[str, list[float]], path: Path) -> None:
+def draw_synthetic(record: dict[str, Any], path: Path) -> None:
     """Figure 6a by seed with its control, and the two cosines' histograms."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for axis, what, label in (
@@ -68,8 +71,11 @@ def draw_synthetic(record: dict[str, Any], cosines: dict[str, list[float]], path
         axis.set_xlabel("step")
         axis.set_ylabel(label)
     axes[0].axhline(20, color="black", ls=":", lw=0.8)
-    for name, values in cosines.items():
-        axes[2].hist(values, bins=40, alpha=0.6, label=name.replace("_", " "))
+    for name, found in record["cosines"].items():
+        counts = found["histogram"]
+        low, high = record["histogram_range"]
+        edges = np.linspace(low, high, len(counts) + 1)
+        axes[2].stairs(counts, edges, fill=True, alpha=0.6, label=name.replace("_", " "))
     axes[2].set_xlabel("cosine of the gradients, 1,000 trials")
     axes[2].legend(fontsize=8)
     save_figure(figure, path)
@@ -121,3 +127,63 @@ def draw_schedule(ratios: list[list[float]], title: str, path: Path) -> None:
     axis.set_title(title, fontsize=10)
     figure.colorbar(shown, label="keep ratio")
     save_figure(figure, path)
+
+
+def draw_comparison(record: dict[str, Any], path: Path) -> None:
+    """A comparison's arms: held-out error and distance to real, a dot per seed, a bar the mean."""
+    rows = record["rows"]
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 0.3 * len(rows) + 1.2), sharey=True, layout="constrained"
+    )
+    panels = (
+        ("held_out_error", 1000.0, "held-out error x 1000, to the unpruned model"),
+        ("frechet", 1.0, "Frechet distance to real images"),
+    )
+    for axis, (measured, scale, label) in zip(axes, panels, strict=True):
+        for place, row in enumerate(rows):
+            values = [scale * value for value in row[f"{measured}_by_seed"]]
+            axis.barh(place, scale * row[measured], 0.7, color="0.8")
+            axis.plot(values, [place] * len(values), "o", ms=4, color="tab:blue", alpha=0.8)
+        axis.set_xlabel(label, fontsize=9)
+    axes[1].axvline(record["floor"]["frechet"], color="black", ls=":", lw=1, label="floor")
+    axes[1].legend(fontsize=8)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axes[0].invert_yaxis()
+    figure.suptitle(record["about"], fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_learned_schedules(record: dict[str, Any], path: Path) -> None:
+    """The table that the first learned arm of a comparison has in its first seed."""
+    row = next(row for row in record["rows"] if "schedules" in row)
+    draw_schedule(row["schedules"][0], f"{row['name']}, first seed", path)
+
+
+PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "comparison": draw_comparison,
+    "flips": draw_flips,
+    "schedule": draw_learned_schedules,
+    "synthetic": draw_synthetic,
+}
+_MARKER = re.compile(r"<!-- plot (?P<kind>\w+): (?P<record>\S+) -->\n!\[[^\]]*\]\((?P<file>\S+)\)")
+
+
+def draw_plots(text: str, folder: Path) -> list[Path]:
+    """Draw every plot of a document from its record.
+
+    A plot is an image under `<!-- plot KIND: RECORD -->`; paths are relative to the document.
+
+    Raises:
+        ValueError: If a kind is unknown, a record missing, or a marker has no image under it.
+    """
+    found = list(_MARKER.finditer(text))
+    if len(found) != text.count("<!-- plot "):
+        raise ValueError(f"a plot's marker in {folder} has no image on the line below it.")
+    for match in found:
+        if match["kind"] not in PLOTS:
+            raise ValueError(f"there is no plot {match['kind']!r}; known: {', '.join(PLOTS)}.")
+        record = folder / match["record"]
+        if not record.is_file():
+            raise ValueError(f"the record {record} is missing.")
+        PLOTS[match["kind"]](json.loads(record.read_text("utf-8")), folder / match["file"])
+    return [folder / match["file"] for match in found]

@@ -23,6 +23,7 @@ WARM_UP, STEPS = 100, 800
 PENALTY = 0.1
 EVERY = 5
 """Steps between the record's values."""
+NUM_HISTOGRAM_BINS, HISTOGRAM_RANGE = 60, (0.4, 1.0)
 LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -129,13 +130,19 @@ def run_synthetic(out: Path, num_seeds: int = 6) -> str:
         "control_recall_by_step_and_seed": lone_recall[::EVERY].tolist(),
         "late_recall_by_seed": recall[-200:].mean(0).tolist(),
         "cosines": {
-            name: {"mean": float(c.mean()), "std": float(c.std()), "min": float(c.min())}
+            name: {
+                "mean": float(c.mean()),
+                "std": float(c.std()),
+                "min": float(c.min()),
+                "histogram": torch.histc(c, NUM_HISTOGRAM_BINS, *HISTOGRAM_RANGE).tolist(),
+            }
             for name, c in cosines.items()
         },
         "provenance": provenance(),
     }
+    record["histogram_range"] = HISTOGRAM_RANGE
     write_json(out / "synthetic.json", record)
-    draw_synthetic(record, {name: c.tolist() for name, c in cosines.items()}, out / "synthetic.png")
+    draw_synthetic(record, out / "synthetic.png")
     late = ", ".join(f"{value:.3f}" for value in record["late_recall_by_seed"])
     lines = [
         f"k at the end, by seed:      {', '.join(f'{v:.2f}' for v in k[-1].tolist())}",
