@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest
 COMPILED := tests/test_compile.py tests/test_readme.py
 SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=,$(COMPILED))
 
-.PHONY: quickstart test check fix report install clean
+.PHONY: quickstart test check fix report results-estimators install clean
 
 quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)
 	$(BIN)/shiva-dit quickstart
@@ -28,6 +28,14 @@ check: $(STAMP)  ## What CI runs: format, lint, imports, types, all tests
 fix: $(STAMP)  ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+COMPARISONS := $(basename $(notdir $(wildcard recipes/compare-*.toml)))
+results-estimators: $(STAMP)  ## All comparisons and inspections, into runs/ (hours; goes on where it stopped)
+	for name in $(COMPARISONS); do $(BIN)/shiva-dit compare recipes/$$name.toml || exit 1; done
+	$(BIN)/shiva-dit inspect synthetic
+	$(BIN)/shiva-dit inspect flips --random 0.4 --out runs/flips-digits-random
+	$(BIN)/shiva-dit inspect flips --out runs/flips-digits-adapter
+	$(BIN)/shiva-dit inspect flips --task scenes --random 0.4 --out runs/flips-scenes-random images=16 tokens=64
 
 report: $(STAMP)  ## Write the tables of the documents from the records
 	$(BIN)/shiva-dit report README.md docs/*.md
