@@ -134,3 +134,17 @@ def test_right_counts_each_attribute_by_itself(task: ScenesTask) -> None:
 def test_more_prompts_than_there_are_is_an_error(task: ScenesTask) -> None:
     with pytest.raises(ValueError, match="have 1000 prompts, 1001 were asked for"):
         task.prompts(1, 1000)
+
+
+def test_words_know_their_phrase_and_no_other(task: ScenesTask) -> None:
+    first, second = "a red star in the centre", "two small blue rings in the top left"
+    (both, alone), pooled = task.captions([f"{first} and {second}", first])
+    size = len(task.captions.vocabulary)
+    words = len(first.split())
+    assert torch.equal(both[:words], alone[:words])
+    assert torch.equal(both[0, -size:], alone[words - 1, -size:])
+    assert not both[words, -size:].any()  # the separator belongs to none
+    assert torch.equal(both[words + 1, -size:] > 0, (both[words + 1 :, :size] > 0).any(0))
+    assert not both[len(f"{first} and {second}".split()) :].any()
+    # The pooled embedding is the bag of all words: it tells no colour from another's place.
+    assert torch.equal(pooled[0], both[:, :size].sum(0))

@@ -19,17 +19,24 @@ class CaptionEncoder:
     Args:
         vocabulary: All words that may occur.
         max_words: Longest caption, in words.
+        separator: A word that parts phrases ("and"). Where one is given, the row of a word also
+            holds the bag of words of its phrase, as a text model would let a word know its
+            context: which colour goes with which place is then read off one row.
     """
 
-    def __init__(self, vocabulary: Sequence[str], max_words: int) -> None:
+    def __init__(
+        self, vocabulary: Sequence[str], max_words: int, separator: str | None = None
+    ) -> None:
         self.vocabulary = tuple(vocabulary)
         self.max_words = max_words
+        self.separator = separator
         self._index = {word: i for i, word in enumerate(self.vocabulary)}
 
     @property
     def embed_dim(self) -> int:
-        """Width of a word's embedding: vocabulary plus places."""
-        return len(self.vocabulary) + self.max_words
+        """Width of a word's embedding: vocabulary, places, and the phrase's words if there are."""
+        phrase = 0 if self.separator is None else len(self.vocabulary)
+        return len(self.vocabulary) + self.max_words + phrase
 
     @property
     def pooled_dim(self) -> int:
@@ -60,4 +67,15 @@ class CaptionEncoder:
                     )
                 embeds[row, place, self._index[word]] = one
                 embeds[row, place, self.pooled_dim + place] = one
+            if self.separator is not None:
+                self._add_phrases(embeds[row], words)
         return embeds, embeds[..., : self.pooled_dim].sum(1)
+
+    def _add_phrases(self, rows: Float[Tensor, "T E"], words: Sequence[str]) -> None:
+        """Let the words of each phrase share the sum of their one-hots."""
+        start = 0
+        own, shared = rows[:, : self.pooled_dim], rows[:, -self.pooled_dim :]
+        for end, word in enumerate([*words, self.separator]):
+            if word == self.separator:
+                shared[start:end] = own[start:end].sum(0)
+                start = end + 1

@@ -149,7 +149,9 @@ def _record(
             made["keep_ratio_asked"] = contestant.recipe.keep_ratio
         schedules = [o.schedule for o in outcomes[key] if o.schedule is not None]
         if schedules and contestant.recipe is not None and contestant.recipe.learns_policy:
-            made["schedules"] = [[list(r) for r in s.ratios] for s in schedules]
+            made["schedules"] = [
+                [[round(ratio, 4) for ratio in bin_] for bin_ in s.ratios] for s in schedules
+            ]
         rows.append(made)
     return {
         "what": comparison.what,
@@ -176,18 +178,15 @@ def _where_run(
     return found
 
 
-def _identity(settings: Settings, contestant: Contestant, seed: int) -> dict[str, Any]:
-    """What decides a run: two runs with the same give the same numbers."""
-    recipe = None if contestant.recipe is None else to_dict(contestant.recipe)
-    plain = {"settings": to_dict(settings), "recipe": recipe, "seed": seed}
-    return json.loads(json.dumps(plain))
-
-
 def _is_done(out: Path, settings: Settings, contestant: Contestant, key: str, seed: int) -> bool:
+    """Whether a run is there; settings that it was saved without count as their defaults."""
     path = out / f"{key}-{seed}.json"
     if not path.is_file():
         return False
-    if json.loads(path.read_text(encoding="utf-8"))["run"] != _identity(settings, contestant, seed):
+    run = json.loads(path.read_text(encoding="utf-8"))["run"]
+    recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
+    same = recipe == contestant.recipe and run["seed"] == seed
+    if not same or from_dict(Settings, run["settings"], str(path)) != settings:
         raise ValueError(
             f"{path} was made with other settings: remove it to run that arm again, or use "
             "another folder (--out)."
@@ -202,7 +201,11 @@ def _save(
     path = out / f"{key}-{seed}.safetensors"
     write_atomically(path, lambda file: save_file({"images": outcome.images}, file))
     plain = {
-        "run": _identity(settings, contestant, seed),
+        "run": {
+            "settings": to_dict(settings),
+            "recipe": None if contestant.recipe is None else to_dict(contestant.recipe),
+            "seed": seed,
+        },
         "provenance": provenance(),
         "score": dataclasses.asdict(outcome.score),
         "held_out": dataclasses.asdict(outcome.held_out),

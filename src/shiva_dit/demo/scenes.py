@@ -237,7 +237,7 @@ class ScenesTask(DemoTask):
         self.name = "scenes" if image_size == 32 else f"scenes{image_size}"
         words = ["and", *COUNTS, *SIZES, *COLOURS, *SHAPE_NAMES, *PLURALS.values()]
         words += dict.fromkeys(word for place in PLACES for word in place.split())
-        self.captions = CaptionEncoder(tuple(words), MAX_WORDS)
+        self.captions = CaptionEncoder(tuple(words), MAX_WORDS, separator="and")
         self.scenes = Scenes.sample(NUM_TRAINING, torch.Generator().manual_seed(0), unseen=False)
         self.held_out = _half_unseen(NUM_HELD_OUT, seed=1)
         self.held_out_images, self._cover = self.held_out.render(image_size)
