@@ -110,25 +110,6 @@ def draw_caption_swap(
     save_figure(figure, path)
 
 
-def draw_schedule(ratios: list[list[float]], title: str, path: Path) -> None:
-    """A learned table as a heat map: keep ratio by block (from below) and time.
-
-    Args:
-        ratios: By time bin (t rising from 0) and block.
-        title: Above it.
-        path: The PNG.
-    """
-    table = np.array(ratios).T[:, ::-1]  # noisiest first, as a sampler goes
-    figure, axis = plt.subplots(figsize=(7, 0.4 * len(table) + 1.6), layout="constrained")
-    shown = axis.imshow(table, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1)
-    axis.set_yticks(range(len(table)), [f"block {i + 1}" for i in range(len(table))], fontsize=8)
-    ends = (-0.5, table.shape[1] / 2 - 0.5, table.shape[1] - 0.5)
-    axis.set_xticks(ends, ["t = 1 (noise)", "0.5", "0"])
-    axis.set_title(title, fontsize=10)
-    figure.colorbar(shown, label="keep ratio")
-    save_figure(figure, path)
-
-
 def draw_comparison(record: dict[str, Any], path: Path) -> None:
     """A comparison's arms: held-out error and distance to real, a dot per seed, a bar the mean."""
     rows = record["rows"]
@@ -153,16 +134,32 @@ def draw_comparison(record: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_learned_schedules(record: dict[str, Any], path: Path) -> None:
-    """The table that the first learned arm of a comparison has in its first seed."""
-    row = next(row for row in record["rows"] if "schedules" in row)
-    draw_schedule(row["schedules"][0], f"{row['name']}, first seed", path)
+def draw_schedules(record: dict[str, Any], path: Path) -> None:
+    """The learned tables of a comparison, first seeds: keep ratio by block and time."""
+    rows = [row for row in record["rows"] if "schedules" in row]
+    columns = min(3, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4 * columns, 2.1 * lines), squeeze=False, layout="constrained"
+    )
+    for axis, row in zip(axes.flat, rows, strict=False):
+        table = np.array(row["schedules"][0]).T[:, ::-1]  # noisiest first, as a sampler goes
+        shown = axis.imshow(table, aspect="auto", origin="lower", vmin=0, vmax=1)
+        axis.set_title(row["name"], fontsize=8)
+        axis.set_yticks(range(len(table)), range(1, len(table) + 1), fontsize=7)
+        axis.set_ylabel("block", fontsize=7)
+        axis.set_xticks([-0.5, table.shape[1] - 0.5], ["t = 1 (noise)", "0"], fontsize=7)
+        figure.colorbar(shown, ax=axis)
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    figure.suptitle("Learned keep ratios, first seed", fontsize=10)
+    save_figure(figure, path)
 
 
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "comparison": draw_comparison,
     "flips": draw_flips,
-    "schedule": draw_learned_schedules,
+    "schedules": draw_schedules,
     "synthetic": draw_synthetic,
 }
 _MARKER = re.compile(r"<!-- plot (?P<kind>\w+): (?P<record>\S+) -->\n!\[[^\]]*\]\((?P<file>\S+)\)")
