@@ -1,0 +1,34 @@
+"""Plots stand in documents by markers, and are drawn from records."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shiva_dit.demo.plots import draw_plots
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_plot_of_the_results_has_its_record_and_is_drawn(tmp_path: Path) -> None:
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    assert text.count("<!-- plot ") == 5
+    drawn = draw_plots(text.replace("../results", str(DOCS.parent / "results")), tmp_path)
+    for path in drawn:
+        with Image.open(path) as picture, Image.open(DOCS / path.name) as shipped:
+            assert picture.size == shipped.size
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- plot flips: gone.json -->\n![x](x.png)", "gone.json is missing"),
+        ("<!-- plot pies: a.json -->\n![x](x.png)", "there is no plot 'pies'; known: comparison"),
+        ("<!-- plot flips: a.json -->\n\n![x](x.png)", "has no image on the line below"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match=message):
+        draw_plots(text, tmp_path)
