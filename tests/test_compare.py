@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from shiva_dit.cli import main
-from shiva_dit.demo.compare import Comparison, load_comparison
+from shiva_dit.config import load_recipe
+from shiva_dit.demo.compare import Comparison
 from shiva_dit.report import comparison_table
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,7 @@ FEW = ["recipe.warmup_steps=1", "recipe.policy_steps=1", "recipe.joint_steps=1",
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_arm_that_ships_is_a_whole_recipe(path: Path) -> None:
-    comparison = load_comparison(path)
+    comparison = load_recipe(Comparison, path)
     contestants = comparison.contestants()
     assert list(contestants) == ["unpruned", *comparison.arms]
     assert len({c.name for c in contestants.values()}) == len(contestants)

@@ -12,7 +12,7 @@ from shiva_dit.cli import main
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.inspection import (
     ESTIMATORS,
-    ROUTER,
+    SCORES,
     FlipConfig,
     _FlipTest,
     flips,
@@ -41,7 +41,8 @@ class Samples:
         return Batch(latents=latents, conditioning={n: v[indices] for n, v in arguments.items()})
 
     def unconditional(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+        first = self.batch(torch.tensor([0]), torch.Generator()).conditioning
+        return {name: torch.zeros_like(value[0]) for name, value in first.items()}
 
 
 def attached(maps: Tensor, counts: list[int], std: float = 0.1):
@@ -74,8 +75,8 @@ def test_a_true_effect_is_what_other_counts_and_another_map_give(token_is_select
             prediction = other.model(**test.arguments, return_dict=False)[0]
         losses.append(float((prediction - test.target).square().mean()))
     wanted = losses[1] - losses[0] if token_is_selected else losses[2] - losses[1]
-    # Measured 3e-9 off, effects of 1e-5 to 1e-3.
-    assert float(effects[tokens == token]) == pytest.approx(wanted, abs=1e-7)
+    # Measured 3e-9 off (rounding of losses of 6e-3), effects of 1e-5 to 1e-4.
+    assert float(effects[tokens == token]) == pytest.approx(wanted, abs=2e-8)
     assert abs(wanted) > 1e-6
 
 
@@ -84,7 +85,7 @@ def test_where_blocks_do_little_the_residual_gate_is_nearly_exact() -> None:
     attachment = attached(maps(), COUNTS, std=0.02)
     record = flips(attachment, Samples(), FlipConfig(images=4), show_progress=False)
     found = record["estimators"]
-    assert set(found) == {*ESTIMATORS, ROUTER}
+    assert set(found) == {*ESTIMATORS, SCORES}
     # Measured 0.93 and 0.95; with weights of 0.1 they are 0.78 and 0.90. Eq. 7: -0.80, -0.34.
     assert found["teacher, KV"]["selected"]["spearman"] > 0.88
     assert found["teacher, KV"]["rejected"]["spearman"] > 0.92

@@ -62,8 +62,9 @@ def test_colours_stand_where_the_labels_put_them(task: ScenesTask) -> None:
         image, cover = task.held_out_images[index], task._cover[index]
         solid = image[:, cover > 0.95].mean(1)
         wanted = torch.tensor(list(COLOURS.values())[int(label[place, 2])])
-        assert (solid - wanted).abs().max() < 0.1
+        assert (solid - wanted).abs().max() < 0.1  # the tint is up to 0.08
         ys, xs = (cover > 0.5).nonzero().double().mean(0) / 32
+        # Objects are moved by up to 0.028; a triangle's middle and a trio's lie off the place.
         x, y = list(PLACES.values())[place]
         assert abs(float(xs) - x) < 0.07
         assert abs(float(ys) - y) < 0.07
@@ -77,7 +78,7 @@ def test_ink_is_where_the_picture_is_not_background(task: ScenesTask) -> None:
     bright = (task.held_out_images[:50] - BACKGROUND).abs().amax(1)  # (50, 32, 32)
     by_token = bright.unfold(1, 2, 2).unfold(2, 2, 2).amax((-1, -2)).flatten(1)
     assert by_token[ink].min() > 0.3
-    assert 0.05 < float(ink.double().mean()) < 0.25
+    assert 0.05 < float(ink.double().mean()) < 0.25  # measured 0.12
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -102,7 +103,7 @@ def test_pictures_of_all_sizes_show_the_same_scene() -> None:
     assert large.num_tokens == 1024
     assert large.name == "scenes64"
     shrunk = torch.nn.functional.avg_pool2d(large.held_out_images[:50], 2)
-    # Edges are smoothed over one pixel of either size.
+    # Edges are smoothed over one pixel of either size. Measured 0.002; of other scenes 0.16.
     assert (shrunk - small.held_out_images[:50]).abs().mean() < 0.01
 
 

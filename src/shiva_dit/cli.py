@@ -175,10 +175,11 @@ def _train_base(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from shiva_dit.demo.compare import load_comparison, run_comparison
+    from shiva_dit.config import load_recipe
+    from shiva_dit.demo.compare import Comparison, run_comparison
     from shiva_dit.report import comparison_rows, plain_rows
 
-    comparison = load_comparison(options.recipe, options.overrides)
+    comparison = load_recipe(Comparison, options.recipe, options.overrides)
     out = options.out or Path("runs") / comparison.what
     record = run_comparison(comparison, out, workers=options.workers)
     print(f"\n{plain_rows(comparison_rows(record))}\n\nRecord: {out / 'record.json'}")

@@ -38,7 +38,7 @@ ESTIMATORS: dict[str, EstimatorConfig] = {
     },
 }
 """All estimators by name: "paper", and "residual" with each treatment of rejected tokens."""
-ROUTER = "the scores themselves"
+SCORES = "the scores themselves"
 """Beside the estimators: the order in which the attached selector itself puts the tokens."""
 GROUPS = ("all", "selected", "rejected")
 PLAIN = EstimatorConfig(rejected="none", kv_gate=False)
@@ -138,7 +138,9 @@ class _FlipTest:
     def sample(self, index: int) -> Iterator[None]:
         """All flips of one sample; yields after each block."""
         self._prepare(index)
-        watched = self._run({})[1]
+        with torch.no_grad():
+            as_is, watched = self._run({})
+        self.as_is = float(as_is)
         self.chosen = {b: g.chosen for b, g in watched.items() if g.chosen is not None}
         scores = {b: g.scores for b, g in watched.items() if g.scores is not None}
         said = {name: self._slopes_of(estimator) for name, estimator in ESTIMATORS.items()}
@@ -149,7 +151,7 @@ class _FlipTest:
             tokens, effects = self._true_effects(block, selected)
             for name, slopes in said.items():
                 self._compare(name, block, slopes[block], tokens, effects, selected)
-            self._compare(ROUTER, block, -scores[block][0], tokens, effects, selected)
+            self._compare(SCORES, block, -scores[block][0], tokens, effects, selected)
             self._compare_k(block, scores[block], {n: s[block] for n, s in said.items()})
             yield
 
@@ -226,7 +228,6 @@ class _FlipTest:
             tokens = tokens[: self.config.tokens]
         if int(selected.sum()) == 1:  # the last one can't be taken away
             tokens = tokens[~selected[tokens]]
-        as_is = float(self._run(self.chosen)[0])
         effects = torch.zeros(len(tokens), device=self.device)
         for on in (True, False):
             places = (selected[tokens] == on).nonzero().flatten()
@@ -236,7 +237,7 @@ class _FlipTest:
                 rows[torch.arange(len(part)), tokens[part]] = not on
                 sets = rows.nonzero()[:, 1].view(len(part), -1)  # (b, k -+ 1), ascending
                 losses = self._with_choice(block, sets)
-                effects[part] = as_is - losses if on else losses - as_is
+                effects[part] = self.as_is - losses if on else losses - self.as_is
         return tokens, effects
 
     def _with_choice(self, block: int, sets: Int[Tensor, "b k"]) -> Float[Tensor, " b"]:
@@ -259,7 +260,7 @@ class _FlipTest:
         ours, on = slopes[tokens], selected[tokens]
         for group, members in zip(GROUPS, (torch.ones_like(on), on, ~on), strict=True):
             pair = ours[members].double(), effects[members].double()
-            values = spearman(*pair), None if name == ROUTER else sign_agreement(*pair)
+            values = spearman(*pair), None if name == SCORES else sign_agreement(*pair)
             self.found.setdefault((name, group, block), []).append(values)
 
     def _compare_k(
@@ -288,7 +289,7 @@ class _FlipTest:
     def record(self) -> dict[str, Any]:
         """All means as plain data."""
         blocks = self.attachment.schedule.prunable_blocks
-        names = [*ESTIMATORS, ROUTER]
+        names = [*ESTIMATORS, SCORES]
         return {
             "estimators": {
                 name: {group: self._group(name, group, blocks) for group in GROUPS}
@@ -314,13 +315,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _budget(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int]:
+def _budget(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
     """How dL/dk agrees with finite differences: sign, and size where the truth isn't 0."""
     ratios = [said / true for said, true in pairs if true]
     return {
         "cells": len(pairs),
         "sign": statistics.fmean(float(said * true > 0) for said, true in pairs),
-        "median_of_estimate_over_truth": statistics.median(ratios) if ratios else 0.0,
+        "median_of_estimate_over_truth": statistics.median(ratios) if ratios else None,
         "share_of_truths_below_0": statistics.fmean(float(true < 0) for _, true in pairs),
     }
 

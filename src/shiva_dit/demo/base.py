@@ -197,7 +197,7 @@ def judge_accuracy(judge: Judge, task: DemoTask) -> dict[str, float]:
 def load_backbone(task: DemoTask, folder: Path = ASSETS) -> SD3Transformer2DModel:
     """The trained backbone in float32, in evaluation mode."""
     model = task.build_backbone()
-    weights = load_file(_asset(folder, backbone_file(task)))
+    weights = load_file(_asset(folder, task, backbone_file(task)))
     state = {name: value.float() for name, value in weights.items()}
     model.load_state_dict(state)
     return model.eval()
@@ -206,7 +206,7 @@ def load_backbone(task: DemoTask, folder: Path = ASSETS) -> SD3Transformer2DMode
 def load_judge(task: DemoTask, folder: Path = ASSETS) -> Judge:
     """The trained judge in float32, in evaluation mode."""
     judge = task.build_judge()
-    weights = load_file(_asset(folder, judge_file(task)))
+    weights = load_file(_asset(folder, task, judge_file(task)))
     state = {
         name: value.float() if value.is_floating_point() else value
         for name, value in weights.items()
@@ -215,8 +215,11 @@ def load_judge(task: DemoTask, folder: Path = ASSETS) -> Judge:
     return judge.eval()
 
 
-def _asset(folder: Path, name: str) -> Path:
+def _asset(folder: Path, task: DemoTask, name: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"{path} is missing: make it with `shiva-dit train-base --out {folder}`.")
+        raise ValueError(
+            f"{path} is missing: make it with `shiva-dit train-base --recipe "
+            f"recipes/{task.name}-base.toml --out {folder}`."
+        )
     return path

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from shiva_dit.config import from_dict, to_dict, with_overrides
+from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import load_judge
 from shiva_dit.demo.contest import Contestant, Outcome, Settings
@@ -81,21 +80,6 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
     return result
-
-
-def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
-    """A comparison's file with command-line overrides.
-
-    Raises:
-        ValueError: If the file is missing, no TOML, or wrong.
-    """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no comparison {path}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
-    return from_dict(Comparison, with_overrides(data, overrides), str(path))
 
 
 def run_comparison(comparison: Comparison, out: Path, *, workers: int) -> dict[str, Any]:

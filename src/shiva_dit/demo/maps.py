@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from shiva_dit.demo.held_out import recorded
+from shiva_dit.demo.held_out import masks, recorded
 from shiva_dit.demo.scoring import NUM_STEPS, sample
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.models.attach import Attachment
@@ -28,10 +28,9 @@ def kept_maps(
         sample(task, attachment.model, count, seed=seed, num_steps=num_steps)
     kept = torch.ones(len(attachment.blocks), num_steps, count, task.num_tokens, dtype=torch.bool)
     step, seen = 0, set()
-    for block, tokens in chosen:
+    for (block, _), mask in zip(chosen, masks(chosen, task.num_tokens), strict=True):
         if block in seen:  # the first block comes again: the next step
             step, seen = step + 1, set()
         seen.add(block)
-        row = torch.zeros(count, task.num_tokens, dtype=torch.bool)
-        kept[block, step] = row.scatter(1, tokens, True)
+        kept[block, step] = mask
     return kept

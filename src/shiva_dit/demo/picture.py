@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jaxtyping import Bool
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from shiva_dit.provenance import write_atomically
+from shiva_dit.demo.plots import save_figure
 
 
 def draw_quickstart(
@@ -46,11 +43,7 @@ def draw_quickstart(
     _draw_maps(left, one, steps, blocks, f'Tokens kept for one "{digit}" (white)')
     _draw_maps(right, maps.float().mean(2), steps, blocks, "Share of the ten digits that keep it")
 
-    def write(file: Path) -> None:
-        figure.savefig(file, format="png")
-
-    write_atomically(path, write)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_rows(figure: SubFigure, rows: Mapping[str, tuple[Tensor, str]]) -> None:

@@ -151,7 +151,7 @@ class TrainConfig:
     """One run of `shiva-dit train`."""
 
     task: str = "digits"
-    """Where model and data come from: "digits"."""
+    """Where model and data come from: "digits", "scenes" or "scenes64"."""
     out: Path = Path("runs/train")
     """Folder for checkpoints, log and adapter."""
     seed: int = 0
