@@ -77,9 +77,10 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 # --- round trip -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
 @backbones
-def test_a_round_trip_is_exact(backbone: str, tmp_path: Path) -> None:
-    made = make(backbone)
+def test_a_round_trip_is_exact(backbone: str, rejected: Any, tmp_path: Path) -> None:
+    made = make(backbone, rejected=rejected)
     made.save_pretrained(tmp_path)
     loaded = ShivaAdapter.from_pretrained(tmp_path)
     assert same(loaded, made)

@@ -475,10 +475,15 @@ def counted_flops(model: nn.Module) -> int:
 
 @kinds
 @pytest.mark.parametrize("counts", [[64, 5, 30, 17], [64, 64, 1, 63]])
-def test_summary_states_the_flops_that_a_counter_finds(kind: str, counts: list[int]) -> None:
+@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
+def test_summary_states_the_flops_that_a_counter_finds(
+    kind: str, counts: list[int], rejected: Any
+) -> None:
     model = tiny.sd3(kind)
     dense = counted_flops(model)
-    made = adapter_for(model).requires_grad_(False)  # the counter's module tracker trips on views
+    made = adapter_for(model, rejected=rejected).requires_grad_(
+        False
+    )  # the counter's module tracker trips on views
     shiva_dit.apply(model, made, schedule=tiny.from_counts([counts]))
     summary = shiva_dit.summary(model, text_tokens=tiny.TEXT_TOKENS)
     assert summary.flops_dense == dense

@@ -144,10 +144,13 @@ def test_exactly_k_tokens_run_in_every_layer_and_step(kind: str) -> None:
             assert 0 <= indices.min() <= indices.max() < tiny.NUM_TOKENS
 
 
+@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
 @kinds
-def test_rejected_tokens_pass_the_block_by_unchanged_and_chosen_ones_do_not(kind: str) -> None:
+def test_rejected_tokens_pass_the_block_by_and_chosen_ones_do_not(kind: str, rejected: Any) -> None:
+    """Unchanged, or with the cheap update where there is one."""
     model = tiny.sd3(kind)
-    attachment = shiva(model)
+    made = tiny.adapter(model, rejected=rejected)
+    attachment = attach(model, made.selector(), tiny.from_counts(COUNTS), updates=made.updates)
     block = model.transformer_blocks[2]
     tokens: dict[str, Tensor] = {}
 
@@ -159,13 +162,20 @@ def test_rejected_tokens_pass_the_block_by_unchanged_and_chosen_ones_do_not(kind
         tokens["text after"], tokens["after"] = output
 
     block.register_forward_hook(keep, with_kwargs=True)
+    embedder = model.time_text_embed.timestep_embedder
+    embedder.register_forward_hook(lambda module, args, output: tokens.update(time=output))
     with chosen_tokens(attachment) as chosen:
         tiny.run(model, tiny.inputs(t=TIMES[0]))
     indices = dict(chosen)[2]
     kept = torch.zeros(2, tiny.NUM_TOKENS, dtype=torch.bool).scatter(1, indices, True)
     assert kept.sum(1).tolist() == [30, 30]
-    changed = (tokens["after"] != tokens["before"]).any(-1)
-    assert torch.equal(changed, kept)
+    passed_by = tokens["before"]
+    if made.updates is not None:
+        pooled = tiny.inputs()["pooled_projections"]
+        condition = made.updates.condition(tokens["time"], pooled, 2)
+        passed_by = passed_by + made.updates.group(2)(passed_by, condition)
+        assert (passed_by != tokens["before"]).any(-1).all()
+    assert torch.equal((tokens["after"] != passed_by).any(-1), kept)
     assert (tokens["text after"] != tokens["text before"]).any(-1).all()
 
 

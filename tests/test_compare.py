@@ -8,6 +8,7 @@ import pytest
 from shiva_dit.cli import main
 from shiva_dit.config import load_recipe
 from shiva_dit.demo.compare import Comparison
+from shiva_dit.modules import RejectedUpdates, ShivaRouter
 from shiva_dit.report import comparison_table
 
 ROOT = Path(__file__).parents[1]
@@ -21,8 +22,8 @@ def test_every_arm_that_ships_is_a_whole_recipe(path: Path) -> None:
     contestants = comparison.contestants()
     assert list(contestants) == ["unpruned", *comparison.arms]
     assert len({c.name for c in contestants.values()}) == len(contestants)
-    recipes = [c.recipe for c in contestants.values() if c.recipe is not None]
-    assert len(set(recipes)) == len(recipes), "two arms are the same"
+    trained = [(c.recipe, c.run_at) for c in contestants.values() if c.recipe is not None]
+    assert len(set(trained)) == len(trained), "two arms are the same"
     assert f"compare recipes/{path.name}" in path.read_text()
 
 
@@ -41,6 +42,10 @@ def test_an_arm_changes_what_it_names_and_nothing_else() -> None:
         ({"unpruned": {"name": "x"}}, "always there"),
         ({"a": {"keep_ratio": 0.5}}, "arms.a: expected a table with a name"),
         ({"a": {"name": "A", "routr": {}}}, "arms.a: unknown key 'routr'"),
+        ({"a": {"name": "A", "run_at": 1.5}}, "arms.a: run_at must be a ratio in"),
+        ({"a": {"name": "A", "run_at": "0.5"}}, "arms.a: run_at must be a ratio in"),
+        ({"a": {"name": "A", "run_at": 0.5, "method": "random"}}, "run_at needs a learned"),
+        ({"a": {"name": "A", "run_at": 0.5, "policy": {"adaptive": False}}}, "run_at needs a"),
     ],
 )
 def test_a_wrong_comparison_says_what_is_wrong(arms: dict, message: str) -> None:
@@ -65,20 +70,34 @@ batch_size = 4
 micro_batches = 2
 [arms.ours]
 name = "ours"
+[arms.moved]
+name = "ours at 0.3"
+run_at = 0.3
 [arms.random]
 name = "by chance"
 method = "random"
+rejected = "low_rank"
 """
     )
     out = tmp_path / "runs"
     command = ["compare", str(recipe), "--out", str(out), "--workers", "1", *FEW]
     assert main(command) == 0
     first = json.loads((out / "record.json").read_text())
-    assert [row["method"] for row in first["rows"]] == ["unpruned", "ours", "random"]
-    assert first["rows"][0]["held_out_error"] == 0.0
-    assert first["rows"][1]["held_out_error"] > 0.0
-    assert first["rows"][2]["ink_kept"] == pytest.approx(0.6, abs=0.02)
-    assert len(first["rows"][1]["schedules"][0]) == 64
+    assert [row["method"] for row in first["rows"]] == ["unpruned", "ours", "moved", "random"]
+    unpruned, ours, moved, random = first["rows"]
+    assert unpruned["held_out_error"] == 0.0 < ours["held_out_error"] < moved["held_out_error"]
+    assert unpruned["held_out_cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert 1.0 > ours["held_out_cosine"] > moved["held_out_cosine"] > 0.0
+    assert random["ink_kept"] == pytest.approx(0.6, abs=0.02)
+    assert len(ours["schedules"][0]) == 64
+    assert [row.get("keep_ratio_asked") for row in first["rows"]] == [None, 0.6, 0.3, 0.6]
+    assert [round(row["keep_ratio"], 2) for row in first["rows"]] == [1.0, 0.6, 0.3, 0.6]
+    # One training serves both: its seconds are the same to the last digit.
+    assert ours["train_cpu_s"] == moved["train_cpu_s"] != random["train_cpu_s"]
+    digits = {"width": 128, "time_dim": 128, "context_dim": 128, "num_blocks": 6, "num_groups": 3}
+    router, updates = ShivaRouter(**digits), RejectedUpdates(**digits, rank=16)
+    for row, module in ((ours, router), (random, updates)):
+        assert row["parameters"] == sum(p.numel() for p in module.parameters())
     assert "by chance" in capsys.readouterr().out
     assert "Two arms. 20 images per arm and seed" in comparison_table(first)
     (out / "random-0.json").unlink()

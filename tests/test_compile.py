@@ -41,11 +41,13 @@ def many_rows(num_layers: int) -> Schedule:
 class Compiled:
     """A tiny model with an adapter, its eager results, and its compiled blocks."""
 
-    def __init__(self, kind: str, num_layers: int, schedule: Schedule, backend: Any) -> None:
+    def __init__(
+        self, kind: str, num_layers: int, schedule: Schedule, backend: Any, **options: Any
+    ) -> None:
         self.model = tiny.sd3(kind, num_layers)
         self.before = tiny.footprint(self.model)
         self.cases = [tiny.inputs(t=t, seed=seed) for seed in (0, 1) for t in TIMES]
-        shiva_dit.apply(self.model, tiny.adapter(self.model), schedule=schedule)
+        shiva_dit.apply(self.model, tiny.adapter(self.model, **options), schedule=schedule)
         attachment = attachment_of(self.model)
         assert attachment is not None
         assert len(set(attachment.table(tiny.NUM_TOKENS).counts)) == NUM_BINS
@@ -60,20 +62,22 @@ class Compiled:
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_layers"),
+    ("kind", "num_layers", "rejected"),
     [
-        ("plain", 8),  # the pipeline below has four
-        ("dual", 4),
-        pytest.param("plain", 4, marks=pytest.mark.slow),
-        pytest.param("dual", 8, marks=pytest.mark.slow),
-        pytest.param("dual", 24, marks=pytest.mark.slow),  # as many as SD3.5-Medium, 12 routers
+        ("plain", 8, "identity"),  # the pipeline below has four
+        ("dual", 4, "low_rank"),
+        pytest.param("dual", 4, "identity", marks=pytest.mark.slow),
+        pytest.param("plain", 4, "low_rank", marks=pytest.mark.slow),
+        pytest.param("dual", 8, "identity", marks=pytest.mark.slow),
+        # As many as SD3.5-Medium, 12 routers.
+        pytest.param("dual", 24, "low_rank", marks=pytest.mark.slow),
     ],
 )
 def test_a_whole_schedule_takes_few_graphs_at_any_depth_and_equals_eager(
-    kind: str, num_layers: int
+    kind: str, num_layers: int, rejected: Any
 ) -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = Compiled(kind, num_layers, many_rows(num_layers), counter)
+    compiled = Compiled(kind, num_layers, many_rows(num_layers), counter, rejected=rejected)
     found = compiled.results()
     # The same kernels in the same order: measured equal to the bit.
     assert all(torch.equal(a, b) for a, b in zip(found, compiled.eager, strict=True))

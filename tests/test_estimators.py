@@ -11,10 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from shiva_dit.core.estimators import (
     EstimatorConfig,
-    estimate_rejected_update,
     gate,
     gate_input,
-    gate_update,
+    selection_benefit,
 )
 from shiva_dit.core.selection import gather_tokens, scatter_tokens, select_top_k
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
@@ -207,28 +206,34 @@ def test_half_precision_gradients_are_summed_in_single_precision():
         assert inclusion.grad.tolist() == [[4097.0, 4097.0]]
 
 
-def test_the_update_gate_is_the_multiplication_of_the_update(truth: Truth):
-    """<dL/d output, F> is what y + sg(F) e has as its gradient to e."""
-    before = gather_tokens(truth.x, truth.chosen)
-    after = before + truth.update
-    inclusion = torch.full((B, K), 0.5, dtype=torch.float64, requires_grad=True)
-    gated = gate_update(before, after, inclusion)
-    assert torch.equal(gated, after)
-    loss_of(scatter_tokens(truth.x, truth.chosen, gated)).backward()
-    e = torch.zeros(B, K, dtype=torch.float64, requires_grad=True)
-    explicit = after + truth.update * e[..., None]
-    loss_of(scatter_tokens(truth.x, truth.chosen, explicit)).backward()
-    # after - before is the update up to rounding of float64.
-    assert (inclusion.grad - e.grad).abs().max() <= 1e-13
+def test_the_gate_is_the_multiplication_of_the_benefit(truth: Truth):
+    """pi (x + F) + (1 - pi) (x + u), by plain autograd at every token's own pi."""
+    instead, teacher = normal(B, N, D, seed=5), normal(B, N, D, seed=6)
+    chosen, rest = truth.chosen, truth.x + instead
+    output = scatter_tokens(rest, chosen, gather_tokens(truth.x, chosen) + truth.update)
+    benefit = selection_benefit(
+        "teacher", truth.x, chosen, output, instead=instead, teacher=teacher
+    )
+    inclusion = torch.full((B, N), 0.5, dtype=torch.float64, requires_grad=True)
+    gated = gate(output, benefit, inclusion)
+    assert torch.equal(gated, output)
+    loss_of(gated).backward()
+    pi = (~rejected_mask(chosen)).double().requires_grad_()
+    update = scatter_tokens(teacher, chosen, truth.update)
+    mixture = pi[..., None] * (truth.x + update) + (1 - pi[..., None]) * rest
+    loss_of(mixture).backward()
+    # Sums of 16 terms of float64, and output - x is the update up to its rounding.
+    assert (inclusion.grad - pi.grad).abs().max() <= 1e-13
 
 
 def test_descent_keeps_tokens_whose_update_lowers_the_loss():
     """The sign: a step against dL/ds must raise a helpful token and lower a harmful one."""
     scores = torch.tensor([[1.0, 0.9]], dtype=torch.float64, requires_grad=True)
     inclusion = inclusion_scores(soft_rank(scores, 0.5), 1.0, 0.5)
-    before = torch.zeros(1, 2, 1, dtype=torch.float64)
-    after = torch.tensor([[[1.0], [1.0]]], dtype=torch.float64)
-    gated = gate_update(before, after, inclusion)
+    output = torch.ones(1, 2, 1, dtype=torch.float64)
+    chosen = torch.tensor([[0, 1]])
+    benefit = selection_benefit("none", torch.zeros_like(output), chosen, output)
+    gated = gate(output, benefit, inclusion)
     target = torch.tensor(
         [[[-1.0], [1.0]]], dtype=torch.float64
     )  # harms the first, helps the other
@@ -237,6 +242,12 @@ def test_descent_keeps_tokens_whose_update_lowers_the_loss():
 
 
 # --- estimates of the rejected update ---------------------------------------------------------
+
+
+def estimate(kind: str, x: Tensor, chosen: Tensor, update: Tensor, **options) -> Tensor:
+    """The benefit of selection, given the update itself."""
+    after = gather_tokens(x, chosen) + update
+    return selection_benefit(kind, x, chosen, scatter_tokens(x, chosen, after), **options)
 
 
 def direct_ridge(x: Tensor, chosen: Tensor, update: Tensor, ridge: float) -> Tensor:
@@ -261,9 +272,10 @@ def test_ridge_solves_its_least_squares_problem_in_both_forms(k: int, ridge: flo
     """Up to 16 chosen tokens the dual form runs, from 17 columns on the primal one."""
     x, update = normal(B, N, D), normal(B, k, D, seed=3)
     chosen = select_top_k(normal(B, N, seed=1), k)
-    result = estimate_rejected_update("ridge", x, chosen, update, ridge=ridge)
+    result = estimate("ridge", x, chosen, update, ridge=ridge)
+    expected = scatter_tokens(direct_ridge(x, chosen, update, ridge), chosen, update)
     # Condition number at most 1 + 20 * 17 / 0.3 = 1e3, times rounding of float64.
-    assert (result - direct_ridge(x, chosen, update, ridge)).abs().max() <= 1e-11
+    assert (result - expected).abs().max() <= 1e-11
 
 
 def test_ridge_finds_a_linear_update():
@@ -271,51 +283,63 @@ def test_ridge_finds_a_linear_update():
     x = normal(2, 64, 8)
     truth = F.layer_norm(x, (8,)) @ normal(8, 8, seed=1) + 0.5
     chosen = select_top_k(normal(2, 64, seed=2), 32)
-    result = estimate_rejected_update("ridge", x, chosen, gather_tokens(truth, chosen), ridge=1e-9)
+    result = estimate("ridge", x, chosen, gather_tokens(truth, chosen), ridge=1e-9)
     assert (result - truth).abs().max() <= 1e-6  # of the order of the penalty over the spectrum
 
 
 def test_ridge_of_half_precision_is_solved_in_single_precision():
-    x, update = normal(B, N, D), normal(B, K, D, seed=3)
+    x, update = normal(B, N, D).bfloat16(), normal(B, K, D, seed=3)
     chosen = select_top_k(normal(B, N, seed=1), K)
-    half = estimate_rejected_update("ridge", x.bfloat16(), chosen, update.bfloat16())
-    exact = estimate_rejected_update(
-        "ridge", x.bfloat16().double(), chosen, update.bfloat16().double()
-    )
+    after = gather_tokens(x, chosen) + update.bfloat16()
+    output = scatter_tokens(x, chosen, after)
+    half = selection_benefit("ridge", x, chosen, output)
+    rounded = (after - gather_tokens(x, chosen)).double()
+    exact = direct_ridge(x.double(), chosen, rounded, 1.0)
     assert half.dtype == torch.float32
+    rejected = rejected_mask(chosen)
     # Rounding of float32 at a condition number of a few hundred.
-    assert (half - exact).abs().max() <= 1e-4
+    assert (half - exact)[rejected].abs().max() <= 1e-4
 
 
-def test_mean_and_teacher_estimates():
+def test_estimates_of_mean_teacher_and_none():
     x, update, teacher = normal(B, N, D), normal(B, K, D, seed=3), normal(B, N, D, seed=4)
     chosen = select_top_k(normal(B, N, seed=1), K)
-    mean = estimate_rejected_update("mean", x, chosen, update)
-    assert mean.shape == (B, 1, D)
-    assert torch.equal(mean, update.mean(1, keepdim=True))
-    assert torch.equal(
-        estimate_rejected_update("teacher", x, chosen, update, teacher=teacher), teacher
-    )
+    rejected = rejected_mask(chosen)
+    for kind, expected in (
+        ("mean", update.mean(1, keepdim=True).expand(B, N, D)),
+        ("teacher", teacher),
+        ("none", torch.zeros(B, N, D).double()),
+    ):
+        benefit = estimate(kind, x, chosen, update, teacher=teacher)
+        # output - x is the update up to rounding of float64.
+        assert (gather_tokens(benefit, chosen) - update).abs().max() <= 1e-14
+        assert (benefit - expected)[rejected].abs().max() <= 1e-14
 
 
-@pytest.mark.parametrize("kind", ["mean", "ridge", "teacher"])
+def test_what_a_token_gets_anyway_is_no_benefit():
+    x, update, instead = (normal(B, n, D, seed=n) for n in (N, K, N))
+    chosen = select_top_k(normal(B, N, seed=1), K)
+    rejected = rejected_mask(chosen)
+    teacher = normal(B, N, D, seed=4)
+    without = estimate("teacher", x, chosen, update, teacher=teacher)
+    benefit = estimate("teacher", x, chosen, update, teacher=teacher, instead=instead)
+    assert torch.equal(benefit, without - instead)
+    nothing = estimate("none", x, chosen, update, instead=instead)[rejected]
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+@pytest.mark.parametrize("kind", ["none", "mean", "ridge", "teacher"])
 def test_no_gradient_flows_through_an_estimate(kind: str):
     x = normal(B, N, D).requires_grad_()
     update = normal(B, K, D, seed=3).requires_grad_()
     chosen = select_top_k(normal(B, N, seed=1), K)
-    teacher = normal(B, N, D, seed=4)
-    assert not estimate_rejected_update(kind, x, chosen, update, teacher=teacher).requires_grad
+    teacher = normal(B, N, D, seed=4).requires_grad_()
+    assert not estimate(kind, x, chosen, update, teacher=teacher).requires_grad
 
 
 def test_a_missing_teacher_is_an_error():
     with pytest.raises(ValueError, match=r"needs the unpruned model's update.*ridge"):
-        estimate_rejected_update(
-            "teacher", normal(B, N, D), torch.zeros(B, K, dtype=torch.long), normal(B, K, D)
-        )
-    with pytest.raises(ValueError, match="'none'"):
-        estimate_rejected_update(
-            "none", normal(B, N, D), torch.zeros(B, K, dtype=torch.long), normal(B, K, D)
-        )
+        estimate("teacher", normal(B, N, D), torch.zeros(B, K, dtype=torch.long), normal(B, K, D))
 
 
 @pytest.mark.parametrize(
@@ -371,9 +395,8 @@ def run_block(gates: SelectionGates, scores: Tensor, x: Tensor, dtype=torch.floa
         block.on_value = gates.value
     chosen = gates.choose(scores, K)
     x = gates.enter(x)
-    before = gather_tokens(x, chosen)
-    x, after = gates.leave(x, before, block(before))
-    return scatter_tokens(x, chosen, after)
+    output = scatter_tokens(x, chosen, block(gather_tokens(x, chosen)))
+    return gates.leave(x, output)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -486,15 +509,15 @@ def test_noise_is_off_by_default():
 def test_a_value_gate_that_saw_nothing_is_an_error():
     gates = make_gates(EstimatorConfig(rejected="mean"))
     x = normal(B, N, D)
-    before = gather_tokens(x, gates.choose(normal(B, N, seed=1), K))
+    gates.choose(normal(B, N, seed=1), K)
     with pytest.raises(RuntimeError, match=r"KV gate saw nothing.*kv_gate=false"):
-        gates.leave(x, before, before + 1.0)
+        gates.leave(x, x + 1.0)
     # The count starts anew with each choice: an earlier forward does not excuse a later one.
     gates.value(normal(B, K, D))
-    gates.leave(x, before, before + 1.0)
+    gates.leave(x, x + 1.0)
     gates.choose(normal(B, N, seed=1), K)
     with pytest.raises(RuntimeError, match="KV gate saw nothing"):
-        gates.leave(x, before, before + 1.0)
+        gates.leave(x, x + 1.0)
 
 
 def test_a_missing_teacher_is_an_error_in_a_block():

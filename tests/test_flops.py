@@ -7,9 +7,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shiva_dit.core.flops import JointBlockShape, condition_flops, router_flops
+from shiva_dit.core.flops import JointBlockShape
 from shiva_dit.models.families import MODELS
-from shiva_dit.modules import LAYER_DIM, ShivaRouter
+from shiva_dit.modules import RejectedUpdates, ShivaRouter
 
 # On the meta device attention is decomposed and counted; on the CPU its kernel counts as 0.
 META = torch.device("meta")
@@ -112,38 +112,58 @@ def test_sd35_medium_at_1024_pixels_takes_11_250_teraflops():
 
 def test_the_router_costs_what_the_counter_counts():
     width, time_dim, context_dim, hidden, num_tokens = 24, 40, 56, 16, 64
+    for inputs in (("time", "context", "layer"), ("context",), ()):
+        with META:
+            router = ShivaRouter(width, time_dim, context_dim, 4, 2, hidden, True, inputs)
+        router.requires_grad_(False)
+        # The score is a weighted sum over d', not a matrix product: the counter passes it by.
+        weighted_sum = 2 * num_tokens * hidden
+        counts = counted_with_condition(router, num_tokens, (width, time_dim, context_dim))
+        assert router.flops(num_tokens) == weighted_sum + counts
+
+
+def test_the_rejected_update_costs_what_the_counter_counts():
+    width, time_dim, context_dim, num_tokens = 24, 40, 56, 64
     with META:
-        router = ShivaRouter(width, time_dim, context_dim, 4, 2, hidden).requires_grad_(False)
-    time = torch.empty(1, time_dim, device=META)
-    context = torch.empty(1, context_dim, device=META)
-    x = torch.empty(1, num_tokens, width, device=META)
-    condition = torch.empty(1, hidden, device=META)
-    # The score is a weighted sum over d', not a matrix product: the counter passes it by.
-    weighted_sum = 2 * num_tokens * hidden
-    assert router_flops(num_tokens, width, hidden) == weighted_sum + counted(
-        lambda: router(x, condition, 1)
-    )
-    assert condition_flops(time_dim, context_dim, LAYER_DIM, hidden) == counted(
-        lambda: router.condition(time, context, 1)
+        updates = RejectedUpdates(width, time_dim, context_dim, 4, 2, 5).requires_grad_(False)
+    counts = counted_with_condition(updates, num_tokens, (width, time_dim, context_dim))
+    assert updates.flops(num_tokens) == counts > 4 * num_tokens * width * 5
+
+
+def test_a_rejected_update_is_below_two_percent_of_the_block_that_it_stands_for():
+    """SD3-Medium at 1024x1024 and SD3.5-Medium's dual blocks, at the largest rank promised."""
+    with META:
+        updates = RejectedUpdates(1536, 1536, 2048, 24, 12, 1536 // 9)
+    for dual in (False, True):
+        block = JointBlockShape(width=1536, text_tokens=333, dual_attention=dual)
+        assert updates.flops(4096) < 0.02 * block.flops(4096)
+
+
+def counted_with_condition(module, num_tokens: int, dims: tuple[int, int, int]) -> int:
+    """FLOPs of a group's context term and of all tokens, for block 1."""
+    x, time, context = (torch.empty(1, dim, device=META) for dim in dims)
+    x = x.expand(num_tokens, -1)[None]
+    size = module.group(1).size
+    return counted(lambda: module.condition(time, context, 1)) + counted(
+        lambda: module.group(1)(x, torch.empty(1, size, device=META))
     )
 
 
 def test_a_pruned_model_adds_up():
-    """Blocks at their k, routers where something is pruned, all else as in the dense model."""
+    """Blocks at their k, extras where something is pruned, all else as in the dense model."""
     flops = SPEC.flops(sd3((0, 1)), 64, 7)
-    assert flops.pruned((64,) * 4, 16, 1000) == flops.dense()
+    assert flops.pruned((64,) * 4, 1000) == flops.dense()
     counts = (64, 26, 64, 25)
     saved = sum(
         shape.flops(64) - shape.flops(k) for shape, k in zip(flops.blocks, counts, strict=True)
     )
-    assert flops.pruned(counts, 0, 0) == flops.dense() - saved
-    routers = 2 * (router_flops(64, 24, 16) + 1000)  # blocks 1 and 3
-    assert flops.pruned(counts, 16, 1000) == flops.dense() - saved + routers
+    assert flops.pruned(counts) == flops.dense() - saved
+    assert flops.pruned(counts, 1000) == flops.dense() - saved + 2 * 1000  # blocks 1 and 3
 
 
 def test_as_many_counts_as_blocks():
     with pytest.raises(ValueError, match="zip"):
-        SPEC.flops(sd3(), 64, 7).pruned((64, 64), 0, 0)
+        SPEC.flops(sd3(), 64, 7).pruned((64, 64))
 
 
 def test_batches_scale_the_count():

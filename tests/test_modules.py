@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shiva_dit.modules import AdaptiveRatioPolicy, ShivaRouter
+from shiva_dit.modules import AdaptiveRatioPolicy, RejectedUpdates, ShivaRouter
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,7 +86,7 @@ def test_scores_are_eq_8_and_9(block: int, normalize: bool):
 
 def test_adjacent_blocks_share_weights_and_the_layer_embedding_tells_them_apart():
     router = make_router()
-    assert [router.scorer(b) is router.groups[b // 2] for b in range(BLOCKS)] == [True] * BLOCKS
+    assert [router.group(b) is router.groups[b // 2] for b in range(BLOCKS)] == [True] * BLOCKS
     first, second = run_router(router, 2), run_router(router, 3)
     assert (first - second).abs().max() > 1e-2
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_each_group_count_maps_every_block_to_its_own_share():
     for groups in (1, 2, 3, 4, 6, 8, 12, 24):
         with torch.device("meta"):
             router = ShivaRouter(4, 4, 4, 24, groups, 4)
-        used = [list(router.groups).index(router.scorer(block)) for block in range(24)]
+        used = [list(router.groups).index(router.group(block)) for block in range(24)]
         assert used == [block // (24 // groups) for block in range(24)]
 
 
@@ -163,6 +163,64 @@ def test_half_precision_tokens_get_single_precision_scores(dtype: torch.dtype):
     reference = router(x.float(), router.condition(time.float(), context.float(), 1), 1)
     # The token projection is rounded: measured 0.0038 of the scores' deviation in bfloat16.
     assert (scores - reference).std() <= 0.008 * reference.std()
+
+
+# --- what rejected tokens get -----------------------------------------------------------------
+
+
+def make_updates(seed: int = 0, num_groups: int = 3, rank: int = 4) -> RejectedUpdates:
+    torch.manual_seed(seed)
+    return RejectedUpdates(WIDTH, TIME_DIM, CONTEXT_DIM, BLOCKS, num_groups, rank)
+
+
+def test_an_update_starts_at_zero():
+    updates = make_updates()
+    condition = updates.condition(normal(2, TIME_DIM), normal(2, CONTEXT_DIM), 3)
+    update = updates.group(3)(normal(2, 9, WIDTH), condition)
+    assert torch.equal(update, torch.zeros(2, 9, WIDTH))
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_an_update_is_its_formula(block: int):
+    updates = make_updates()
+    group = updates.group(block)
+    assert group is updates.groups[block // 2]
+    with torch.no_grad():
+        group.up.weight.copy_(normal(WIDTH, 4, seed=5))
+    x, time, context = 3.0 * normal(2, 9, WIDTH), normal(2, TIME_DIM), normal(2, CONTEXT_DIM)
+    found = group(x, updates.condition(time, context, block))
+
+    layer = updates.layer_embedding(torch.tensor([block]))
+    h = group.project_time(F.layer_norm(time, (TIME_DIM,))) + group.project_layer(layer)
+    h = h + group.project_context(F.layer_norm(context, (CONTEXT_DIM,)))
+    size = x.std(-1, keepdim=True, correction=0)
+    normed = (x - x.mean(-1, keepdim=True)) / (size.square() + 1e-5).sqrt()
+    hidden = F.silu(group.down(normed) + h[:, None, :4]) * (1 + h[:, None, 4:])
+    expected = size * (hidden @ group.up.weight.T)
+    # Rounding of float32 in sums of 12 terms of size 10.
+    assert (found - expected).abs().max() <= 2e-5
+    assert expected.abs().max() > 1.0
+
+
+def test_an_update_grows_with_its_token():
+    """Blocks whose tokens differ in size by orders of magnitude can share weights and rates."""
+    group = make_updates().group(0)
+    with torch.no_grad():
+        group.up.weight.copy_(normal(WIDTH, 4, seed=5))
+    x, condition = normal(2, 9, WIDTH), normal(2, 8, seed=2)
+    # The norm's epsilon of 1e-5 weighs a little less at 1,000 times the size.
+    assert torch.allclose(group(1000.0 * x, condition), 1000.0 * group(x, condition), rtol=1e-3)
+
+
+def test_an_update_of_half_precision_is_close():
+    group = make_updates().group(0)
+    with torch.no_grad():
+        group.up.weight.copy_(normal(WIDTH, 4, seed=5))
+    x, condition = normal(2, 9, WIDTH), normal(2, 8, seed=2)
+    exact, found = group(x, condition), group(x.bfloat16(), condition)
+    assert found.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: 0.4% per rounding, a handful of roundings.
+    assert (found.float() - exact).norm() <= 2e-2 * exact.norm()
 
 
 # --- policy -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from shiva_dit.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from shiva_dit.training.optimization import Optimization
+from shiva_dit.training.optimization import PARTS, Optimization
 from shiva_dit.training.recipe import (
     LossConfig,
     OptimizerConfig,
@@ -172,8 +172,8 @@ def test_every_loss_counts_by_its_weight(tmp_path: Path) -> None:
 
 
 def optimization(**options: Any) -> tuple[Optimization, dict[str, nn.Parameter]]:
-    parts = {part: nn.Parameter(torch.zeros(4)) for part in ("router", "policy", "backbone")}
-    config = OptimizerConfig(router=3.0, policy=2.0, backbone=1.0, **options)
+    parts = {part: nn.Parameter(torch.zeros(4)) for part in PARTS}
+    config = OptimizerConfig(router=3.0, policy=2.0, backbone=1.0, updates=4.0, **options)
     return Optimization({part: {"x": p} for part, p in parts.items()}, config), parts
 
 
@@ -184,24 +184,25 @@ def test_rates_rise_in_each_stage_and_fall_at_the_end_of_the_last() -> None:
         made.start(stage, done, 20)
         return tuple(group["lr"] for group in made.adamw.param_groups)
 
-    assert rates("warmup", 0) == (0.75, 0.0, 0.0)
-    assert rates("warmup", 9) == (3.0, 0.0, 0.0)
-    assert rates("policy", 1) == (1.5, 1.0, 0.0)
-    assert rates("joint", 3) == (3.0, 2.0, 1.0)
-    assert rates("joint", 10) == (3.0, 2.0, 1.0)
-    assert rates("joint", 15) == (1.5, 1.0, 0.5)
-    assert rates("joint", 19) == pytest.approx((0.3, 0.2, 0.1))
+    assert PARTS == ("router", "policy", "backbone", "updates")
+    assert rates("warmup", 0) == (0.75, 0.0, 0.0, 1.0)
+    assert rates("warmup", 9) == (3.0, 0.0, 0.0, 4.0)
+    assert rates("policy", 1) == (1.5, 1.0, 0.0, 2.0)
+    assert rates("joint", 3) == (3.0, 2.0, 1.0, 4.0)
+    assert rates("joint", 10) == (3.0, 2.0, 1.0, 4.0)
+    assert rates("joint", 15) == (1.5, 1.0, 0.5, 2.0)
+    assert rates("joint", 19) == pytest.approx((0.3, 0.2, 0.1, 0.4))
 
 
 def test_each_part_is_clipped_by_itself() -> None:
     made, parts = optimization(grad_clip=0.5)
-    for size, parameter in zip((10.0, 0.1, 3.0), parts.values(), strict=True):
+    for size, parameter in zip((10.0, 0.1, 3.0, 0.2), parts.values(), strict=True):
         parameter.grad = torch.full((4,), size / 2)  # norm: size
     made.start("joint", 0, 1)
     made.finish(0)
     # Adam's first moment after one step is a tenth of the gradient.
     moments = [made.adamw.state[p]["exp_avg"].norm().item() for p in parts.values()]
-    assert moments == pytest.approx([0.05, 0.01, 0.05], rel=1e-4)
+    assert moments == pytest.approx([0.05, 0.01, 0.05, 0.02], rel=1e-4)
 
 
 def test_small_gradients_of_router_and_policy_still_move_them() -> None:

@@ -106,11 +106,14 @@ def changed(before: dict[str, dict[str, Tensor]], trainer: Trainer) -> set[str]:
     }
 
 
+@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
 @pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
-def test_each_stage_trains_exactly_its_parts(tmp_path: Path, backbone: str) -> None:
-    trainer = Trainer(recipe(tmp_path, backbone=backbone), tiny.sd3(), TinyData())
-    expected = [{"router"}] * 2 + [{"router", "policy"}] * 2
-    joint = {"router", "policy"} | ({"backbone"} if backbone != "frozen" else set())
+def test_each_stage_trains_exactly_its_parts(tmp_path: Path, backbone: str, rejected: Any) -> None:
+    config = recipe(tmp_path, backbone=backbone, rejected=rejected)
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    always = {"router"} | ({"updates"} if rejected == "low_rank" else set())
+    expected = [always] * 2 + [always | {"policy"}] * 2
+    joint = always | {"policy"} | ({"backbone"} if backbone != "frozen" else set())
     for parts in [*expected, joint, joint]:
         before = values(trainer)
         trainer.train_step()
@@ -140,8 +143,9 @@ def test_every_estimator_moves_router_and_policy(
     assert result["loss"] > 0
 
 
-def test_resuming_is_equal_to_the_bit(tmp_path: Path) -> None:
-    config = recipe(tmp_path / "a")
+@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
+def test_resuming_is_equal_to_the_bit(tmp_path: Path, rejected: Any) -> None:
+    config = recipe(tmp_path / "a", rejected=rejected)
     straight = Trainer(config, tiny.sd3(), TinyData())
     straight.run(show_progress=False)
 
@@ -206,6 +210,10 @@ def test_resume_refuses_another_recipe_model_or_data(tmp_path: Path) -> None:
         Trainer(config, tiny.sd3(), MoreData()).resume()
     with pytest.raises(ValueError, match="made with another model than"):
         Trainer(config, tiny.sd3(seed=5), TinyData()).resume()
+    older = load_checkpoint(trainer.save())  # it predates some settings: they are the defaults
+    del older.state["config"]["rejected"], older.state["config"]["policy"]["shape"]
+    save_checkpoint(trainer.checkpoints, 1, older)
+    Trainer(config, tiny.sd3(), TinyData()).resume()
     slower = dataclasses.replace(config.optimizer, backbone=1e-4)  # after a divergence
     assert Trainer(recipe(tmp_path, optimizer=slower), tiny.sd3(), TinyData()).resume().exists()
 
@@ -322,13 +330,19 @@ def test_checkpoints_keep_two_and_say_when_damaged(tmp_path: Path) -> None:
             load_checkpoint(last)
 
 
+@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
 @pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
-def test_the_saved_adapter_gives_what_was_trained(tmp_path: Path, backbone: str) -> None:
-    config = recipe(tmp_path, backbone=backbone)
+def test_the_saved_adapter_gives_what_was_trained(
+    tmp_path: Path, backbone: str, rejected: Any
+) -> None:
+    config = recipe(tmp_path, backbone=backbone, rejected=rejected)
     trainer = Trainer(config, tiny.sd3(), TinyData())
     trained = trainer.run(show_progress=False)
     with trainer.optimization.averaged():
-        again = attach(trainer.student.model, trainer.student.adapter.selector(), trained.schedule)
+        ours = trainer.student.adapter
+        again = attach(
+            trainer.student.model, ours.selector(), trained.schedule, updates=ours.updates
+        )
         trainer.student.model.eval()
         expected = tiny.run(trainer.student.model, tiny.inputs())
         again.detach()
@@ -364,6 +378,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         losses.append([trainer.train_step()["loss"] for _ in range(6)])
         trainer.close()
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["random", "norm", "centre", "fixed_map"])
+def test_controls_learn_what_rejected_tokens_get_too(tmp_path: Path, method: Any) -> None:
+    config = recipe(tmp_path, method=method, rejected="low_rank", backbone="frozen")
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    before = values(trainer)
+    trained = trainer.run(show_progress=False)
+    expected = {"updates", "router"} if method == "fixed_map" else {"updates"}
+    assert changed(before, trainer) == expected
+    assert trained.updates is not None
+    assert trained.updates.group(1).up.weight.abs().max() > 0
 
 
 @pytest.mark.parametrize("method", ["random", "norm", "centre", "fixed_map", "dense"])

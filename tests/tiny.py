@@ -108,6 +108,8 @@ def adapter(model: nn.Module, schedule: Schedule | None = None, **options: Any) 
     """A ShivaAdapter with a random router, small, for a model."""
     made = ShivaAdapter(ShivaConfig.for_model(model, **{"hidden": 8, **options}), schedule)
     randomize(made.router, seed=1, std=1.0)
+    if made.updates is not None:
+        randomize(made.updates, seed=3, std=0.3)
     return made
 
 

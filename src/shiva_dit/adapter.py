@@ -18,7 +18,12 @@ from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models.families import model_spec
-from shiva_dit.modules import ROUTER_INPUTS, AdaptiveRatioPolicy, ShivaRouter
+from shiva_dit.modules import (
+    ROUTER_INPUTS,
+    AdaptiveRatioPolicy,
+    RejectedUpdates,
+    ShivaRouter,
+)
 from shiva_dit.provenance import file_digest, write_atomically, write_json
 
 FORMAT_VERSION = 1
@@ -31,6 +36,7 @@ CARD_FILE = "README.md"
 WEIGHTS_FILES = (WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE)
 
 BackboneKind = Literal["frozen", "lora", "dora", "full"]
+RejectedKind = Literal["identity", "low_rank"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +69,11 @@ class ShivaConfig:
     """The number of tokens kept is a multiple of this, or all."""
     num_bins: int = 64
     """Time bins of the schedule."""
+    rejected: RejectedKind = "identity"
+    """What a token gets from a block that leaves it out: "identity", nothing, or "low_rank", a
+    learned update (`RejectedUpdates`)."""
+    rejected_rank: int = 16
+    """Rank of that update."""
     base_model: str | None = None
     """Hub id or name of the backbone that the adapter was trained on."""
     backbone: BackboneKind = "frozen"
@@ -79,6 +90,7 @@ class ShivaConfig:
             "hidden",
             "num_bins",
             "lora_rank",
+            "rejected_rank",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -133,6 +145,16 @@ class ShivaAdapter(nn.Module):
             config.router_inputs,
         )
         self.policy = AdaptiveRatioPolicy(config.num_blocks, config.keep_ratio, config.full_blocks)
+        self.updates: RejectedUpdates | None = None
+        if config.rejected == "low_rank":
+            self.updates = RejectedUpdates(
+                config.width,
+                config.time_dim,
+                config.context_dim,
+                config.num_blocks,
+                config.num_groups,
+                config.rejected_rank,
+            )
         self.schedule = schedule or Schedule.uniform(
             config.keep_ratio, num_blocks=config.num_blocks, full_blocks=config.full_blocks
         )
@@ -381,7 +403,9 @@ def _load_strictly(adapter: ShivaAdapter, state: dict[str, Tensor], folder: Path
             )
         if not torch.isfinite(value).all():
             raise ValueError(f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite.")
-    adapter.load_state_dict(state, assign=True)
+    # Tensors of a file begin anywhere in its memory, and kernels round by how theirs is aligned: in
+    # memory of their own they give what the saved adapter gave, to the bit.
+    adapter.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     adapter.requires_grad_(True)
 
 

@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
-from shiva_dit.core.flops import condition_flops
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attach, attachment_of
 from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
-from shiva_dit.modules import LAYER_DIM
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -83,6 +81,7 @@ def apply(
             model,
             adapter.selector(),
             schedule or adapter.schedule,
+            updates=adapter.updates,
             multiple=adapter.config.multiple if multiple is None else multiple,
             shares_halves=None if model is target else partial(_guidance_is_on, target),
         )
@@ -237,19 +236,14 @@ def summary(target: Any, *, num_tokens: int = 0, text_tokens: int = 333) -> Summ
     model: Any = attachment.model
     num_tokens = num_tokens or (model.config.sample_size // model.config.patch_size) ** 2
     table = attachment.table(num_tokens)
-    flops = attachment.spec.flops(model, num_tokens, text_tokens)
-    adapter = attachment.adapter
-    hidden = adapter.config.hidden if adapter is not None else 0
-    dims = attachment.spec.dims(model)
-    condition = condition_flops(dims.time_dim, dims.context_dim, LAYER_DIM, hidden)
-    pruned = [flops.pruned(row, hidden, condition) for row in table.counts]
+    pruned = [attachment.flops(num_tokens, text_tokens, row) for row in table.counts]
     times = (0.95, 0.75, 0.5, 0.25, 0.05)
     return Summary(
         model_class=attachment.spec.model_class,
         num_tokens=num_tokens,
         text_tokens=text_tokens,
         keep_ratio=table.mean_keep_ratio,
-        flops_dense=flops.dense(),
+        flops_dense=attachment.spec.flops(model, num_tokens, text_tokens).dense(),
         flops_pruned=round(sum(pruned) / len(pruned)),
         rows=tuple((t, table.row(t)) for t in times),
     )

@@ -1,10 +1,11 @@
-"""What is learned: the router that scores tokens, and the policy that says how many to keep."""
+"""What is learned: the router, the ratio policy, and the update of rejected tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,66 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-class TokenScorer(nn.Module):
+class ContextModule(nn.Module):
+    """What depends on time, context and layer: the context term of Eq. 8, of any size.
+
+    Args:
+        normalize_inputs: Layer-normalise tokens, time and context first.
+    """
+
+    def __init__(self, normalize_inputs: bool) -> None:
+        super().__init__()
+        self.normalize_inputs = normalize_inputs
+
+    def _read_context(
+        self,
+        time_dim: int,
+        context_dim: int,
+        size: int,
+        inputs: Collection[str] = ROUTER_INPUTS,
+    ) -> None:
+        """Make the projections, to vectors of `size`."""
+        self.size = size
+        self.project_time = nn.Linear(time_dim, size) if "time" in inputs else None
+        self.project_context = nn.Linear(context_dim, size) if "context" in inputs else None
+        self.project_layer = nn.Linear(LAYER_DIM, size) if "layer" in inputs else None
+
+    def condition(
+        self,
+        time: Float[Tensor, "B Dt"],
+        context: Float[Tensor, "B Dc"],
+        layer: Float[Tensor, " Dl"],
+    ) -> Float[Tensor, "B H"]:
+        """The context term h (Eq. 8), in float32 also under autocast: inference has none."""
+        with without_autocast(time.device):
+            h = layer.new_zeros(len(time), self.size)
+            if self.project_time is not None:
+                h = h + self.project_time(self._normalize(time).float())
+            if self.project_context is not None:
+                h = h + self.project_context(self._normalize(context).float())
+            return h if self.project_layer is None else h + self.project_layer(layer)
+
+    def condition_flops(self) -> int:
+        """FLOPs of `condition` per sample."""
+        read = (self.project_time, self.project_context, self.project_layer)
+        return sum(linear_flops(1, layer) for layer in read if layer is not None)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]) if self.normalize_inputs else x
+
+
+def linear_flops(num_tokens: int, layer: nn.Linear) -> int:
+    """FLOPs of a linear layer on some tokens: 2 per multiply-add."""
+    return 2 * num_tokens * layer.in_features * layer.out_features
+
+
+def _in_dtype_of(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A float32 layer on tokens of any dtype, in theirs."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
+class TokenScorer(ContextModule):
     r"""One group's router (Eq. 8, 9).
 
     .. math:: h = P_t t + P_p c + P_l l, \qquad s_i = w^T \mathrm{LN}(\mathrm{SiLU}(P_x x_i + h))
@@ -49,31 +109,12 @@ class TokenScorer(nn.Module):
         normalize_inputs: bool,
         inputs: Collection[str] = ROUTER_INPUTS,
     ) -> None:
-        super().__init__()
-        self.normalize_inputs = normalize_inputs
-        self.hidden = hidden
+        super().__init__(normalize_inputs)
         self.project_tokens = nn.Linear(width, hidden)
-        self.project_time = nn.Linear(time_dim, hidden) if "time" in inputs else None
-        self.project_context = nn.Linear(context_dim, hidden) if "context" in inputs else None
-        self.project_layer = nn.Linear(LAYER_DIM, hidden) if "layer" in inputs else None
+        self._read_context(time_dim, context_dim, hidden, inputs)
         self.score_norm = nn.LayerNorm(hidden)
         # No bias: it would move all scores alike, and the selection not at all.
         self.score = nn.Linear(hidden, 1, bias=False)
-
-    def condition(
-        self,
-        time: Float[Tensor, "B Dt"],
-        context: Float[Tensor, "B Dc"],
-        layer: Float[Tensor, " Dl"],
-    ) -> Float[Tensor, "B H"]:
-        """The context term h (Eq. 8), in float32 also under autocast: inference has none."""
-        with without_autocast(time.device):
-            h = layer.new_zeros(len(time), self.hidden)
-            if self.project_time is not None:
-                h = h + self.project_time(self._normalize(time).float())
-            if self.project_context is not None:
-                h = h + self.project_context(self._normalize(context).float())
-            return h if self.project_layer is None else h + self.project_layer(layer)
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"]
@@ -83,23 +124,109 @@ class TokenScorer(nn.Module):
         Weights are float32. The projection, which reads all tokens, runs in their dtype; the score
         layer in float32 always: 4,096 scores in bfloat16 take a third as many distinct values.
         """
-        projection = self.project_tokens
-        projected = F.linear(
-            self._normalize(x), projection.weight.to(x.dtype), projection.bias.to(x.dtype)
-        )
+        projected = _in_dtype_of(self._normalize(x), self.project_tokens)
         hidden = F.silu(projected.float() + condition[:, None])  # (B, N, H)
         # Not a matrix product: autocast would round that to 16 bits.
         return (self.score_norm(hidden) * self.score.weight[0]).sum(-1)
 
-    def _normalize(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:]) if self.normalize_inputs else x
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs per sample: all tokens, and the context term."""
+        tokens = linear_flops(num_tokens, self.project_tokens)
+        return tokens + linear_flops(num_tokens, self.score) + self.condition_flops()
 
 
-class ShivaRouter(nn.Module):
+class TokenUpdate(ContextModule):
+    r"""A cheap stand-in for a block, for the tokens that it doesn't run: one group's weights.
+
+    .. math:: u_i = \|x_i\| \, W_\uparrow \left[(1 + b) \odot
+              \mathrm{SiLU}(W_\downarrow \mathrm{LN}(x_i) + a)\right], \qquad
+              (a, b) = P_t t + P_p c + P_l l
+
+    with :math:`\|x_i\|` the standard deviation over the channels, so that one learning rate
+    serves blocks whose tokens differ in size by orders of magnitude. It starts at zero: the
+    tokens then pass by unchanged, as in the paper.
+
+    Args:
+        width: D of the tokens.
+        time_dim: Width of the backbone's time embedding.
+        context_dim: Width of the pooled text or class embedding.
+        rank: Width of the bottleneck.
+    """
+
+    def __init__(self, width: int, time_dim: int, context_dim: int, rank: int) -> None:
+        super().__init__(normalize_inputs=True)
+        self.down = nn.Linear(width, rank)
+        self._read_context(time_dim, context_dim, 2 * rank)
+        self.up = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"]
+    ) -> Float[Tensor, "B N D"]:
+        """What to add to each token, in the tokens' dtype."""
+        shift, scale = condition[:, None].chunk(2, dim=-1)
+        hidden = F.silu(_in_dtype_of(self._normalize(x), self.down).float() + shift)
+        update = _in_dtype_of((hidden * (1.0 + scale)).to(x.dtype), self.up)
+        return update * x.float().std(-1, keepdim=True, correction=0).to(x.dtype)
+
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs per sample: all tokens, and the context term."""
+        tokens = linear_flops(num_tokens, self.down) + linear_flops(num_tokens, self.up)
+        return tokens + self.condition_flops()
+
+
+class DepthGroups(nn.Module):
+    """Weights for every block, shared by adjacent ones: block l uses group l // (L / G).
+
+    A layer embedding tells the blocks of one group apart.
+
+    Args:
+        make: Makes one group's module.
+        num_blocks: L.
+        num_groups: G in [1, L], a divisor of L.
+
+    Raises:
+        ValueError: If G does not divide L.
+    """
+
+    def __init__(self, make: Callable[[], ContextModule], num_blocks: int, num_groups: int) -> None:
+        super().__init__()
+        if not 1 <= num_groups <= num_blocks or num_blocks % num_groups:
+            divisors = [g for g in range(1, num_blocks + 1) if num_blocks % g == 0]
+            raise ValueError(
+                f"num_groups must divide the number of blocks, {num_blocks}: one of {divisors}, "
+                f"got {num_groups}."
+            )
+        self.num_blocks, self.num_groups = num_blocks, num_groups
+        self.groups = nn.ModuleList(make() for _ in range(num_groups))
+        self.layer_embedding = nn.Embedding(num_blocks, LAYER_DIM)
+
+    def group(self, block: int) -> Any:
+        """The group's module that a block uses."""
+        return self.groups[block * self.num_groups // self.num_blocks]
+
+    def condition(
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
+    ) -> Float[Tensor, "B H"]:
+        """The context term of a block (Eq. 8), once per forward, whatever N.
+
+        Args:
+            time: The backbone's time embedding.
+            context: Pooled text or class embedding.
+            block: Index of the block.
+        """
+        layer = self.layer_embedding.weight[block]
+        h: Tensor = self.group(block).condition(time, context, layer)
+        return h
+
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs that a pruned block pays for it, per sample."""
+        flops: int = self.group(0).flops(num_tokens)
+        return flops
+
+
+class ShivaRouter(DepthGroups):
     """Scores the tokens of every block from token, time, text and layer (Eq. 8, 9).
-
-    Adjacent blocks share one set of weights (block l uses group l // (L / G)); the layer embedding
-    tells them apart.
 
     Args:
         width: D, width of the image tokens.
@@ -127,49 +254,55 @@ class ShivaRouter(nn.Module):
         normalize_inputs: bool = True,
         inputs: Collection[str] = ROUTER_INPUTS,
     ) -> None:
-        super().__init__()
         if not set(inputs) <= set(ROUTER_INPUTS):
             raise ValueError(
                 f"router inputs must be among {', '.join(ROUTER_INPUTS)}, got {', '.join(inputs)}."
             )
-        if not 1 <= num_groups <= num_blocks or num_blocks % num_groups:
-            divisors = [g for g in range(1, num_blocks + 1) if num_blocks % g == 0]
-            raise ValueError(
-                f"num_groups must divide the number of blocks, {num_blocks}: one of {divisors}, "
-                f"got {num_groups}."
-            )
-        self.num_blocks, self.num_groups = num_blocks, num_groups
-        self.hidden = hidden
-        self.normalize_inputs = normalize_inputs
-        self.groups = nn.ModuleList(
-            TokenScorer(width, time_dim, context_dim, hidden, normalize_inputs, inputs)
-            for _ in range(num_groups)
+        super().__init__(
+            lambda: TokenScorer(width, time_dim, context_dim, hidden, normalize_inputs, inputs),
+            num_blocks,
+            num_groups,
         )
-        self.layer_embedding = nn.Embedding(num_blocks, LAYER_DIM)
-
-    def scorer(self, block: int) -> TokenScorer:
-        """The group's weights that a block uses."""
-        scorer = self.groups[block * self.num_groups // self.num_blocks]
-        assert isinstance(scorer, TokenScorer)
-        return scorer
-
-    def condition(
-        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
-    ) -> Float[Tensor, "B H"]:
-        """The context term h of a block (Eq. 8), once per forward, whatever N.
-
-        Args:
-            time: The backbone's time embedding.
-            context: Pooled text or class embedding.
-            block: Index of the block.
-        """
-        return self.scorer(block).condition(time, context, self.layer_embedding.weight[block])
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"], block: int
     ) -> Float[Tensor, "B N"]:
         """Scores of all tokens of a block (Eq. 9), in float32; larger is better."""
-        return self.scorer(block)(x, condition)
+        scores: Tensor = self.group(block)(x, condition)
+        return scores
+
+
+class RejectedUpdates(DepthGroups):
+    """A cheap learned update for the tokens that each block leaves out.
+
+    The paper leaves them as they are. This is ours: a `TokenUpdate` per group of blocks,
+    conditioned like the router.
+
+    Args:
+        width: D, width of the image tokens.
+        time_dim: Width of the backbone's time embedding.
+        context_dim: Width of the pooled text or class embedding.
+        num_blocks: L.
+        num_groups: G in [1, L], a divisor of L.
+        rank: Width of the bottleneck. A block of width D costs at least 24 D^2 FLOPs per token,
+            this 4 D times the rank: up to D / 9 it stays below 2%.
+
+    Raises:
+        ValueError: If G does not divide L.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        time_dim: int,
+        context_dim: int,
+        num_blocks: int,
+        num_groups: int,
+        rank: int,
+    ) -> None:
+        super().__init__(
+            lambda: TokenUpdate(width, time_dim, context_dim, rank), num_blocks, num_groups
+        )
 
 
 class AdaptiveRatioPolicy(nn.Module):

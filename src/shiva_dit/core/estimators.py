@@ -10,6 +10,7 @@ estimator             chosen token                             rejected token
 ====================  =======================================  ===========================
 paper (Eq. 7)         <dL/d block input, x>                    -<dL/d output, x>
 residual              <dL/d output, F>, F the block's update   <dL/d output, estimate of F>
+                      (less what a rejected token gets instead, where it gets anything)
 residual, KV gate     also <dL/dv, v> at the value projection
 ====================  =======================================  ===========================
 """
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shiva_dit.core.selection import gather_tokens
+from shiva_dit.core.selection import gather_tokens, scatter_tokens
 
 EstimatorKind = Literal["paper", "residual"]
 RejectedUpdate = Literal["none", "mean", "ridge", "teacher"]
@@ -41,8 +42,8 @@ class EstimatorConfig:
     rejected: RejectedUpdate = "teacher"
     """"residual" only: what stands for the update that a rejected token did not get. "teacher":
     the update of the unpruned model, known wherever training distils. "ridge": a ridge regression
-    fitted on the chosen tokens of the same sample. "mean": their mean update. "none": zero, and
-    then k shrinks regardless of merit."""
+    fitted on the chosen tokens of the same sample. "mean": their mean update. "none": what it got
+    anyway, nothing; then k shrinks regardless of merit."""
     kv_gate: bool = True
     """"residual" only: add what a chosen token gives to the others as a value in attention."""
     ridge: float = 1.0
@@ -126,63 +127,54 @@ def gate_input(
     return gate(x, x, sign * inclusion)
 
 
-def gate_update(
-    before: Float[Tensor, "B k D"],
-    after: Float[Tensor, "B k D"],
-    inclusion: Float[Tensor, "B k"],
-) -> Float[Tensor, "B k D"]:
-    """The residual estimator on chosen tokens: <dL/d output, F>, F the block's whole update.
-
-    Args:
-        before: Chosen tokens as they entered the block.
-        after: The block's output for them.
-        inclusion: Their inclusion scores.
-
-    Returns:
-        `after`, unchanged in value.
-    """
-    return gate(after, (after - before).detach(), inclusion)
-
-
-def estimate_rejected_update(
+@torch.no_grad()
+def selection_benefit(
     kind: RejectedUpdate,
     x: Float[Tensor, "B N D"],
     chosen: Int[Tensor, "B k"],
-    update: Float[Tensor, "B k D"],
+    output: Float[Tensor, "B N D"],
     *,
+    instead: Float[Tensor, "B N D"] | None = None,
     ridge: float = 1.0,
     teacher: Float[Tensor, "B N D"] | None = None,
-) -> Float[Tensor, "B m D"]:
-    """What a rejected token would have gained from the block, without running it again.
+) -> Float[Tensor, "B N D"]:
+    r"""By how much selection changes a token: its update F by the block, less what it gets if not.
+
+    A token's output is :math:`\pi_i (x_i + F_i) + (1 - \pi_i)(x_i + u_i)`, so that its gate's
+    direction is :math:`F_i - u_i`, chosen or not. The F of a rejected token isn't known: the block
+    isn't run for it.
 
     Args:
-        kind: "mean", "ridge" or "teacher" (see `EstimatorConfig.rejected`).
+        kind: What stands for it (see `EstimatorConfig.rejected`).
         x: All tokens before the block.
         chosen: Tokens that ran.
-        update: Their update, block output minus input.
+        output: All tokens after the block; only chosen ones are read.
+        instead: u, zero by default.
         ridge: Penalty of "ridge".
         teacher: The unpruned model's update at this block, for "teacher".
 
     Returns:
-        An estimate for every token (m = N) or one for all (m = 1). Rows of chosen tokens mean
-        nothing. No gradient flows through it.
+        The direction of every token's gate. No gradient flows through it.
 
     Raises:
         ValueError: If "teacher" is asked for and no teacher's update is given.
     """
-    with torch.no_grad():
-        if kind == "teacher":
-            if teacher is None:
-                raise ValueError(
-                    'rejected="teacher" needs the unpruned model\'s update of this block; run the '
-                    'teacher first, or use rejected="ridge".'
-                )
-            return teacher
-        if kind == "mean":
-            return update.mean(1, keepdim=True)
-        if kind == "ridge":
-            return _ridge_prediction(x, chosen, update, ridge)
-    raise ValueError(f"no estimate of the rejected update is named {kind!r}.")
+    update = gather_tokens(output, chosen) - gather_tokens(x, chosen)  # (B, k, D)
+    if kind == "none":
+        rest = torch.zeros_like(x) if instead is None else instead
+    elif kind == "mean":
+        rest = update.mean(1, keepdim=True).expand_as(x)
+    elif kind == "ridge":
+        rest = _ridge_prediction(x, chosen, update, ridge)
+    elif teacher is None:
+        raise ValueError(
+            'rejected="teacher" needs the unpruned model\'s update of this block; run the '
+            'teacher first, or use rejected="ridge".'
+        )
+    else:
+        rest = teacher
+    benefit = scatter_tokens(rest, chosen, update)
+    return benefit if instead is None else benefit - instead
 
 
 def _ridge_prediction(

@@ -42,20 +42,6 @@ class JointBlockShape:
         return 2 * macs
 
 
-def router_flops(num_tokens: int, width: int, hidden: int) -> int:
-    """FLOPs of one router on all N tokens: projection and score (Eq. 9).
-
-    The projections of time, text and layer are per sample and block and below 0.1% of this for
-    more than a few hundred tokens; they are counted with the model's constant part.
-    """
-    return 2 * num_tokens * hidden * (width + 1)
-
-
-def condition_flops(time_dim: int, context_dim: int, layer_dim: int, hidden: int) -> int:
-    """FLOPs of one router's conditioning, per sample (Eq. 8)."""
-    return 2 * hidden * (time_dim + context_dim + layer_dim)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFlops:
     """FLOPs of one forward pass of one sample, as a function of the tokens kept."""
@@ -71,17 +57,14 @@ class ModelFlops:
         """The unpruned model."""
         return self.constant + sum(block.flops(self.num_tokens) for block in self.blocks)
 
-    def pruned(self, counts: Sequence[int], router_hidden: int, condition: int) -> int:
-        """The pruned model, its routers included.
+    def pruned(self, counts: Sequence[int], extra: int = 0) -> int:
+        """The pruned model.
 
         Args:
-            counts: k of each block; a block with k = N runs without its router.
-            router_hidden: d' of the routers; 0 for methods without one.
-            condition: FLOPs of one router's conditioning (`condition_flops`).
+            counts: k of each block.
+            extra: What a block with k < N pays beside its own work: router, update of the rest.
         """
         total = self.constant
         for block, k in zip(self.blocks, counts, strict=True):
-            total += block.flops(k)
-            if k < self.num_tokens and router_hidden:
-                total += router_flops(self.num_tokens, block.width, router_hidden) + condition
+            total += block.flops(k) + (extra if k < self.num_tokens else 0)
         return total

@@ -25,6 +25,8 @@ from shiva_dit.demo.tasks import load_task
 from shiva_dit.provenance import provenance, write_atomically, write_json
 from shiva_dit.training.recipe import TrainConfig
 
+PLAIN = ("flops", "sample_s", "train_s", "keep_ratio", "parameters")
+"""Numbers of an `Outcome` that a run's file holds as they are."""
 UNPRUNED = "unpruned"
 """Key of the model as it ships: it is always among the contestants."""
 
@@ -44,7 +46,8 @@ class Comparison:
     recipe: dict = field(default_factory=dict)  # type: ignore[type-arg]
     """What the arms' recipes have in common (`TrainConfig`)."""
     arms: dict = field(default_factory=dict)  # type: ignore[type-arg]
-    """By key: `name`, and what the arm changes in the common recipe."""
+    """By key: `name`, what the arm changes in the common recipe, and `run_at` (optional), a mean
+    keep ratio to run at that isn't the one trained for."""
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.arms:
@@ -62,9 +65,14 @@ class Comparison:
         for key, arm in self.arms.items():
             if not isinstance(arm, dict) or not isinstance(arm.get("name"), str):
                 raise ValueError(f"arms.{key}: expected a table with a name.")
-            changes = {k: v for k, v in arm.items() if k != "name"}
+            changes = dict(arm)
+            name, run_at = changes.pop("name"), changes.pop("run_at", None)
+            if run_at is not None and not (isinstance(run_at, float) and 0.0 < run_at < 1.0):
+                raise ValueError(f"arms.{key}: run_at must be a ratio in (0, 1), got {run_at}.")
             recipe = from_dict(TrainConfig, merged(self.recipe, changes), f"arms.{key}")
-            made[key] = Contestant(name=arm["name"], recipe=recipe)
+            if run_at is not None and not recipe.learns_policy:
+                raise ValueError(f"arms.{key}: run_at needs a learned schedule to move.")
+            made[key] = Contestant(name=name, recipe=recipe, run_at=run_at)
         return made
 
 
@@ -130,7 +138,8 @@ def _record(
         made = row(key, contestant.name, outcomes[key], twins, judge)
         if contestant.recipe is not None:
             made["steps"] = contestant.recipe.total_steps
-            made["keep_ratio_asked"] = contestant.recipe.keep_ratio
+            made["keep_ratio_asked"] = contestant.run_at or contestant.recipe.keep_ratio
+            made["parameters"] = outcomes[key][0].parameters
         schedules = [o.schedule for o in outcomes[key] if o.schedule is not None]
         if schedules and contestant.recipe is not None and contestant.recipe.learns_policy:
             made["schedules"] = [
@@ -170,6 +179,7 @@ def _is_done(out: Path, settings: Settings, contestant: Contestant, key: str, se
     run = json.loads(path.read_text(encoding="utf-8"))["run"]
     recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
     same = recipe == contestant.recipe and run["seed"] == seed
+    same = same and run.get("run_at") == contestant.run_at
     if not same or from_dict(Settings, run["settings"], str(path)) != settings:
         raise ValueError(
             f"{path} was made with other settings: remove it to run that arm again, or use "
@@ -188,13 +198,14 @@ def _save(
         "run": {
             "settings": to_dict(settings),
             "recipe": None if contestant.recipe is None else to_dict(contestant.recipe),
+            "run_at": contestant.run_at,
             "seed": seed,
         },
         "provenance": provenance(),
         "score": dataclasses.asdict(outcome.score),
         "held_out": dataclasses.asdict(outcome.held_out),
         "schedule": None if outcome.schedule is None else outcome.schedule.to_json(),
-        **{name: getattr(outcome, name) for name in ("flops", "sample_s", "train_s", "keep_ratio")},
+        **{name: getattr(outcome, name) for name in PLAIN},
     }
     write_json(path.with_suffix(".json"), plain)
 

@@ -7,7 +7,8 @@ import logging
 import multiprocessing
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shiva_dit.core.flops import condition_flops
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import load_backbone, load_judge
 from shiva_dit.demo.held_out import HeldOut, held_out
@@ -24,13 +24,11 @@ from shiva_dit.demo.scoring import NUM_STEPS, Score, sample, sampler_times, scor
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.methods.random_tokens import RandomSelector
-from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models.attach import Attachment, attach
 from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.families import model_spec
-from shiva_dit.modules import LAYER_DIM
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.trainer import Trainer
+from shiva_dit.training.trainer import Trained, Trainer
 
 CHUNK = 100
 """Images per call of the pipeline."""
@@ -68,6 +66,9 @@ class Contestant:
     """As tables show it."""
     recipe: TrainConfig | None = None
     """How it is trained; None is the unpruned model as it ships."""
+    run_at: float | None = None
+    """Mean keep ratio in (0, 1) to run at, where it isn't the one trained for: the policy's anchor
+    is moved there."""
     trained: bool = True
     """False: random selection at the recipe's keep ratio, without training."""
     num_steps: int | None = None
@@ -92,6 +93,8 @@ class Outcome:
     """CPU seconds of training, 0 for none."""
     keep_ratio: float = 1.0
     """Executed mean over the sampler's steps and the pruned blocks."""
+    parameters: int | None = None
+    """Parameters of the router and of what rejected tokens get; None in older records."""
     schedule: Schedule | None = None
     """Ratios by time bin and block."""
     maps: Tensor | None = None
@@ -118,22 +121,40 @@ def compete(job: tuple[Settings, Contestant, int]) -> Outcome:
         selector = RandomSelector(torch.Generator().manual_seed(seed))
         attachment = attach(backbone, selector, schedule)
         return _judged(settings, contestant, seed, task, backbone, attachment)
-    with tempfile.TemporaryDirectory() as out:
-        config = dataclasses.replace(recipe, task=settings.task, seed=seed, out=Path(out))
-        trainer = Trainer(config, load_backbone(task), task)
-        start = time.process_time()
-        trained = trainer.run(description=_label("train", contestant, seed), position=_place())
-        seconds = time.process_time() - start
-        trainer.close()
+    trained, seconds = _train(_Training(settings.task, recipe, seed, contestant.name))
+    schedule = trained.schedule
+    if contestant.run_at is not None:
+        schedule = trained.at(contestant.run_at)
     if trained.backbone_weights:
         TunedBackbone(backbone, trained.backbone_weights, trained.lora)
     attachment = None
     if trained.selector is not None:
-        attachment = attach(backbone, trained.selector, trained.schedule)
+        attachment = attach(backbone, trained.selector, schedule, updates=trained.updates)
     outcome = _judged(settings, contestant, seed, task, backbone, attachment)
-    return dataclasses.replace(
-        outcome, train_s=seconds, schedule=trained.schedule if attachment else None
-    )
+    return dataclasses.replace(outcome, train_s=seconds, schedule=schedule if attachment else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Training:
+    task: str
+    recipe: TrainConfig
+    seed: int
+    name: str = field(compare=False)
+
+
+@lru_cache(maxsize=1)
+def _train(job: _Training) -> tuple[Trained, float]:
+    """A trained recipe and its CPU seconds; the next contestant may run it at another ratio."""
+    task = load_task(job.task)
+    label = _label("train", job.name, job.seed)
+    with tempfile.TemporaryDirectory() as out:
+        config = dataclasses.replace(job.recipe, task=job.task, seed=job.seed, out=Path(out))
+        trainer = Trainer(config, load_backbone(task), task)
+        start = time.process_time()
+        trained = trainer.run(description=label, position=_place())
+        seconds = time.process_time() - start
+        trainer.close()
+    return trained, seconds
 
 
 def _judged(
@@ -148,7 +169,7 @@ def _judged(
     num_steps = contestant.num_steps or settings.num_steps
     parts, seconds = [], 0.0
     starts = range(0, settings.count, CHUNK)
-    label = _label("sample", contestant, seed)
+    label = _label("sample", contestant.name, seed)
     for part, start in enumerate(
         tqdm(starts, desc=label, unit=f"x{CHUNK}", position=_place(), leave=False)
     ):
@@ -177,12 +198,13 @@ def _judged(
         images=images,
         sample_s=seconds,
         keep_ratio=keep_ratio,
+        parameters=0 if attachment is None else attachment.num_parameters,
         maps=maps,
     )
 
 
-def _label(what: str, contestant: Contestant, seed: int) -> str:
-    return f"{what:6} {contestant.name}, seed {seed}"
+def _label(what: str, name: str, seed: int) -> str:
+    return f"{what:6} {name}, seed {seed}"
 
 
 def _place() -> int:
@@ -195,18 +217,11 @@ def flops_per_image(
     task: DemoTask, backbone: Any, attachment: Attachment | None, num_steps: int
 ) -> float:
     """True FLOPs of one image without guidance: every sampler step with its own tokens."""
-    spec = model_spec(backbone)
-    flops = spec.flops(backbone, task.num_tokens, task.captions.max_words)
+    size = task.num_tokens, task.captions.max_words
     if attachment is None:
-        return float(num_steps * flops.dense())
-    hidden = condition = 0
-    if isinstance(attachment.selector, ShivaSelector):
-        dims = spec.dims(backbone)
-        hidden = attachment.selector.router.hidden
-        condition = condition_flops(dims.time_dim, dims.context_dim, LAYER_DIM, hidden)
-    table = attachment.table(task.num_tokens)
-    rows = [table.row(t) for t in sampler_times(num_steps)]
-    return float(sum(flops.pruned(row, hidden, condition) for row in rows))
+        return float(num_steps * model_spec(backbone).flops(backbone, *size).dense())
+    rows = [attachment.table(task.num_tokens).row(t) for t in sampler_times(num_steps)]
+    return float(sum(attachment.flops(*size, row) for row in rows))
 
 
 def noise_seed(seed: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class HeldOut:
     """Squared error of the predicted velocity to the unpruned model's: the distillation error."""
     ink_kept: float | None
     """Share of the tokens with ink that the pruned blocks keep; None where nothing is pruned."""
+    cosine: float | None = None
+    """Cosine of that velocity to the unpruned model's, mean over images; None in older records."""
 
 
 @torch.no_grad()
@@ -43,18 +46,22 @@ def held_out(task: DemoTask, dense: Any, pruned: Any, attachment: Attachment | N
         pruned: The other one.
         attachment: What is attached to it, if anything.
     """
-    errors, kept = [], []
+    errors, cosines, kept = [], [], []
     for index in range(NUM_TIMES):
         first = index * IMAGES_PER_TIME
         images = [i % len(task.held_out_images) for i in range(first, first + IMAGES_PER_TIME)]
         arguments = noisy_arguments(task, images, (index + 0.5) / NUM_TIMES, "true")
         with recorded(attachment) as chosen:
             ours = pruned(**arguments)[0]
-        errors.append(float((ours - dense(**arguments)[0]).square().mean()))
+        theirs = dense(**arguments)[0]
+        errors.append(float((ours - theirs).square().mean()))
+        cosines.append(float(F.cosine_similarity(ours.flatten(1), theirs.flatten(1)).mean()))
         ink = task.ink(images)
         kept += [float(mask[ink].double().mean()) for mask in masks(chosen, ink.shape[1])]
     return HeldOut(
-        error=sum(errors) / len(errors), ink_kept=sum(kept) / len(kept) if kept else None
+        error=sum(errors) / len(errors),
+        ink_kept=sum(kept) / len(kept) if kept else None,
+        cosine=sum(cosines) / len(cosines),
     )
 
 

@@ -32,6 +32,8 @@ def measure(outcome: Outcome, unpruned: Outcome | None, judge: Judge) -> dict[st
         "sample_cpu_s": outcome.sample_s,
         "held_out_error": outcome.held_out.error,
     }
+    if outcome.held_out.cosine is not None:
+        values["held_out_cosine"] = outcome.held_out.cosine
     if outcome.held_out.ink_kept is not None:
         values["ink_kept"] = outcome.held_out.ink_kept
     if unpruned is not None:

@@ -32,6 +32,11 @@ class Selector(nn.Module, ABC):
         del time, context, block
         return None
 
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs that the scores of one block cost, per sample; 0 where nothing is multiplied."""
+        del num_tokens
+        return 0
+
     @abstractmethod
     def scores(
         self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int

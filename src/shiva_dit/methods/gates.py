@@ -10,10 +10,9 @@ from torch import Tensor
 
 from shiva_dit.core.estimators import (
     EstimatorConfig,
-    estimate_rejected_update,
     gate,
     gate_input,
-    gate_update,
+    selection_benefit,
 )
 from shiva_dit.core.selection import select_top_k
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
@@ -93,21 +92,21 @@ class SelectionGates:
     def leave(
         self,
         x: Float[Tensor, "B N D"],
-        before: Float[Tensor, "B k D"],
-        after: Float[Tensor, "B k D"],
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B k D"]]:
-        """The rejected tokens' base and the chosen tokens' output, before the scatter.
+        output: Float[Tensor, "B N D"],
+        update: Float[Tensor, "B N D"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        """All tokens after the scatter (gate of the "residual" estimator).
 
         Args:
             x: What `enter` returned.
-            before: Its chosen tokens.
-            after: The block's output for them.
+            output: The block's output for chosen tokens, `x` plus `update` for the others.
+            update: What rejected tokens got instead of the block (`RejectedUpdates`), if anything.
 
         Raises:
             RuntimeError: If a value gate was asked for and no value projection was seen.
         """
         if self.config.kind == "paper":
-            return x, after
+            return output
         assert self.chosen is not None
         assert self.inclusion is not None
         if self.config.needs_value_gate and not self.values_gated:
@@ -115,15 +114,13 @@ class SelectionGates:
                 "the block ran without calling its value projection (fused projections?), so the "
                 "KV gate saw nothing: unfuse them, or train with kv_gate=false."
             )
-        if self.config.rejected != "none":
-            update = estimate_rejected_update(
-                self.config.rejected,
-                x,
-                self.chosen,
-                after - before,
-                ridge=self.config.ridge,
-                teacher=self.teacher_update,
-            )
-            # The scatter cuts this path for chosen tokens: only rejected ones are judged by it.
-            x = gate(x, update, self.inclusion)
-        return x, gate_update(before, after, self._chosen_inclusion)
+        benefit = selection_benefit(
+            self.config.rejected,
+            x.detach(),
+            self.chosen,
+            output.detach(),
+            instead=None if update is None else update.detach(),
+            ridge=self.config.ridge,
+            teacher=self.teacher_update,
+        )
+        return gate(output, benefit, self.inclusion)

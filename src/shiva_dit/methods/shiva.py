@@ -37,4 +37,9 @@ class ShivaSelector(Selector):
 
     def scorer(self, block: int) -> TokenScorer:
         """The block's own weights."""
-        return self.router.scorer(block)
+        scorer: TokenScorer = self.router.group(block)
+        return scorer
+
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs of one block's router."""
+        return self.router.flops(num_tokens)

@@ -29,6 +29,7 @@ from shiva_dit.models.block_hook import BlockHook, BlockState
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.spec import bind
+from shiva_dit.modules import RejectedUpdates
 
 HOOK_NAME = "shiva_dit"
 
@@ -52,12 +53,14 @@ class Attachment:
         selector: Selector,
         schedule: Schedule,
         *,
+        updates: RejectedUpdates | None = None,
         multiple: int = 1,
         shares_halves: Callable[[], bool] | None = None,
         gate_values: bool = False,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector, self.schedule = model, selector, schedule
+        self.updates = updates
         self.multiple = multiple
         self.shares_halves = shares_halves
         self.enabled = True
@@ -79,7 +82,8 @@ class Attachment:
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
         self.hooks = [
-            BlockHook(self, selector, block, index) for index, block in enumerate(self.blocks)
+            BlockHook(self, selector, updates, block, index)
+            for index, block in enumerate(self.blocks)
         ]
         self._slots = {id(b): h.slot for b, h in zip(self.blocks, self.hooks, strict=True)}
         try:
@@ -122,6 +126,25 @@ class Attachment:
         if num_tokens not in self._tables:
             self._tables[num_tokens] = self.schedule.for_tokens(num_tokens, multiple=self.multiple)
         return self._tables[num_tokens]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the selector and of what rejected tokens get."""
+        modules = [self.selector] if self.updates is None else [self.selector, self.updates]
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def flops(self, num_tokens: int, text_tokens: int, counts: Sequence[int]) -> int:
+        """FLOPs of one forward of one sample, router and update of the rejected tokens included.
+
+        Args:
+            num_tokens: Image tokens N.
+            text_tokens: Text tokens T.
+            counts: k of every block (a row of `table`).
+        """
+        extra = self.selector.flops(num_tokens)
+        if self.updates is not None:
+            extra += self.updates.flops(num_tokens)
+        return self.spec.flops(self.model, num_tokens, text_tokens).pruned(counts, extra)
 
     @contextmanager
     def gated(self, forward: GatedForward) -> Iterator[None]:
@@ -254,13 +277,18 @@ class Attachment:
         del module, args
         if self._context is None:
             return
-        parameter = next(self.selector.parameters(), None)
-        if parameter is not None and parameter.device != output.device:
-            self.selector.to(output.device)
+        learned = [self.selector] if self.updates is None else [self.selector, self.updates]
+        for module in learned:
+            parameter = next(module.parameters(), None)
+            if parameter is not None and parameter.device != output.device:
+                module.to(output.device)
         for hook in self.hooks:
             state = hook.slot.state
-            if not state.dense:
-                state.condition = self.selector.condition(output, self._context, hook.index)
+            if state.dense:
+                continue
+            state.condition = self.selector.condition(output, self._context, hook.index)
+            if self.updates is not None:
+                state.update_condition = self.updates.condition(output, self._context, hook.index)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args, output
@@ -322,9 +350,9 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         model: A supported transformer.
         selector: Scores the tokens of each block; any device.
         schedule: Keep ratios for the model's blocks.
-        **options: `multiple` (k is a multiple of this), `shares_halves` (a function that says
-            whether the running call is a batched guidance pass), `gate_values` (training with the
-            KV gate).
+        **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
+            multiple of this), `shares_halves` (a function that says whether the running call is a
+            batched guidance pass), `gate_values` (training with the KV gate).
 
     Raises:
         ValueError: If the model is not supported or the schedule is another model's.

@@ -19,6 +19,7 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.spec import BlockSpec, argument_place
+from shiva_dit.modules import RejectedUpdates
 
 
 @dataclass(slots=True)
@@ -33,6 +34,9 @@ class BlockState:
     dense: bool
     share_halves: bool = False
     condition: Tensor | None = None
+    """The router's context term."""
+    update_condition: Tensor | None = None
+    """That of the rejected tokens' update."""
     gates: SelectionGates | None = None
     observer: Callable[[int, Tensor], None] | None = None
 
@@ -52,14 +56,23 @@ class BlockHook(ModelHook):
     Args:
         owner: The attachment that it belongs to.
         selector: Scores the block's tokens.
+        updates: What rejected tokens get; None leaves them as they are.
         module: The block.
         index: Its place among the blocks.
     """
 
-    def __init__(self, owner: object, selector: Selector, module: nn.Module, index: int) -> None:
+    def __init__(
+        self,
+        owner: object,
+        selector: Selector,
+        updates: RejectedUpdates | None,
+        module: nn.Module,
+        index: int,
+    ) -> None:
         super().__init__()
         self.owner = owner
         self.scores = selector.scorer(index)
+        self.update = None if updates is None else updates.group(index)
         self.index = index
         self.spec: BlockSpec = block_spec(module)
         self.place = argument_place(module, self.spec.hidden)
@@ -76,6 +89,7 @@ class BlockHook(ModelHook):
         scores = self.scores(x.detach(), state.condition)
         if state.share_halves:
             scores = share_between_halves(scores)
+        update = None if self.update is None else self.update(x, state.update_condition)
         gates = state.gates
         if gates is None:
             chosen = select_top_k(scores, state.k)
@@ -92,10 +106,11 @@ class BlockHook(ModelHook):
         output = self.run(*args, **kwargs)
         place = self.spec.output
         after = output if place is None else output[place]
+        rest = x if update is None else x + update
+        new = scatter_tokens(rest, chosen, after)  # (B, N, D)
         if gates is not None:
-            x, after = gates.leave(x, before, after)
-        x = scatter_tokens(x, chosen, after)  # (B, N, D)
-        return x if place is None else (*output[:place], x, *output[place + 1 :])
+            new = gates.leave(x, new, update)
+        return new if place is None else (*output[:place], new, *output[place + 1 :])
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""

@@ -12,19 +12,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from shiva_dit.models.backbone import set_trainable
 from shiva_dit.training.recipe import OptimizerConfig, StageName
 
-PARTS = ("router", "policy", "backbone")
+PARTS = ("router", "policy", "backbone", "updates")
 ACTIVE: dict[StageName, set[str]] = {
-    "warmup": {"router"},
-    "policy": {"router", "policy"},
-    "joint": {"router", "policy", "backbone"},
+    "warmup": {"router", "updates"},
+    "policy": {"router", "updates", "policy"},
+    "joint": {"router", "updates", "policy", "backbone"},
 }
 
 
 class Optimization:
-    """AdamW over router, policy and backbone, each with its own rate, clipping and average.
+    """AdamW over all that learns, each part with its own rate, clipping and average.
 
     Args:
-        parts: Parameters by part ("router", "policy", "backbone") and name; a part may be empty.
+        parts: Parameters by part (`PARTS`) and name; a part may be empty.
         config: Rates and decay.
     """
 
@@ -38,6 +38,7 @@ class Optimization:
         extra = {
             "router": small,
             "policy": small,
+            "updates": small,
             "backbone": {"weight_decay": config.weight_decay},
         }
         self.adamw = torch.optim.AdamW(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shiva_dit.adapter import BackboneKind
+from shiva_dit.adapter import BackboneKind, RejectedKind
 from shiva_dit.core.budget import BudgetConfig
 from shiva_dit.core.estimators import EstimatorConfig
 
@@ -119,8 +119,10 @@ class OptimizerConfig:
     """Learning rate of the policy."""
     backbone: float = 1e-4
     """Learning rate of the backbone (joint stage)."""
+    updates: float = 1e-3
+    """Learning rate of the rejected tokens' updates."""
     weight_decay: float = 0.01
-    """Of the backbone; router and policy have none."""
+    """Of the backbone; nothing else has any."""
     warmup_steps: int = 200
     """Steps over which the rates rise, in each stage."""
     decay_share: float = 0.0
@@ -131,7 +133,7 @@ class OptimizerConfig:
     """Decay of the moving average of what is trained, in [0, 1); it is what is saved."""
 
     def __post_init__(self) -> None:
-        for name in ("router", "policy", "backbone", "weight_decay"):
+        for name in ("router", "policy", "backbone", "updates", "weight_decay"):
             if not 0.0 <= getattr(self, name) <= 1e3:
                 raise ValueError(
                     f"optimizer {name} must lie in [0, 1000], got {getattr(self, name)}."
@@ -165,6 +167,11 @@ class TrainConfig:
     """What the joint stage does to the backbone: "frozen", "lora", "dora" or "full"."""
     lora_rank: int = 32
     """Rank, for "lora" and "dora"."""
+    rejected: RejectedKind = "identity"
+    """What a token gets from a block that leaves it out: "identity", nothing, as in the paper;
+    "low_rank", a learned update (`RejectedUpdates`)."""
+    rejected_rank: int = 16
+    """Rank of that update. D / 9 costs 2% of a block of width D."""
     warmup_steps: int = 2000
     """Router warm-up: stratified ratios, frozen backbone. Ours only."""
     policy_steps: int = 2000
@@ -239,7 +246,8 @@ class TrainConfig:
                 'a learned policy needs time_sampling = "uniform": the budget counts all times '
                 "alike. Set policy.adaptive = false to train with other laws of t."
             )
-        if self.backbone == "frozen" and self.method in ("random", "norm", "centre", "dense"):
+        learns_nothing = self.method in ("random", "norm", "centre") and self.rejected == "identity"
+        if self.backbone == "frozen" and (learns_nothing or self.method == "dense"):
             raise ValueError(f"method {self.method!r} with a frozen backbone has nothing to train.")
 
     @property

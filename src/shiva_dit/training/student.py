@@ -63,11 +63,13 @@ class Student:
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.selector = self._selector(sample)
+        self.updates = None if self.selector is None else self.adapter.updates
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
         self.attachment = attach(
             model,
             self.selector or self.adapter.selector(),
             self.adapter.schedule,
+            updates=self.updates,
             gate_values=config.estimator.needs_value_gate and self.learns_scores,
         )
         self.num_tokens = self.attachment.spec.tokens(model, sample.latents)
@@ -228,6 +230,8 @@ def _adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
         "normalize_inputs": config.router.normalize_inputs,
         "router_inputs": config.router.inputs,
         "num_bins": config.policy.num_bins,
+        "rejected": config.rejected,
+        "rejected_rank": config.rejected_rank,
         "backbone": config.backbone,
         "lora_rank": config.lora_rank,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,

@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
-from shiva_dit.config import to_dict
+from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
+from shiva_dit.modules import RejectedUpdates
 from shiva_dit.provenance import provenance, write_atomically
 from shiva_dit.training.checkpoint import (
     Checkpoint,
@@ -53,6 +54,18 @@ class Trained:
     """PEFT's settings, where these are a LoRA's."""
     adapter: ShivaAdapter | None
     """Ours only."""
+    updates: RejectedUpdates | None
+    """What rejected tokens get; None: nothing."""
+
+    def at(self, keep_ratio: float) -> Schedule:
+        """The learned schedule with its anchor moved to another mean ratio in (0, 1].
+
+        Raises:
+            ValueError: For controls, which have none.
+        """
+        if self.adapter is None:
+            raise ValueError("a control has no schedule that could be moved to another ratio.")
+        return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins)
 
 
 class Trainer:
@@ -91,6 +104,7 @@ class Trainer:
         return {
             "router": dict(scores.named_parameters()) if scores is not None else {},
             "policy": dict(policy.named_parameters()) if policy is not None else {},
+            "updates": dict(student.updates.named_parameters()) if student.updates else {},
             "backbone": trainable_parameters(student.model, self.config.backbone),
         }
 
@@ -234,6 +248,7 @@ class Trainer:
             if self.config.backbone in ("lora", "dora")
             else None,
             adapter=adapter if ours else None,
+            updates=adapter.updates if student.updates else None,
         )
 
     def close(self) -> None:
@@ -303,8 +318,12 @@ class Trainer:
         return path
 
     def _check_recipe(self, saved: dict[str, Any], path: Path) -> None:
-        current = json.loads(json.dumps(to_dict(self.config)))
-        changed = sorted(k for k in current if k not in FREE and saved.get(k) != current[k])
+        current, then = (
+            json.loads(json.dumps(to_dict(config)))
+            # Settings that it was saved without count as their defaults.
+            for config in (self.config, from_dict(TrainConfig, saved, str(path)))
+        )
+        changed = sorted(k for k in current if k not in FREE and then[k] != current[k])
         if changed:
             raise ValueError(
                 f"{path} was made with other values of {', '.join(changed)}: resume with the same "
