@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.cli import main
 from shiva_dit.config import load_recipe
+from shiva_dit.demo.base import load_backbone
 from shiva_dit.demo.compare import Comparison
-from shiva_dit.modules import RejectedUpdates, ShivaRouter
+from shiva_dit.demo.tasks import load_task
 from shiva_dit.report import comparison_table
 
 ROOT = Path(__file__).parents[1]
@@ -94,9 +96,9 @@ rejected = "low_rank"
     assert [round(row["keep_ratio"], 2) for row in first["rows"]] == [1.0, 0.6, 0.3, 0.6]
     # One training serves both: its seconds are the same to the last digit.
     assert ours["train_cpu_s"] == moved["train_cpu_s"] != random["train_cpu_s"]
-    digits = {"width": 128, "time_dim": 128, "context_dim": 128, "num_blocks": 6, "num_groups": 3}
-    router, updates = ShivaRouter(**digits), RejectedUpdates(**digits, rank=16)
-    for row, module in ((ours, router), (random, updates)):
+    model = load_backbone(load_task("digits"))
+    made = ShivaAdapter(ShivaConfig.for_model(model, rejected="low_rank"))
+    for row, module in ((ours, made.router), (random, made.updates)):
         assert row["parameters"] == sum(p.numel() for p in module.parameters())
     assert "by chance" in capsys.readouterr().out
     assert "Two arms. 20 images per arm and seed" in comparison_table(first)
