@@ -15,6 +15,7 @@ import shiva_dit
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule, nearest_bin
 from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.features import record_blocks
 from shiva_dit.modules import AdaptiveRatioPolicy
 from shiva_dit.training.checkpoint import (
     Checkpoint,
@@ -378,6 +379,29 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         losses.append([trainer.train_step()["loss"] for _ in range(6)])
         trainer.close()
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "frozen"])
+def test_updates_start_by_least_squares(tmp_path: Path, backbone: Any) -> None:
+    plain = Trainer(recipe(tmp_path / "a", backbone=backbone), tiny.sd3(), TinyData())
+    config = recipe(tmp_path / "b", backbone=backbone, rejected="low_rank", rejected_rank=8)
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    # Nothing of the training's own randomness is used up.
+    assert torch.equal(trainer.generator.get_state(), plain.generator.get_state())
+    updates = trainer.student.updates
+    assert updates is not None
+    model, arguments = tiny.sd3(), tiny.inputs(batch=8, t=0.4, seed=9)
+    with torch.no_grad(), record_blocks(model, inputs=(2, 3), outputs=(2, 3)) as features:
+        embedding = model.time_text_embed.timestep_embedder.register_forward_hook(
+            lambda module, args, output: features.outputs.update({-1: output})
+        )
+        model(**arguments)
+    embedding.remove()
+    for block in (2, 3):
+        x, change = features.inputs[block], features.update(block)
+        condition = updates.condition(features.outputs[-1], arguments["pooled_projections"], block)
+        rest = (change - updates.group(block)(x, condition)).square().sum()
+        assert rest < 0.8 * change.square().sum()
 
 
 @pytest.mark.parametrize("method", ["random", "norm", "centre", "fixed_map"])

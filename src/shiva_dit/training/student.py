@@ -104,7 +104,7 @@ class Student:
         weights = self.config.loss
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         t = part.t.to(self.device)
-        arguments = self._arguments(interpolate(batch.latents, noise, t), t, batch)
+        arguments = self.arguments(interpolate(batch.latents, noise, t), t, batch)
         teacher, taught = self.teach(arguments)
         forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
         with (
@@ -133,7 +133,7 @@ class Student:
         wanted = {*updates, *self.distilled}
         with (
             torch.no_grad(),
-            self._as_teacher(),
+            self.as_teacher(),
             record_blocks(self.teacher, inputs=updates, outputs=wanted) as features,
             self._autocast(),
         ):
@@ -155,7 +155,8 @@ class Student:
             parameter.requires_grad_(flag)
             parameter.grad = None
 
-    def _arguments(self, noisy: Tensor, t: Tensor, batch: Batch) -> dict[str, Any]:
+    def arguments(self, noisy: Tensor, t: Tensor, batch: Batch) -> dict[str, Any]:
+        """What a model is called with for noisy samples at their times."""
         spec = self.attachment.spec
         return {
             spec.sample: noisy,
@@ -185,7 +186,7 @@ class Student:
         return make
 
     @contextmanager
-    def _as_teacher(self) -> Iterator[None]:
+    def as_teacher(self) -> Iterator[None]:
         """Within: a model that is its own teacher runs dense and without its LoRA."""
         if self.teacher is not self.model:
             yield

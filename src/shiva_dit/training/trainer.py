@@ -31,6 +31,7 @@ from shiva_dit.training.checkpoint import (
     save_checkpoint,
 )
 from shiva_dit.training.data import ShuffledIndices, TrainingData, drop_captions
+from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt, uninterrupted
 from shiva_dit.training.optimization import Optimization
 from shiva_dit.training.plan import Planner
@@ -90,6 +91,7 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.student = Student(config, model, sample, self.generator)
+        fit_updates(self.student, data, config.batch_size, config.seed)
         adapter = self.student.adapter
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
         self.planner = Planner(

@@ -1,0 +1,56 @@
+"""A start by least squares for the rejected tokens' updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shiva_dit.core.budget import stratified
+from shiva_dit.models.features import record_blocks
+from shiva_dit.training.data import ShuffledIndices, TrainingData
+from shiva_dit.training.objective import interpolate
+from shiva_dit.training.student import Student
+
+NUM_BATCHES = 16
+
+
+@torch.no_grad()
+def fit_updates(student: Student, data: TrainingData, batch_size: int, seed: int) -> None:
+    """Fit every group's update to what its blocks do to all tokens of the unpruned model.
+
+    Sixteen batches at times spread over [0, 1]; sums alone are kept, in float64.
+
+    Args:
+        student: Whose updates are fitted.
+        data: Samples.
+        batch_size: Samples per forward.
+        seed: Of samples, times and noise; the training's own randomness is left alone.
+    """
+    updates = student.updates
+    if updates is None:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    indices = ShuffledIndices(len(data), seed)
+    blocks = student.attachment.schedule.prunable_blocks
+    sums: dict[Any, tuple[Tensor, Tensor]] = {}
+    for _ in range(NUM_BATCHES):
+        batch = data.batch(indices.take(batch_size), generator).to(student.device)
+        noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
+        t = stratified(batch_size, generator).to(student.device)
+        noisy = interpolate(batch.latents, noise, t)
+        with (
+            student.as_teacher(),
+            record_blocks(student.teacher, inputs=blocks, outputs=blocks) as features,
+        ):
+            student.teacher(**student.arguments(noisy, t, batch))
+        for block in blocks:
+            group = updates.group(block)
+            rows = group.design(features.inputs[block]).double()
+            changes = features.update(block).flatten(0, 1).double()
+            new = rows.T @ rows, rows.T @ changes
+            old = sums.get(group)
+            sums[group] = new if old is None else (old[0] + new[0], old[1] + new[1])
+    for group, (gram, cross) in sums.items():
+        group.fit(gram, cross)
