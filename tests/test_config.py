@@ -82,6 +82,30 @@ def test_overrides_win_over_the_file(recipe: Path):
     )
 
 
+def test_a_recipe_like_another_lies_over_it(recipe: Path):
+    over = recipe.parent / "over.toml"
+    over.write_text('like = "recipe.toml"\ntaus = [0.1]\ninner = { rate = 0.5 }\n')
+    last = recipe.parent / "last.toml"
+    last.write_text('like = "over.toml"\nname = "scenes"\n')
+    assert load_recipe(Outer, last, ["steps=9"]) == Outer(
+        steps=9,
+        name="scenes",
+        folder=Path("runs/first"),
+        taus=(0.1,),  # a list is replaced, a table merged
+        inner=Inner(rate=0.5, kind="paper"),
+    )
+
+
+def test_recipes_that_are_like_nothing_or_themselves_are_refused(recipe: Path):
+    one, two = recipe.parent / "one.toml", recipe.parent / "two.toml"
+    one.write_text('like = "two.toml"')
+    with pytest.raises(ValueError, match=r'no recipe .*two.toml, which .*one.toml is "like"'):
+        load_recipe(Outer, one)
+    two.write_text('like = "one.toml"')
+    with pytest.raises(ValueError, match="which is like itself in the end"):
+        load_recipe(Outer, one)
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"there is no recipe .*nowhere\.toml"):
         load_recipe(Outer, tmp_path / "nowhere.toml")

@@ -21,20 +21,47 @@ def load_recipe(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
     Args:
         cls: A dataclass.
-        path: A TOML file whose tables are the nested dataclasses.
+        path: A TOML file whose tables are the nested dataclasses. `like = "other.toml"` puts it
+            over another one, which lies beside it.
         overrides: `key=value` or `table.key=value`; the value in TOML, or a bare string.
 
     Raises:
         ValueError: If the file is missing or no TOML, a key is unknown (the error names the
             nearest right one), or a value has the wrong type or lies outside its range.
     """
+    return from_dict(cls, with_overrides(_read(path), overrides), where=str(path))
+
+
+def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's data, over that of the file that it is like."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"there is no recipe {path}.") from error
+        asked = f', which {readers[-1]} is "like"' if readers else ""
+        raise ValueError(f"there is no recipe {path}{asked}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    return from_dict(cls, with_overrides(data, overrides), where=str(path))
+    if "like" not in data:
+        return data
+    other = path.parent / str(data.pop("like"))
+    readers = (*readers, path)
+    if other in readers:
+        raise ValueError(f'{path} is "like" {other}, which is like itself in the end.')
+    return merged(_read(other, readers), data)
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested data with the values of other nested data put over it.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

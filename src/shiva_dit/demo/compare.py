@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from shiva_dit.config import from_dict, to_dict
+from shiva_dit.config import from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import load_judge
 from shiva_dit.demo.contest import Contestant, Outcome, Settings
@@ -74,20 +74,6 @@ class Comparison:
                 raise ValueError(f"arms.{key}: run_at needs a learned schedule to move.")
             made[key] = Contestant(name=name, recipe=recipe, run_at=run_at)
         return made
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested data with the values of other nested data put over it.
-
-    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
-    {'a': {'b': 3, 'c': 2}}
-    """
-    result = dict(base)
-    for key, value in changes.items():
-        old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
-    return result
 
 
 def run_comparison(comparison: Comparison, out: Path, *, workers: int) -> dict[str, Any]:
