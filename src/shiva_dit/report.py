@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,41 +109,69 @@ def plain_rows(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def comparison_rows(record: dict[str, Any]) -> list[list[str]]:
-    """Header and rows of a comparison's table."""
-    rows = [
-        ["arm", "FLOPs", "keep", "held-out error x 1000", "distance to real",
-         "distance to unpruned", "judged right", "ink kept", "train, CPU s per step"]
-    ]  # fmt: skip
-    unpruned = record["rows"][0]
+def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
+    """All that a table may show of a comparison's arm, by column."""
+
+    def to_unpruned(measured: str, form: str, scale: float = 1.0) -> str:
+        values = row.get(f"{measured}_by_seed")
+        if values is None or row is unpruned:
+            return "-"
+        return _spread([scale * value for value in values], form)
+
+    return {
+        "arm": row["name"],
+        "FLOPs": f"{row['flops'] / unpruned['flops']:.3f}",
+        "keep": f"{row['keep_ratio']:.3f}",
+        "keep, asked": _known(row.get("keep_ratio_asked"), "{:.3f}"),
+        "parameters": _known(row.get("parameters"), "{:,}"),
+        "held-out error x 1000": to_unpruned("held_out_error", "{:.2f}", 1000.0),
+        "cosine": to_unpruned("held_out_cosine", "{:.4f}"),
+        "distance to real": _spread(row["frechet_by_seed"], "{:.2f}"),
+        "distance to unpruned": to_unpruned("frechet_to_dense", "{:.2f}"),
+        "judged right": _spread(row["correct_by_seed"], "{:.1%}"),
+        "ink kept": _known(row.get("ink_kept"), "{:.0%}"),
+        "train, CPU s per step": (
+            f"{row['train_cpu_s'] / row['steps']:.2f}" if "steps" in row else "-"
+        ),
+    }
+
+
+COLUMNS = {
+    "comparison": (
+        "arm", "FLOPs", "keep", "held-out error x 1000", "distance to real",
+        "distance to unpruned", "judged right", "ink kept", "train, CPU s per step",
+    ),
+    "routers": (
+        "arm", "parameters", "FLOPs", "held-out error x 1000", "cosine", "distance to real",
+    ),
+    "targets": (
+        "arm", "keep, asked", "keep", "FLOPs", "held-out error x 1000", "distance to real",
+        "distance to unpruned",
+    ),
+}  # fmt: skip
+"""Tables of a comparison's record."""
+
+
+def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[list[str]]:
+    """Header and rows of a comparison's table, with the columns of a kind (`COLUMNS`)."""
+    columns = COLUMNS[kind]
+    rows = [list(columns)]
     for row in record["rows"]:
-        first = row is unpruned
-        errors = [1000.0 * value for value in row["held_out_error_by_seed"]]
-        rows.append(
-            [
-                row["name"],
-                f"{row['flops'] / unpruned['flops']:.2f}",
-                f"{row['keep_ratio']:.3f}",
-                "-" if first else _spread(errors, "{:.2f}"),
-                _spread(row["frechet_by_seed"], "{:.2f}"),
-                "-" if first else _spread(row["frechet_to_dense_by_seed"], "{:.2f}"),
-                _spread(row["correct_by_seed"], "{:.1%}"),
-                f"{row['ink_kept']:.0%}" if "ink_kept" in row else "-",
-                f"{row['train_cpu_s'] / row['steps']:.2f}" if "steps" in row else "-",
-            ]
-        )
+        cells = _cells(row, record["rows"][0])
+        rows.append([cells[column] for column in columns])
     return rows
 
 
-def comparison_table(record: dict[str, Any]) -> str:
+def comparison_table(record: dict[str, Any], kind: str = "comparison") -> str:
     """A comparison's table, as Markdown."""
     config = record["config"]
+    seeds = len(config["seeds"])
     note = (
-        f"{record['about']} {config['settings']['count']} images per arm and seed, "
-        f"{len(config['seeds'])} seeds (mean ± standard deviation). Floor of the distance to "
-        f"real: {record['floor']['frechet']:.2f}."
+        f"{record['about']} {config['settings']['count']} images per arm and seed, {seeds} seed"
+        + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
+        + f"Floor of the distance to real: {record['floor']['frechet']:.2f}."
     )
-    return f"{markdown_rows(comparison_rows(record))}\n\n{note}"
+    return f"{markdown_rows(comparison_rows(record, kind))}\n\n{note}"
 
 
 def flips_rows(record: dict[str, Any]) -> list[list[str]]:
@@ -241,7 +270,7 @@ def speed_table(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "captions": caption_table,
-    "comparison": comparison_table,
+    **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},
     "flips": flips_table,
     "quickstart": quickstart_table,
     "speed": speed_table,
