@@ -16,7 +16,6 @@ from shiva_dit.cli import main
 from shiva_dit.config import from_dict, load_recipe
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import (
-    ADAPTER,
     ASSETS,
     BaseTraining,
     backbone_file,
@@ -24,6 +23,7 @@ from shiva_dit.demo.base import (
     load_backbone,
     load_judge,
     record_file,
+    shipped_adapter,
     train_base,
 )
 from shiva_dit.demo.captions import CaptionEncoder
@@ -33,6 +33,7 @@ from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.maps import kept_maps
 from shiva_dit.demo.quickstart import CONTROLS, NAMES, load_quickstart_recipe
 from shiva_dit.demo.scoring import floors, sample, sampler_times, score
+from shiva_dit.demo.tasks import load_task
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.metrics import psnr
 from shiva_dit.models.attach import attach
@@ -41,6 +42,7 @@ from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = ("digits",)
 SHORT = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=4", "micro_batches=2"]
 
 
@@ -84,7 +86,7 @@ def test_the_shipped_backbone_draws_digits_that_the_judge_reads(task: DigitsTask
 def test_the_shipped_adapter_fits_the_shipped_backbone(task: DigitsTask) -> None:
     backbone = load_backbone(task)
     dense, _ = sample(task, backbone, 40, seed=0, guidance=1.5)
-    shiva_dit.apply(task.pipeline(backbone), ADAPTER)
+    shiva_dit.apply(task.pipeline(backbone), shipped_adapter(task))
     assert shiva_dit.summary(backbone, text_tokens=MAX_WORDS).keep_ratio == pytest.approx(0.4, 1e-3)
     pruned, _ = sample(task, backbone, 40, seed=0, guidance=1.5)
     assert score(task, load_judge(task), pruned).right["all"] >= 0.85
@@ -241,14 +243,19 @@ def test_training_the_base_lowers_its_loss(task: DigitsTask, tmp_path: Path) -> 
     assert losses[30] < 0.9 * losses[1]
 
 
-def test_what_ships_was_made_by_the_recipes_that_ship() -> None:
-    base = load_recipe(BaseTraining, ROOT / "recipes/digits-base.toml")
-    assert base == BaseTraining()
-    record = json.loads((ASSETS / record_file(DigitsTask())).read_text())
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_was_made_by_the_recipes_that_ship(name: str) -> None:
+    task = load_task(name)
+    base = load_recipe(BaseTraining, ROOT / f"recipes/{name}-base.toml")
+    record = json.loads((ASSETS / record_file(task)).read_text())
     assert from_dict(BaseTraining, record["config"]) == base
-    recipe = load_recipe(TrainConfig, ROOT / "recipes/digits.toml")
-    made = ShivaAdapter.from_pretrained(ADAPTER).training_record["recipe"]
+    recipe = load_recipe(TrainConfig, ROOT / f"recipes/{name}.toml")
+    made = ShivaAdapter.from_pretrained(shipped_adapter(task)).training_record["recipe"]
     assert from_dict(TrainConfig, {**made, "out": str(recipe.out)}) == recipe
+
+
+def test_the_digits_base_is_the_default() -> None:
+    assert load_recipe(BaseTraining, ROOT / "recipes/digits-base.toml") == BaseTraining()
 
 
 def test_the_quickstart_trains_in_all_three_stages() -> None:

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the flip test; whether tokens follow the caption; the paper's figure 6",
     )
     add("--task", default="digits", help="demo task; for models of your own: shiva_dit.inspection")
-    add("--adapter", type=Path, help="what selects; the shipped digits adapter by default")
+    add("--adapter", type=Path, help="what selects; the shipped adapter by default")
     add("--random", type=float, metavar="KEEP", help="select by chance at this keep ratio instead")
     add("--out", type=Path, help="folder for record and plot; runs/<what> by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")

@@ -24,8 +24,18 @@ from shiva_dit.training.data import ShuffledIndices, drop_captions
 from shiva_dit.training.objective import flow_matching_loss, interpolate
 
 ASSETS = Path(__file__).parent / "assets"
-ADAPTER = ASSETS / "digits-keep40"
-"""A trained adapter for the shipped digits backbone, made by `recipes/digits.toml`."""
+
+
+def shipped_adapter(task: DemoTask) -> Path:
+    """Folder of the trained adapter that ships for a task, made by `recipes/<task>.toml`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = ASSETS / f"{task.name}-keep40"
+    if not folder.is_dir():
+        raise ValueError(f"no adapter ships for {task.name}: train one, and pass --adapter FOLDER.")
+    return folder
 
 
 def backbone_file(task: DemoTask) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import shiva_dit
-from shiva_dit.demo.base import load_backbone
+from shiva_dit.demo.base import load_backbone, shipped_adapter
 from shiva_dit.demo.held_out import Captions, masks, noisy_arguments, recorded
 from shiva_dit.demo.plots import draw_caption_swap
 from shiva_dit.demo.task import DemoTask
@@ -57,13 +57,11 @@ def run_caption_swap(task_name: str, adapter: Path | None, out: Path) -> str:
     """Run the ablation and write `captions.json` and `captions.png`; returns what to print.
 
     Raises:
-        ValueError: If no adapter is given.
+        ValueError: If no adapter is given and none ships.
     """
-    if adapter is None:
-        raise ValueError("name the adapter that is looked into: --adapter FOLDER.")
     task = load_task(task_name)
     model = load_backbone(task)
-    shiva_dit.apply(model, adapter)
+    shiva_dit.apply(model, adapter or shipped_adapter(task))
     attachment = attachment_of(model)
     assert attachment is not None
     out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 import shiva_dit
 from shiva_dit.config import to_dict
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.demo.base import ADAPTER, load_backbone
+from shiva_dit.demo.base import load_backbone, shipped_adapter
 from shiva_dit.demo.plots import draw_flips
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.inspection import FlipConfig, flips
@@ -30,7 +30,7 @@ def run_flips(
 
     Args:
         task_name: A demo task.
-        adapter: An adapter's folder; the digits have a shipped one.
+        adapter: An adapter's folder; the shipped one by default.
         random_keep_ratio: Select by chance at this keep ratio, instead of by an adapter.
         config: How much is flipped.
         out: Folder for `flips.json` and `flips.png`.
@@ -51,9 +51,7 @@ def run_flips(
         attach(model, RandomSelector(torch.Generator().manual_seed(config.seed)), schedule)
         chosen_by = f"random selection at {random_keep_ratio:g}"
     else:
-        if adapter is None and task_name != "digits":
-            raise ValueError(f"{task_name} has no shipped adapter: pass --adapter or --random.")
-        shiva_dit.apply(model, adapter or ADAPTER)
+        shiva_dit.apply(model, adapter or shipped_adapter(task))
         chosen_by = "a trained adapter"
     attachment = attachment_of(model)
     assert attachment is not None
