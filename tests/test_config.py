@@ -86,10 +86,13 @@ def test_a_recipe_like_another_lies_over_it(recipe: Path):
     over = recipe.parent / "over.toml"
     over.write_text('like = "recipe.toml"\ntaus = [0.1]\ninner = { rate = 0.5 }\n')
     last = recipe.parent / "last.toml"
-    last.write_text('like = "over.toml"\nname = "scenes"\n')
+    side = recipe.parent / "side.toml"
+    side.write_text('name = "side"\nfast = true\n')
+    last.write_text('like = ["over.toml", "side.toml"]\nname = "scenes"\n')
     assert load_recipe(Outer, last, ["steps=9"]) == Outer(
         steps=9,
         name="scenes",
+        fast=True,
         folder=Path("runs/first"),
         taus=(0.1,),  # a list is replaced, a table merged
         inner=Inner(rate=0.5, kind="paper"),

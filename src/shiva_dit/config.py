@@ -22,7 +22,8 @@ def load_recipe(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     Args:
         cls: A dataclass.
         path: A TOML file whose tables are the nested dataclasses. `like = "other.toml"` puts it
-            over another one, which lies beside it.
+            over another one, a list over several, each over those before it; paths are relative
+            to the file.
         overrides: `key=value` or `table.key=value`; the value in TOML, or a bare string.
 
     Raises:
@@ -33,7 +34,7 @@ def load_recipe(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 
 def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's data, over that of the file that it is like."""
+    """The file's data, over that of the files that it is like."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -41,13 +42,15 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"there is no recipe {path}{asked}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    if "like" not in data:
-        return data
-    other = path.parent / str(data.pop("like"))
+    like = data.pop("like", [])
     readers = (*readers, path)
-    if other in readers:
-        raise ValueError(f'{path} is "like" {other}, which is like itself in the end.')
-    return merged(_read(other, readers), data)
+    below: dict[str, Any] = {}
+    for name in [like] if isinstance(like, str) else like:
+        other = path.parent / name
+        if other in readers:
+            raise ValueError(f'{path} is "like" {other}, which is like itself in the end.')
+        below = merged(below, _read(other, readers))
+    return merged(below, data)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
