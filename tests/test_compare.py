@@ -101,7 +101,13 @@ rejected = "low_rank"
     for row, module in ((ours, made.router), (random, made.updates)):
         assert row["parameters"] == sum(p.numel() for p in module.parameters())
     assert "by chance" in capsys.readouterr().out
-    assert "Two arms. 20 images per arm and seed" in comparison_table(first)
+    table = comparison_table(first)
+    assert "Two arms. 20 images per arm and seed, 1 seed. Floor" in table
+    routers = comparison_table(first, "routers").splitlines()
+    assert routers[0].startswith("| arm | parameters | FLOPs | held-out error x 1000 | cosine |")
+    assert f"| ours | {ours['parameters']:,} | " in routers[3]
+    assert f" | {ours['held_out_cosine']:.4f} | " in routers[3]
+    assert "| ours at 0.3 | 0.300 | " in comparison_table(first, "targets")
     (out / "random-0.json").unlink()
     assert main(command) == 0
     again = json.loads((out / "record.json").read_text())
