@@ -44,6 +44,7 @@ def test_an_arm_changes_what_it_names_and_nothing_else() -> None:
         ({"unpruned": {"name": "x"}}, "always there"),
         ({"a": {"keep_ratio": 0.5}}, "arms.a: expected a table with a name"),
         ({"a": {"name": "A", "routr": {}}}, "arms.a: unknown key 'routr'"),
+        ({"a": {"name": "A", "series": 1}}, "arms.a: series must be a string"),
         ({"a": {"name": "A", "run_at": 1.5}}, "arms.a: run_at must be a ratio in"),
         ({"a": {"name": "A", "run_at": "0.5"}}, "arms.a: run_at must be a ratio in"),
         ({"a": {"name": "A", "run_at": 0.5, "method": "random"}}, "run_at needs a learned"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shiva_dit.demo.plots import draw_plots
+from shiva_dit.demo.plots import draw_plots, draw_tradeoff
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -18,6 +18,21 @@ def test_every_plot_of_the_results_has_its_record_and_is_drawn(tmp_path: Path) -
     for path in drawn:
         with Image.open(path) as picture, Image.open(DOCS / path.name) as shipped:
             assert picture.size == shipped.size
+
+
+def test_a_tradeoff_is_drawn_by_series(tmp_path: Path) -> None:
+    arms = {"a": {"series": "one"}, "b": {"series": "one"}, "c": {"name": "apart"}}
+    rows = [
+        {"method": key, "flops": flops, "held_out_error": 0.1, "frechet": 2.0}
+        | {"held_out_error_by_seed": [0.1, 0.2], "frechet_by_seed": [2.0, 3.0]}
+        for key, flops in (("unpruned", 4.0), ("a", 2.0), ("b", 1.0), ("c", 3.0))
+    ]
+    record = {
+        "rows": rows, "config": {"arms": arms}, "floor": {"frechet": 1.0}, "about": "Test."
+    }  # fmt: skip
+    draw_tradeoff(record, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (1210, 418)
 
 
 @pytest.mark.parametrize(

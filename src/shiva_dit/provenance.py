@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -96,9 +97,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_NUMBERS = re.compile(r"\[\n([-+.\deE,\s]+)\]")  # no string holds a raw line break
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, with sorted keys; dataclasses become objects, paths strings."""
+    """Write JSON atomically, with sorted keys; dataclasses become objects, paths strings.
+
+    A list of numbers stands on one line.
+    """
     text = json.dumps(value, indent=2, sort_keys=True, default=_plain, allow_nan=False) + "\n"
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 

@@ -46,8 +46,8 @@ class Comparison:
     recipe: dict = field(default_factory=dict)  # type: ignore[type-arg]
     """What the arms' recipes have in common (`TrainConfig`)."""
     arms: dict = field(default_factory=dict)  # type: ignore[type-arg]
-    """By key: `name`, what the arm changes in the common recipe, and `run_at` (optional), a mean
-    keep ratio to run at that isn't the one trained for."""
+    """By key: `name` and what the arm changes in the common recipe. Optional: `run_at`, a mean keep
+    ratio to run at that isn't the one trained for; `series`, the line of a plot that it is on."""
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.arms:
@@ -66,6 +66,8 @@ class Comparison:
             if not isinstance(arm, dict) or not isinstance(arm.get("name"), str):
                 raise ValueError(f"arms.{key}: expected a table with a name.")
             changes = dict(arm)
+            if not isinstance(changes.pop("series", ""), str):
+                raise ValueError(f"arms.{key}: series must be a string.")
             name, run_at = changes.pop("name"), changes.pop("run_at", None)
             if run_at is not None and not (isinstance(run_at, float) and 0.0 < run_at < 1.0):
                 raise ValueError(f"arms.{key}: run_at must be a ratio in (0, 1), got {run_at}.")

@@ -156,11 +156,38 @@ def draw_schedules(record: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_tradeoff(record: dict[str, Any], path: Path) -> None:
+    """A comparison's arms by series: held-out error and distance to real over FLOPs."""
+    rows, arms = record["rows"], record["config"]["arms"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    panels = (
+        ("held_out_error", 1000.0, "held-out error x 1000, to the unpruned model"),
+        ("frechet", 1.0, "Frechet distance to real images"),
+    )
+    for axis, (measured, scale, label) in zip(axes, panels, strict=True):
+        for series in dict.fromkeys(arm["series"] for arm in arms.values() if "series" in arm):
+            ours = [row for row in rows if arms.get(row["method"], {}).get("series") == series]
+            ours.sort(key=lambda row: row["flops"])
+            at = [row["flops"] / rows[0]["flops"] for row in ours]
+            (line,) = axis.plot(at, [scale * row[measured] for row in ours], lw=1, label=series)
+            for x, row in zip(at, ours, strict=True):
+                values = [scale * value for value in row[f"{measured}_by_seed"]]
+                axis.plot([x] * len(values), values, "o", ms=4, color=line.get_color(), alpha=0.7)
+        axis.set_xlabel("FLOPs, as a share of the unpruned model's", fontsize=9)
+        axis.set_ylabel(label, fontsize=9)
+        axis.set_yscale("log")
+    axes[1].axhline(record["floor"]["frechet"], color="black", ls=":", lw=1, label="floor")
+    axes[1].legend(fontsize=8)
+    figure.suptitle(record["about"], fontsize=10)
+    save_figure(figure, path)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "comparison": draw_comparison,
     "flips": draw_flips,
     "schedules": draw_schedules,
     "synthetic": draw_synthetic,
+    "tradeoff": draw_tradeoff,
 }
 _MARKER = re.compile(r"<!-- plot (?P<kind>\w+): (?P<record>\S+) -->\n!\[[^\]]*\]\((?P<file>\S+)\)")
 
