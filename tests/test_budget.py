@@ -16,7 +16,7 @@ from shiva_dit.core.budget import (
     stratified,
     stratified_ratios,
 )
-from shiva_dit.modules import AdaptiveRatioPolicy
+from shiva_dit.modules.policy import AdaptiveRatioPolicy
 
 
 def seeded(seed: int = 0) -> torch.Generator:

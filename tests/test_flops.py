@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shiva_dit.core.flops import JointBlockShape
 from shiva_dit.models.families import MODELS
-from shiva_dit.modules import RejectedUpdates, ShivaRouter
+from shiva_dit.modules.router import ShivaRouter
+from shiva_dit.modules.updates import RejectedUpdates
 
 # On the meta device attention is decomposed and counted; on the CPU its kernel counts as 0.
 META = torch.device("meta")

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shiva_dit.modules import AdaptiveRatioPolicy, RejectedUpdates, ShivaRouter
+from shiva_dit.modules.policy import AdaptiveRatioPolicy
+from shiva_dit.modules.router import ShivaRouter
+from shiva_dit.modules.updates import RejectedUpdates
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -237,7 +239,7 @@ def test_a_fit_is_the_best_map_of_its_rank(rank: int):
     group.fit(design.T.double() @ design.double(), design.T.double() @ updates.flatten(0, 1))
 
     condition = torch.zeros(2, 2 * rank, dtype=torch.float64)
-    error = float((group(x, condition) - updates).square().sum())
+    error = (group(x, condition) - updates).square().sum().item()
     # Normalised channels sum to 0 up to rounding, which is no regressor.
     full = torch.linalg.lstsq(
         design.double(), updates.flatten(0, 1), rcond=1e-5, driver="gelsd"

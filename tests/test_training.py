@@ -16,7 +16,7 @@ from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule, nearest_bin
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.features import record_blocks
-from shiva_dit.modules import AdaptiveRatioPolicy
+from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,

@@ -18,12 +18,10 @@ from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models.families import model_spec
-from shiva_dit.modules import (
-    ROUTER_INPUTS,
-    AdaptiveRatioPolicy,
-    RejectedUpdates,
-    ShivaRouter,
-)
+from shiva_dit.modules.context import CONTEXT_INPUTS
+from shiva_dit.modules.policy import AdaptiveRatioPolicy
+from shiva_dit.modules.router import ShivaRouter
+from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import file_digest, write_atomically, write_json
 
 FORMAT_VERSION = 1
@@ -59,7 +57,7 @@ class ShivaConfig:
     """d', width of the routers."""
     normalize_inputs: bool = True
     """Whether the router layer-normalises its inputs."""
-    router_inputs: tuple[str, ...] = ROUTER_INPUTS
+    router_inputs: tuple[str, ...] = CONTEXT_INPUTS
     """What the router reads beside the token: "time", "context", "layer"."""
     full_blocks: tuple[int, ...] = (0,)
     """Blocks that are never pruned."""

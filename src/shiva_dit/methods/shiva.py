@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.methods.base import Selector
-from shiva_dit.modules import ShivaRouter, TokenScorer
+from shiva_dit.modules.router import ShivaRouter, TokenScorer
 
 
 class ShivaSelector(Selector):

@@ -29,7 +29,7 @@ from shiva_dit.models.block_hook import BlockHook, BlockState
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.spec import bind
-from shiva_dit.modules import RejectedUpdates
+from shiva_dit.modules.updates import RejectedUpdates
 
 HOOK_NAME = "shiva_dit"
 

@@ -19,7 +19,7 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.spec import BlockSpec, argument_place
-from shiva_dit.modules import RejectedUpdates
+from shiva_dit.modules.updates import RejectedUpdates
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from shiva_dit.core.budget import BudgetController, logit_normal, stratified, stratified_ratios
 from shiva_dit.core.schedule import Schedule, nearest_bin
 from shiva_dit.core.selection import keep_count
-from shiva_dit.modules import AdaptiveRatioPolicy
+from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.recipe import StageName, TrainConfig
 
 

@@ -22,7 +22,7 @@ from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
-from shiva_dit.modules import RejectedUpdates
+from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance, write_atomically
 from shiva_dit.training.checkpoint import (
     Checkpoint,

@@ -1,0 +1,133 @@
+"""What router and updates share: the context term (Eq. 8), and weights by groups of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LAYER_DIM = 64
+CONTEXT_INPUTS: tuple[str, ...] = ("time", "context", "layer")
+"""What the context term is made of (Eq. 8)."""
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within: products in the dtype of their arguments. The meta device knows no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+class ContextModule(nn.Module):
+    """What depends on time, context and layer: the context term of Eq. 8, of any size.
+
+    Args:
+        normalize_inputs: Layer-normalise tokens, time and context first.
+    """
+
+    def __init__(self, normalize_inputs: bool) -> None:
+        super().__init__()
+        self.normalize_inputs = normalize_inputs
+
+    def read_context(
+        self,
+        time_dim: int,
+        context_dim: int,
+        size: int,
+        inputs: Collection[str] = CONTEXT_INPUTS,
+    ) -> None:
+        """Make the projections, to vectors of `size`."""
+        self.size = size
+        self.project_time = nn.Linear(time_dim, size) if "time" in inputs else None
+        self.project_context = nn.Linear(context_dim, size) if "context" in inputs else None
+        self.project_layer = nn.Linear(LAYER_DIM, size) if "layer" in inputs else None
+
+    def condition(
+        self,
+        time: Float[Tensor, "B Dt"],
+        context: Float[Tensor, "B Dc"],
+        layer: Float[Tensor, " Dl"],
+    ) -> Float[Tensor, "B H"]:
+        """The context term h (Eq. 8), in float32 also under autocast: inference has none."""
+        with without_autocast(time.device):
+            h = layer.new_zeros(len(time), self.size)
+            if self.project_time is not None:
+                h = h + self.project_time(self.normalize(time).float())
+            if self.project_context is not None:
+                h = h + self.project_context(self.normalize(context).float())
+            return h if self.project_layer is None else h + self.project_layer(layer)
+
+    def condition_flops(self) -> int:
+        """FLOPs of `condition` per sample."""
+        read = (self.project_time, self.project_context, self.project_layer)
+        return sum(linear_flops(1, layer) for layer in read if layer is not None)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Layer-normalised, without parameters, where that is asked for."""
+        return F.layer_norm(x, x.shape[-1:]) if self.normalize_inputs else x
+
+
+def linear_flops(num_tokens: int, layer: nn.Linear) -> int:
+    """FLOPs of a linear layer on some tokens: 2 per multiply-add."""
+    return 2 * num_tokens * layer.in_features * layer.out_features
+
+
+def linear_in_dtype_of(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A float32 layer on tokens of any dtype, in theirs."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
+class DepthGroups(nn.Module):
+    """Weights for every block, shared by adjacent ones: block l uses group l // (L / G).
+
+    A layer embedding tells the blocks of one group apart.
+
+    Args:
+        make: Makes one group's module.
+        num_blocks: L.
+        num_groups: G in [1, L], a divisor of L.
+
+    Raises:
+        ValueError: If G does not divide L.
+    """
+
+    def __init__(self, make: Callable[[], ContextModule], num_blocks: int, num_groups: int) -> None:
+        super().__init__()
+        if not 1 <= num_groups <= num_blocks or num_blocks % num_groups:
+            divisors = [g for g in range(1, num_blocks + 1) if num_blocks % g == 0]
+            raise ValueError(
+                f"num_groups must divide the number of blocks, {num_blocks}: one of {divisors}, "
+                f"got {num_groups}."
+            )
+        self.num_blocks, self.num_groups = num_blocks, num_groups
+        self.groups = nn.ModuleList(make() for _ in range(num_groups))
+        self.layer_embedding = nn.Embedding(num_blocks, LAYER_DIM)
+
+    def group(self, block: int) -> Any:
+        """The group's module that a block uses."""
+        return self.groups[block * self.num_groups // self.num_blocks]
+
+    def condition(
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
+    ) -> Float[Tensor, "B H"]:
+        """The context term of a block (Eq. 8), once per forward, whatever N.
+
+        Args:
+            time: The backbone's time embedding.
+            context: Pooled text or class embedding.
+            block: Index of the block.
+        """
+        layer = self.layer_embedding.weight[block]
+        h: Tensor = self.group(block).condition(time, context, layer)
+        return h
+
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs that a pruned block pays for it, per sample."""
+        flops: int = self.group(0).flops(num_tokens)
+        return flops
