@@ -80,21 +80,34 @@ run_at = 0.3
 name = "by chance"
 method = "random"
 rejected = "low_rank"
+[arms.untrained]
+name = "by chance, untrained"
+method = "random"
+backbone = "frozen"
 """
     )
     out = tmp_path / "runs"
     command = ["compare", str(recipe), "--out", str(out), "--workers", "1", *FEW]
     assert main(command) == 0
     first = json.loads((out / "record.json").read_text())
-    assert [row["method"] for row in first["rows"]] == ["unpruned", "ours", "moved", "random"]
-    unpruned, ours, moved, random = first["rows"]
+    assert [row["method"] for row in first["rows"]] == [
+        "unpruned",
+        "ours",
+        "moved",
+        "random",
+        "untrained",
+    ]
+    unpruned, ours, moved, random, untrained = first["rows"]
+    assert "steps" not in untrained
+    assert untrained["train_cpu_s"] == 0.0 < untrained["held_out_error"]
     assert unpruned["held_out_error"] == 0.0 < ours["held_out_error"] < moved["held_out_error"]
     assert unpruned["held_out_cosine"] == pytest.approx(1.0, abs=1e-5)
     assert 1.0 > ours["held_out_cosine"] > moved["held_out_cosine"] > 0.0
     assert random["ink_kept"] == pytest.approx(0.6, abs=0.02)
     assert len(ours["schedules"][0]) == 64
-    assert [row.get("keep_ratio_asked") for row in first["rows"]] == [None, 0.6, 0.3, 0.6]
-    assert [round(row["keep_ratio"], 2) for row in first["rows"]] == [1.0, 0.6, 0.3, 0.6]
+    assert [row.get("keep_ratio_asked") for row in first["rows"]] == [None, 0.6, 0.3, 0.6, 0.6]
+    executed = [round(row["keep_ratio"], 2) for row in first["rows"]]
+    assert executed == [1.0, 0.6, 0.3, 0.6, 0.6]
     # One training serves both: its seconds are the same to the last digit.
     assert ours["train_cpu_s"] == moved["train_cpu_s"] != random["train_cpu_s"]
     model = load_backbone(load_task("digits"))

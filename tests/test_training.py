@@ -428,6 +428,17 @@ def test_controls_train_their_backbone_for_all_steps(tmp_path: Path, method: Any
     assert (trained.selector is None) == (method == "dense")
 
 
+@pytest.mark.parametrize("method", ["random", "norm", "centre", "dense"])
+def test_a_control_with_nothing_to_train_is_there_as_it_is(tmp_path: Path, method: Any) -> None:
+    trainer = Trainer(recipe(tmp_path, method=method, backbone="frozen"), tiny.sd3(), TinyData())
+    with pytest.raises(ValueError, match=f"{method}.* with a frozen backbone has nothing to train"):
+        trainer.run(show_progress=False)
+    trained = trainer.result()
+    assert trained.backbone_weights == {}
+    assert (trained.selector is None) == (method == "dense")
+    assert trained.schedule.mean_keep_ratio == pytest.approx(0.5)
+
+
 # --- plans --------------------------------------------------------------------------------
 
 

@@ -231,7 +231,7 @@ def caption_table(record: dict[str, Any]) -> str:
     )
 
 
-def _known(value: float | None, form: str) -> str:
+def _known(value: float | int | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 

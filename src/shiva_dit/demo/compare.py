@@ -125,7 +125,8 @@ def _record(
         twins = None if key == UNPRUNED else outcomes[UNPRUNED]
         made = row(key, contestant.name, outcomes[key], twins, judge)
         if contestant.recipe is not None:
-            made["steps"] = contestant.recipe.total_steps
+            if not contestant.recipe.trains_nothing:
+                made["steps"] = contestant.recipe.total_steps
             made["keep_ratio_asked"] = contestant.run_at or contestant.recipe.keep_ratio
             made["parameters"] = outcomes[key][0].parameters
         schedules = [o.schedule for o in outcomes[key] if o.schedule is not None]

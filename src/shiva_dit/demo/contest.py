@@ -23,7 +23,6 @@ from shiva_dit.demo.maps import kept_maps
 from shiva_dit.demo.scoring import NUM_STEPS, Score, sample, sampler_times, score
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
-from shiva_dit.methods.random_tokens import RandomSelector
 from shiva_dit.models.attach import Attachment, attach
 from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.families import model_spec
@@ -65,12 +64,10 @@ class Contestant:
     name: str
     """As tables show it."""
     recipe: TrainConfig | None = None
-    """How it is trained; None is the unpruned model as it ships."""
+    """How it is trained, if there is anything to train; None is the unpruned model as it ships."""
     run_at: float | None = None
     """Mean keep ratio in (0, 1) to run at, where it isn't the one trained for: the policy's anchor
     is moved there."""
-    trained: bool = True
-    """False: random selection at the recipe's keep ratio, without training."""
     num_steps: int | None = None
     """Sampler steps, where they are not the settings'."""
     draws_maps: bool = False
@@ -116,11 +113,6 @@ def compete(job: tuple[Settings, Contestant, int]) -> Outcome:
     recipe = contestant.recipe
     if recipe is None:
         return _judged(settings, contestant, seed, task, backbone, None)
-    if not contestant.trained:
-        schedule = Schedule.uniform(recipe.keep_ratio, num_blocks=task.num_blocks)
-        selector = RandomSelector(torch.Generator().manual_seed(seed))
-        attachment = attach(backbone, selector, schedule)
-        return _judged(settings, contestant, seed, task, backbone, attachment)
     trained, seconds = _train(_Training(settings.task, recipe, seed, contestant.name))
     schedule = trained.schedule
     if contestant.run_at is not None:
@@ -151,8 +143,11 @@ def _train(job: _Training) -> tuple[Trained, float]:
         config = dataclasses.replace(job.recipe, task=job.task, seed=job.seed, out=Path(out))
         trainer = Trainer(config, load_backbone(task), task)
         start = time.process_time()
-        trained = trainer.run(description=label, position=_place())
-        seconds = time.process_time() - start
+        if config.trains_nothing:
+            trained, seconds = trainer.result(), 0.0
+        else:
+            trained = trainer.run(description=label, position=_place())
+            seconds = time.process_time() - start
         trainer.close()
     return trained, seconds
 

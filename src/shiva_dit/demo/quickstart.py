@@ -109,10 +109,11 @@ class Quickstart:
         recipe = dataclasses.replace(
             config.recipe, method=CONTROLS.get(method, "shiva"), keep_ratio=config.keep_ratio
         )
+        if method == "random":
+            recipe = dataclasses.replace(recipe, method="random", backbone="frozen")
         return Contestant(
             name=NAMES[method],
             recipe=None if method == "dense" else recipe,
-            trained=method != "random",
             draws_maps=method == "shiva",
         )
 

@@ -246,14 +246,17 @@ class TrainConfig:
                 'a learned policy needs time_sampling = "uniform": the budget counts all times '
                 "alike. Set policy.adaptive = false to train with other laws of t."
             )
-        learns_nothing = self.method in ("random", "norm", "centre") and self.rejected == "identity"
-        if self.backbone == "frozen" and (learns_nothing or self.method == "dense"):
-            raise ValueError(f"method {self.method!r} with a frozen backbone has nothing to train.")
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of all stages."""
         return self.warmup_steps + self.policy_steps + self.joint_steps
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether there is nothing to train: some controls with a frozen backbone."""
+        fixed = self.method in ("random", "norm", "centre") and self.rejected == "identity"
+        return self.backbone == "frozen" and (fixed or self.method == "dense")
 
     @property
     def learns_policy(self) -> bool:

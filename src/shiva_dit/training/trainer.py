@@ -166,9 +166,14 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: After Ctrl-C: the step in hand is finished and a checkpoint saved.
+            ValueError: If the recipe leaves nothing to train; `result` gives the control as it is.
             KeyboardInterrupt: After a second Ctrl-C, at once: nothing is saved since the last
                 checkpoint.
         """
+        if self.config.trains_nothing:
+            raise ValueError(
+                f"method {self.config.method!r} with a frozen backbone has nothing to train."
+            )
         total = self.config.total_steps
         self.student.model.train()
         bar = tqdm(
