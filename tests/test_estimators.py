@@ -359,9 +359,9 @@ def test_unknown_estimators_are_refused(values: dict, message: str):
 @pytest.mark.parametrize(
     ("config", "teacher", "value_gate"),
     [
-        (EstimatorConfig(), True, True),
-        (EstimatorConfig(rejected="ridge"), False, True),
-        (EstimatorConfig(kv_gate=False), True, False),
+        (EstimatorConfig(), True, False),
+        (EstimatorConfig(kv_gate=True), True, True),
+        (EstimatorConfig(rejected="ridge", kv_gate=True), False, True),
         (EstimatorConfig(kind="paper"), False, False),
     ],
 )
@@ -455,7 +455,7 @@ def test_gates_leave_the_forward_to_the_bit(config: EstimatorConfig, dtype: torc
 
 def test_without_an_estimate_rejected_tokens_get_no_gradient(truth: Truth):
     scores = truth.scores.clone().requires_grad_()
-    gates = make_gates(EstimatorConfig(rejected="none"))
+    gates = make_gates(EstimatorConfig(rejected="none", kv_gate=True))
     out = run_block(gates, scores, truth.x)
     gates.inclusion.retain_grad()
     loss_of(out).backward()
@@ -507,7 +507,7 @@ def test_noise_is_off_by_default():
 
 
 def test_a_value_gate_that_saw_nothing_is_an_error():
-    gates = make_gates(EstimatorConfig(rejected="mean"))
+    gates = make_gates(EstimatorConfig(rejected="mean", kv_gate=True))
     x = normal(B, N, D)
     gates.choose(normal(B, N, seed=1), K)
     with pytest.raises(RuntimeError, match=r"KV gate saw nothing.*kv_gate=false"):

@@ -129,7 +129,7 @@ def test_each_stage_trains_exactly_its_parts(tmp_path: Path, backbone: str, reje
     [
         EstimatorConfig(kind="paper"),
         *(EstimatorConfig(rejected=r) for r in ("none", "mean", "ridge", "teacher")),
-        EstimatorConfig(kv_gate=False),
+        EstimatorConfig(kv_gate=True),
     ],
     ids=lambda e: f"{e.kind}-{e.rejected}-{e.kv_gate}",
 )

@@ -44,7 +44,7 @@ class EstimatorConfig:
     the update of the unpruned model, known wherever training distils. "ridge": a ridge regression
     fitted on the chosen tokens of the same sample. "mean": their mean update. "none": what it got
     anyway, nothing; then k shrinks regardless of merit."""
-    kv_gate: bool = True
+    kv_gate: bool = False
     """"residual" only: add what a chosen token gives to the others as a value in attention."""
     ridge: float = 1.0
     """Ridge penalty of "ridge", positive; flat between 0.3 and 10."""
