@@ -42,7 +42,7 @@ from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("digits",)
+SHIPPED = ("digits", "scenes")
 SHORT = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=4", "micro_batches=2"]
 
 
