@@ -24,8 +24,8 @@ def test_every_arm_that_ships_is_a_whole_recipe(path: Path) -> None:
     contestants = comparison.contestants()
     assert list(contestants) == ["unpruned", *comparison.arms]
     assert len({c.name for c in contestants.values()}) == len(contestants)
-    trained = [(c.recipe, c.run_at) for c in contestants.values() if c.recipe is not None]
-    assert len(set(trained)) == len(trained), "two arms are the same"
+    arms = [(c.recipe, c.run_at, c.num_steps) for c in contestants.values()]
+    assert len(set(arms)) == len(arms), "two arms are the same"
     assert f"compare recipes/{path.name}" in path.read_text()
 
 
@@ -42,11 +42,13 @@ def test_an_arm_changes_what_it_names_and_nothing_else() -> None:
     [
         ({}, "at least one seed and one arm"),
         ({"unpruned": {"name": "x"}}, "always there"),
-        ({"a": {"keep_ratio": 0.5}}, "arms.a: expected a table with a name"),
+        ({"a": 0.5}, "arms.a: expected a table with a name, got 0.5"),
+        ({"a": {"keep_ratio": 0.5}}, "arms.a: 'name' is missing"),
         ({"a": {"name": "A", "routr": {}}}, "arms.a: unknown key 'routr'"),
-        ({"a": {"name": "A", "series": 1}}, "arms.a: series must be a string"),
+        ({"a": {"name": "A", "num_steps": 0}}, "arms.a: num_steps must be at least 1"),
+        ({"a": {"name": "A", "series": 1}}, "arms.a.series: expected str, got 1"),
         ({"a": {"name": "A", "run_at": 1.5}}, "arms.a: run_at must be a ratio in"),
-        ({"a": {"name": "A", "run_at": "0.5"}}, "arms.a: run_at must be a ratio in"),
+        ({"a": {"name": "A", "run_at": "0.5"}}, "arms.a.run_at: expected float"),
         ({"a": {"name": "A", "run_at": 0.5, "method": "random"}}, "run_at needs a learned"),
         ({"a": {"name": "A", "run_at": 0.5, "policy": {"adaptive": False}}}, "run_at needs a"),
     ],
@@ -84,20 +86,22 @@ rejected = "low_rank"
 name = "by chance, untrained"
 method = "random"
 backbone = "frozen"
+[arms.fewer]
+name = "half the steps"
+method = "dense"
+backbone = "frozen"
+num_steps = 6
 """
     )
     out = tmp_path / "runs"
     command = ["compare", str(recipe), "--out", str(out), "--workers", "1", *FEW]
     assert main(command) == 0
     first = json.loads((out / "record.json").read_text())
-    assert [row["method"] for row in first["rows"]] == [
-        "unpruned",
-        "ours",
-        "moved",
-        "random",
-        "untrained",
-    ]
-    unpruned, ours, moved, random, untrained = first["rows"]
+    names = "unpruned", "ours", "moved", "random", "untrained", "fewer"
+    assert tuple(row["method"] for row in first["rows"]) == names
+    unpruned, ours, moved, random, untrained, fewer = first["rows"]
+    assert fewer["flops"] == 0.5 * unpruned["flops"]
+    assert fewer["held_out_error"] == 0.0 < fewer["frechet_to_dense"]
     assert "steps" not in untrained
     assert untrained["train_cpu_s"] == 0.0 < untrained["held_out_error"]
     assert unpruned["held_out_error"] == 0.0 < ours["held_out_error"] < moved["held_out_error"]
@@ -105,9 +109,16 @@ backbone = "frozen"
     assert 1.0 > ours["held_out_cosine"] > moved["held_out_cosine"] > 0.0
     assert random["ink_kept"] == pytest.approx(0.6, abs=0.02)
     assert len(ours["schedules"][0]) == 64
-    assert [row.get("keep_ratio_asked") for row in first["rows"]] == [None, 0.6, 0.3, 0.6, 0.6]
+    assert [row.get("keep_ratio_asked") for row in first["rows"]] == [
+        None,
+        0.6,
+        0.3,
+        0.6,
+        0.6,
+        None,
+    ]
     executed = [round(row["keep_ratio"], 2) for row in first["rows"]]
-    assert executed == [1.0, 0.6, 0.3, 0.6, 0.6]
+    assert executed == [1.0, 0.6, 0.3, 0.6, 0.6, 1.0]
     # One training serves both: its seconds are the same to the last digit.
     assert ours["train_cpu_s"] == moved["train_cpu_s"] != random["train_cpu_s"]
     model = load_backbone(load_task("digits"))

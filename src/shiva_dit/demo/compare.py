@@ -27,8 +27,30 @@ from shiva_dit.training.recipe import TrainConfig
 
 PLAIN = ("flops", "sample_s", "train_s", "keep_ratio", "parameters")
 """Numbers of an `Outcome` that a run's file holds as they are."""
+RUN_BY = ("run_at", "num_steps")
+"""What decides how a trained `Contestant` is run; None where nothing is said."""
 UNPRUNED = "unpruned"
 """Key of the model as it ships: it is always among the contestants."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """What an arm says beside its changes to the common recipe."""
+
+    name: str
+    """As tables show it."""
+    series: str = ""
+    """The line of a plot that it is on."""
+    run_at: float | None = None
+    """Mean keep ratio in (0, 1) to run at, where it isn't the one trained for."""
+    num_steps: int | None = None
+    """Sampler steps, where they are not the settings'."""
+
+    def __post_init__(self) -> None:
+        if self.run_at is not None and not 0.0 < self.run_at < 1.0:
+            raise ValueError(f"run_at must be a ratio in (0, 1), got {self.run_at}.")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +68,7 @@ class Comparison:
     recipe: dict = field(default_factory=dict)  # type: ignore[type-arg]
     """What the arms' recipes have in common (`TrainConfig`)."""
     arms: dict = field(default_factory=dict)  # type: ignore[type-arg]
-    """By key: `name` and what the arm changes in the common recipe. Optional: `run_at`, a mean keep
-    ratio to run at that isn't the one trained for; `series`, the line of a plot that it is on."""
+    """By key: what each changes in the common recipe, and the fields of an `Arm`."""
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.arms:
@@ -62,19 +83,19 @@ class Comparison:
             ValueError: If an arm has no name or its recipe is wrong.
         """
         made = {UNPRUNED: Contestant(name="unpruned")}
-        for key, arm in self.arms.items():
-            if not isinstance(arm, dict) or not isinstance(arm.get("name"), str):
-                raise ValueError(f"arms.{key}: expected a table with a name.")
-            changes = dict(arm)
-            if not isinstance(changes.pop("series", ""), str):
-                raise ValueError(f"arms.{key}: series must be a string.")
-            name, run_at = changes.pop("name"), changes.pop("run_at", None)
-            if run_at is not None and not (isinstance(run_at, float) and 0.0 < run_at < 1.0):
-                raise ValueError(f"arms.{key}: run_at must be a ratio in (0, 1), got {run_at}.")
-            recipe = from_dict(TrainConfig, merged(self.recipe, changes), f"arms.{key}")
-            if run_at is not None and not recipe.learns_policy:
-                raise ValueError(f"arms.{key}: run_at needs a learned schedule to move.")
-            made[key] = Contestant(name=name, recipe=recipe, run_at=run_at)
+        own = {field.name for field in dataclasses.fields(Arm)}
+        for key, data in self.arms.items():
+            where = f"arms.{key}"
+            if not isinstance(data, dict):
+                raise ValueError(f"{where}: expected a table with a name, got {data!r}.")
+            arm = from_dict(Arm, {k: v for k, v in data.items() if k in own}, where)
+            changes = {k: v for k, v in data.items() if k not in own}
+            recipe = from_dict(TrainConfig, merged(self.recipe, changes), where)
+            if arm.run_at is not None and not recipe.learns_policy:
+                raise ValueError(f"{where}: run_at needs a learned schedule to move.")
+            made[key] = Contestant(
+                name=arm.name, recipe=recipe, run_at=arm.run_at, num_steps=arm.num_steps
+            )
         return made
 
 
@@ -127,7 +148,8 @@ def _record(
         if contestant.recipe is not None:
             if not contestant.recipe.trains_nothing:
                 made["steps"] = contestant.recipe.total_steps
-            made["keep_ratio_asked"] = contestant.run_at or contestant.recipe.keep_ratio
+            if contestant.recipe.method != "dense":
+                made["keep_ratio_asked"] = contestant.run_at or contestant.recipe.keep_ratio
             made["parameters"] = outcomes[key][0].parameters
         schedules = [o.schedule for o in outcomes[key] if o.schedule is not None]
         if schedules and contestant.recipe is not None and contestant.recipe.learns_policy:
@@ -168,7 +190,7 @@ def _is_done(out: Path, settings: Settings, contestant: Contestant, key: str, se
     run = json.loads(path.read_text(encoding="utf-8"))["run"]
     recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
     same = recipe == contestant.recipe and run["seed"] == seed
-    same = same and run.get("run_at") == contestant.run_at
+    same = same and all(run.get(name) == getattr(contestant, name) for name in RUN_BY)
     if not same or from_dict(Settings, run["settings"], str(path)) != settings:
         raise ValueError(
             f"{path} was made with other settings: remove it to run that arm again, or use "
@@ -187,7 +209,7 @@ def _save(
         "run": {
             "settings": to_dict(settings),
             "recipe": None if contestant.recipe is None else to_dict(contestant.recipe),
-            "run_at": contestant.run_at,
+            **{name: getattr(contestant, name) for name in RUN_BY},
             "seed": seed,
         },
         "provenance": provenance(),
