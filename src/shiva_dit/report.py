@@ -214,7 +214,7 @@ def caption_rows(record: dict[str, Any]) -> list[list[str]]:
         "swapped": "another image's caption",
         "chance": "any token",
     }
-    times = list(record["shares"]["true"])
+    times = sorted(record["shares"]["true"], key=float, reverse=True)  # as a sampler goes
     rows = [["share of ink tokens kept", *(f"t = {t}" for t in times)]]
     for kind, name in names.items():
         found = record["shares"][kind]
