@@ -130,8 +130,11 @@ class Attachment:
     @property
     def num_parameters(self) -> int:
         """Parameters of the selector and of what rejected tokens get."""
-        modules = [self.selector] if self.updates is None else [self.selector, self.updates]
-        return sum(p.numel() for module in modules for p in module.parameters())
+        return sum(p.numel() for module in self._learned for p in module.parameters())
+
+    @property
+    def _learned(self) -> list[nn.Module]:
+        return [self.selector] if self.updates is None else [self.selector, self.updates]
 
     def flops(self, num_tokens: int, text_tokens: int, counts: Sequence[int]) -> int:
         """FLOPs of one forward of one sample, router and update of the rejected tokens included.
@@ -277,8 +280,7 @@ class Attachment:
         del module, args
         if self._context is None:
             return
-        learned = [self.selector] if self.updates is None else [self.selector, self.updates]
-        for module in learned:
+        for module in self._learned:
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device != output.device:
                 module.to(output.device)

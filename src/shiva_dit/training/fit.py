@@ -17,28 +17,25 @@ NUM_BATCHES = 16
 
 
 @torch.no_grad()
-def fit_updates(student: Student, data: TrainingData, batch_size: int, seed: int) -> None:
+def fit_updates(student: Student, data: TrainingData) -> None:
     """Fit every group's update to what its blocks do to all tokens of the unpruned model.
 
-    Sixteen batches at times spread over [0, 1]; sums alone are kept, in float64.
-
-    Args:
-        student: Whose updates are fitted.
-        data: Samples.
-        batch_size: Samples per forward.
-        seed: Of samples, times and noise; the training's own randomness is left alone.
+    Sixteen micro-batches at times spread over [0, 1]; sums alone are kept, in float64. The
+    training's own randomness is left alone.
     """
     updates = student.updates
     if updates is None:
         return
-    generator = torch.Generator().manual_seed(seed)
-    indices = ShuffledIndices(len(data), seed)
+    config = student.config
+    size = config.batch_size // config.micro_batches
+    generator = torch.Generator().manual_seed(config.seed)
+    indices = ShuffledIndices(len(data), config.seed)
     blocks = student.attachment.schedule.prunable_blocks
     sums: dict[Any, tuple[Tensor, Tensor]] = {}
     for _ in range(NUM_BATCHES):
-        batch = data.batch(indices.take(batch_size), generator).to(student.device)
+        batch = data.batch(indices.take(size), generator).to(student.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
-        t = stratified(batch_size, generator).to(student.device)
+        t = stratified(size, generator).to(student.device)
         noisy = interpolate(batch.latents, noise, t)
         with (
             student.as_teacher(),

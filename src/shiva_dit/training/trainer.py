@@ -91,7 +91,7 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.student = Student(config, model, sample, self.generator)
-        fit_updates(self.student, data, config.batch_size, config.seed)
+        fit_updates(self.student, data)
         adapter = self.student.adapter
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
         self.planner = Planner(
