@@ -154,4 +154,5 @@ def test_the_command_writes_record_plot_and_table(
     assert record["keep_ratio"] == 0.5
     assert (tmp_path / "flips.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "teacher, KV" in capsys.readouterr().out
-    assert main(["inspect", "flips", "--task", "scenes", "--out", str(tmp_path)]) == 2
+    assert main(["inspect", "flips", "--task", "scenes64", "--out", str(tmp_path)]) == 2
+    assert "scenes64" in capsys.readouterr().err
