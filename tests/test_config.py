@@ -107,6 +107,9 @@ def test_recipes_that_are_like_nothing_or_themselves_are_refused(recipe: Path):
     two.write_text('like = "one.toml"')
     with pytest.raises(ValueError, match="which is like itself in the end"):
         load_recipe(Outer, one)
+    one.write_text("like = 3")
+    with pytest.raises(ValueError, match="like must name one recipe or a list of them, got 3"):
+        load_recipe(Outer, one)
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path):

@@ -43,6 +43,10 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     like = data.pop("like", [])
+    if not isinstance(like, str) and not (
+        isinstance(like, list) and all(isinstance(name, str) for name in like)
+    ):
+        raise ValueError(f"{path}: like must name one recipe or a list of them, got {like!r}.")
     readers = (*readers, path)
     below: dict[str, Any] = {}
     for name in [like] if isinstance(like, str) else like:

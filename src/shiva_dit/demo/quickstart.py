@@ -110,7 +110,9 @@ class Quickstart:
             config.recipe, method=CONTROLS.get(method, "shiva"), keep_ratio=config.keep_ratio
         )
         if method == "random":
-            recipe = dataclasses.replace(recipe, method="random", backbone="frozen")
+            recipe = dataclasses.replace(
+                recipe, method="random", backbone="frozen", rejected="identity"
+            )
         return Contestant(
             name=NAMES[method],
             recipe=None if method == "dense" else recipe,

@@ -41,7 +41,10 @@ class ContextModule(nn.Module):
         size: int,
         inputs: Collection[str] = CONTEXT_INPUTS,
     ) -> None:
-        """Make the projections, to vectors of `size`."""
+        """Make the projections, to vectors of `size`.
+
+        Apart from the constructor: a module decides in which order its weights are drawn.
+        """
         self.size = size
         self.project_time = nn.Linear(time_dim, size) if "time" in inputs else None
         self.project_context = nn.Linear(context_dim, size) if "context" in inputs else None
