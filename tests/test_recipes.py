@@ -178,7 +178,7 @@ def optimization(**options: Any) -> tuple[Optimization, dict[str, nn.Parameter]]
 
 
 def test_rates_rise_in_each_stage_and_fall_at_the_end_of_the_last() -> None:
-    made, _ = optimization(warmup_steps=4, decay_share=0.5)
+    made, _ = optimization(warmup_steps=4, decay_share=0.5, policy_share=1.0)
 
     def rates(stage: Any, done: int) -> tuple[float, ...]:
         made.start(stage, done, 20)
@@ -192,6 +192,27 @@ def test_rates_rise_in_each_stage_and_fall_at_the_end_of_the_last() -> None:
     assert rates("joint", 10) == (3.0, 2.0, 1.0, 4.0)
     assert rates("joint", 15) == (1.5, 1.0, 0.5, 2.0)
     assert rates("joint", 19) == pytest.approx((0.3, 0.2, 0.1, 0.4))
+
+
+@pytest.mark.parametrize(("decay_share", "at_7"), [(0.5, 1.2), (0.0, 2.0)])
+def test_the_policy_is_held_after_its_share_of_the_last_stage(
+    decay_share: float, at_7: float
+) -> None:
+    made, _ = optimization(warmup_steps=0, decay_share=decay_share, policy_share=0.5)
+
+    def rates(done: int) -> tuple[float, ...]:
+        made.start("joint", done, 20)
+        return tuple(group["lr"] for group in made.adamw.param_groups)
+
+    assert rates(5) == (3.0, 2.0, 1.0, 4.0)
+    assert rates(7) == pytest.approx((3.0, at_7, 1.0, 4.0))
+    assert rates(10) == (3.0, 0.0, 1.0, 4.0)
+
+
+def test_a_policy_that_never_learns_in_the_last_stage() -> None:
+    made, _ = optimization(warmup_steps=0, policy_share=0.0)
+    made.start("joint", 0, 20)
+    assert [group["lr"] for group in made.adamw.param_groups] == [3.0, 0.0, 1.0, 4.0]
 
 
 def test_each_part_is_clipped_by_itself() -> None:

@@ -60,14 +60,15 @@ class Optimization:
             length: Steps of the stage.
         """
         config = self.config
-        scale = min(1.0, (done + 1) / max(config.warmup_steps, 1))
-        fall = length * config.decay_share if stage == "joint" else 0.0
-        if fall:
-            scale = min(scale, (length - done) / fall)
+        rise = min(1.0, (done + 1) / max(config.warmup_steps, 1))
         active = ACTIVE[stage]
         set_trainable(self.parts["backbone"].values(), "backbone" in active)
         for group in self.adamw.param_groups:
-            name = group["name"]
+            name, scale = group["name"], rise
+            if stage == "joint":
+                left = length * (config.policy_share if name == "policy" else 1.0) - done
+                fall = (left + done) * config.decay_share
+                scale = min(rise, left / fall if fall else 1.0) if left > 0 else 0.0
             group["lr"] = scale * getattr(config, name) if name in active else 0.0
 
     def finish(self, step: int) -> None:

@@ -117,6 +117,9 @@ class OptimizerConfig:
     """Learning rate of the router."""
     policy: float = 1e-4
     """Learning rate of the policy."""
+    policy_share: float = 0.5
+    """Share of the joint stage, at its start, in which the policy learns, in [0, 1]. Then its
+    ratios are held, and the backbone learns at the ratios that it will run at."""
     backbone: float = 1e-4
     """Learning rate of the backbone (joint stage)."""
     updates: float = 1e-3
@@ -126,7 +129,8 @@ class OptimizerConfig:
     warmup_steps: int = 200
     """Steps over which the rates rise, in each stage."""
     decay_share: float = 0.0
-    """Share of the joint stage, at its end, over which the rates fall linearly to 0, in [0, 1]."""
+    """Share of the joint stage, at its end, over which the rates fall linearly to 0, in [0, 1]; the
+    policy's over the same share of its own part of it."""
     grad_clip: float = 1.0
     """Largest norm of the gradient, of each part by itself."""
     ema: float = 0.999
@@ -140,8 +144,9 @@ class OptimizerConfig:
                 )
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer warmup_steps must be at least 0, got {self.warmup_steps}.")
-        if not 0.0 <= self.decay_share <= 1.0:
-            raise ValueError(f"optimizer decay_share must lie in [0, 1], got {self.decay_share}.")
+        for name in ("policy_share", "decay_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"optimizer {name} must lie in [0, 1], got {getattr(self, name)}.")
         if not 0.0 < self.grad_clip < math.inf:
             raise ValueError(f"optimizer grad_clip must be positive, got {self.grad_clip}.")
         if not 0.0 <= self.ema < 1.0:
