@@ -129,6 +129,12 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
         "distance to real": _spread(row["frechet_by_seed"], "{:.2f}"),
         "distance to unpruned": to_unpruned("frechet_to_dense", "{:.2f}"),
         "judged right": _spread(row["correct_by_seed"], "{:.1%}"),
+        "kernel distance": _spread(row["kernel_by_seed"], "{:.1f}"),
+        **{
+            name: _spread(row[f"right_{name}_by_seed"], "{:.1%}")
+            for name in ATTRIBUTES
+            if f"right_{name}_by_seed" in row
+        },
         "ink kept": _known(row.get("ink_kept"), "{:.0%}"),
         "train, CPU s per step": (
             f"{row['train_cpu_s'] / row['steps']:.2f}" if "steps" in row else "-"
@@ -136,7 +142,10 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
     }
 
 
+ATTRIBUTES = ("count", "shape", "colour", "size", "place")
+"""What a judge of captioned scenes reads."""
 COLUMNS = {
+    "attributes": ("arm", "judged right", *ATTRIBUTES, "kernel distance"),
     "comparison": (
         "arm", "FLOPs", "keep", "held-out error x 1000", "distance to real",
         "distance to unpruned", "judged right", "ink kept", "train, CPU s per step",
