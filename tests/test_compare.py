@@ -133,6 +133,8 @@ num_steps = 6
     assert f"| ours | {ours['parameters']:,} | " in routers[3]
     assert f" | {ours['held_out_cosine']:.4f} | " in routers[3]
     assert "| ours at 0.3 | 0.300 | " in comparison_table(first, "targets")
+    with pytest.raises(ValueError, match="'attributes' can't be made: the record has no 'count'"):
+        comparison_table(first, "attributes")
     (out / "random-0.json").unlink()
     assert main(command) == 0
     again = json.loads((out / "record.json").read_text())

@@ -162,11 +162,18 @@ COLUMNS = {
 
 
 def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[list[str]]:
-    """Header and rows of a comparison's table, with the columns of a kind (`COLUMNS`)."""
+    """Header and rows of a comparison's table, with the columns of a kind (`COLUMNS`).
+
+    Raises:
+        ValueError: If the record doesn't hold what the kind shows.
+    """
     columns = COLUMNS[kind]
     rows = [list(columns)]
     for row in record["rows"]:
         cells = _cells(row, record["rows"][0])
+        missing = [column for column in columns if column not in cells]
+        if missing:
+            raise ValueError(f"a table {kind!r} can't be made: the record has no {missing[0]!r}.")
         rows.append([cells[column] for column in columns])
     return rows
 
