@@ -9,8 +9,8 @@ from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.cli import main
 from shiva_dit.config import load_recipe
 from shiva_dit.demo.base import load_backbone
-from shiva_dit.demo.compare import Comparison
 from shiva_dit.demo.tasks import load_task
+from shiva_dit.experiments.compare import Comparison
 from shiva_dit.report import comparison_table
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shiva_dit.demo.plots import draw_plots, draw_tradeoff
+from shiva_dit.experiments.plots import draw_plots, draw_tradeoff
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shiva_dit.demo.synthetic import (
+from shiva_dit.experiments.synthetic import (
     NUM_SIGNALS,
     STEPS,
     WARM_UP,

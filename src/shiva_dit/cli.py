@@ -117,7 +117,7 @@ def _use_threads(count: int | None) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
-    from shiva_dit.demo.quickstart import run_quickstart
+    from shiva_dit.experiments.quickstart import run_quickstart
 
     print(
         run_quickstart(
@@ -176,7 +176,7 @@ def _train_base(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from shiva_dit.config import load_recipe
-    from shiva_dit.demo.compare import Comparison, run_comparison
+    from shiva_dit.experiments.compare import Comparison, run_comparison
     from shiva_dit.report import comparison_rows, plain_rows
 
     comparison = load_recipe(Comparison, options.recipe, options.overrides)
@@ -189,17 +189,17 @@ def _compare(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / options.what
     if options.what == "synthetic":
-        from shiva_dit.demo.synthetic import run_synthetic
+        from shiva_dit.experiments.synthetic import run_synthetic
 
         print(run_synthetic(out))
         return 0
     if options.what == "captions":
-        from shiva_dit.demo.caption_swap import run_caption_swap
+        from shiva_dit.experiments.caption_swap import run_caption_swap
 
         print(run_caption_swap(options.task, options.adapter, out))
         return 0
     from shiva_dit.config import from_dict, with_overrides
-    from shiva_dit.demo.flips import run_flips
+    from shiva_dit.experiments.flips import run_flips
     from shiva_dit.inspection import FlipConfig
 
     config = from_dict(FlipConfig, with_overrides({}, options.overrides))
@@ -208,7 +208,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from shiva_dit.demo.plots import draw_plots
+    from shiva_dit.experiments.plots import draw_plots
     from shiva_dit.provenance import write_atomically
     from shiva_dit.report import render
 

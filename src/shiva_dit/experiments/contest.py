@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import load_backbone, load_judge
-from shiva_dit.demo.held_out import HeldOut, held_out
-from shiva_dit.demo.maps import kept_maps
-from shiva_dit.demo.scoring import NUM_STEPS, Score, sample, sampler_times, score
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
+from shiva_dit.experiments.held_out import HeldOut, held_out
+from shiva_dit.experiments.maps import kept_maps
+from shiva_dit.experiments.scoring import NUM_STEPS, Score, sample, sampler_times, score
 from shiva_dit.models.attach import Attachment, attach
 from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.families import model_spec

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from shiva_dit.config import from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import load_judge
-from shiva_dit.demo.contest import Contestant, Outcome, Settings
-from shiva_dit.demo.held_out import HeldOut
-from shiva_dit.demo.measures import row
-from shiva_dit.demo.pool import run_jobs
-from shiva_dit.demo.scoring import Score, floors
 from shiva_dit.demo.tasks import load_task
+from shiva_dit.experiments.contest import Contestant, Outcome, Settings
+from shiva_dit.experiments.held_out import HeldOut
+from shiva_dit.experiments.measures import row
+from shiva_dit.experiments.pool import run_jobs
+from shiva_dit.experiments.scoring import Score, floors
 from shiva_dit.provenance import provenance, write_atomically, write_json
 from shiva_dit.training.recipe import TrainConfig
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from shiva_dit.demo.plots import save_figure
+from shiva_dit.experiments.plots import save_figure
 
 
 def draw_quickstart(

@@ -10,8 +10,8 @@ import shiva_dit
 from shiva_dit.config import to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import load_backbone, shipped_adapter
-from shiva_dit.demo.plots import draw_flips
 from shiva_dit.demo.tasks import load_task
+from shiva_dit.experiments.plots import draw_flips
 from shiva_dit.inspection import FlipConfig, flips
 from shiva_dit.methods.random_tokens import RandomSelector
 from shiva_dit.models.attach import attach, attachment_of

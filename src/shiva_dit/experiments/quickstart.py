@@ -12,12 +12,12 @@ from typing import Any
 
 from shiva_dit.config import load_recipe, to_dict
 from shiva_dit.demo.base import ASSETS, load_judge
-from shiva_dit.demo.contest import Contestant, Outcome, Settings, compete
 from shiva_dit.demo.digits import DigitsTask
-from shiva_dit.demo.measures import row
-from shiva_dit.demo.picture import draw_quickstart
-from shiva_dit.demo.pool import run_jobs
-from shiva_dit.demo.scoring import NUM_STEPS, floors
+from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete
+from shiva_dit.experiments.measures import row
+from shiva_dit.experiments.picture import draw_quickstart
+from shiva_dit.experiments.pool import run_jobs
+from shiva_dit.experiments.scoring import NUM_STEPS, floors
 from shiva_dit.provenance import provenance, write_json
 from shiva_dit.report import plain_table
 from shiva_dit.training.recipe import Method, TrainConfig

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from shiva_dit.demo.held_out import masks, recorded
-from shiva_dit.demo.scoring import NUM_STEPS, sample
 from shiva_dit.demo.task import DemoTask
+from shiva_dit.experiments.held_out import masks, recorded
+from shiva_dit.experiments.scoring import NUM_STEPS, sample
 from shiva_dit.models.attach import Attachment
 
 

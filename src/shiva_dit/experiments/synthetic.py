@@ -15,7 +15,7 @@ from torch import Tensor
 from shiva_dit.core.estimators import gate
 from shiva_dit.core.selection import select_top_k
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank
-from shiva_dit.demo.plots import draw_synthetic
+from shiva_dit.experiments.plots import draw_synthetic
 from shiva_dit.provenance import provenance, write_json
 
 NUM_TOKENS, WIDTH, NUM_SIGNALS = 100, 16, 20

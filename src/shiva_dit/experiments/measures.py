@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from shiva_dit.demo.contest import Outcome
 from shiva_dit.demo.judge import Judge
-from shiva_dit.demo.scoring import distance_between
+from shiva_dit.experiments.contest import Outcome
+from shiva_dit.experiments.scoring import distance_between
 from shiva_dit.metrics import psnr
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from shiva_dit.demo.contest import Contestant, Outcome, Settings, compete, start_worker
+from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete, start_worker
 
 
 def run_jobs(jobs: Sequence[tuple[Settings, Contestant, int]], workers: int) -> Iterator[Outcome]:
