@@ -117,9 +117,9 @@ class OptimizerConfig:
     """Learning rate of the router."""
     policy: float = 1e-4
     """Learning rate of the policy."""
-    policy_share: float = 0.5
-    """Share of the joint stage, at its start, in which the policy learns, in [0, 1]. Then its
-    ratios are held, and the backbone learns at the ratios that it will run at."""
+    policy_share: float = 1.0
+    """Share of the joint stage, at its start, in which the policy learns, in [0, 1]; then its
+    ratios are held."""
     backbone: float = 1e-4
     """Learning rate of the backbone (joint stage)."""
     updates: float = 1e-3
