@@ -178,7 +178,7 @@ def optimization(**options: Any) -> tuple[Optimization, dict[str, nn.Parameter]]
 
 
 def test_rates_rise_in_each_stage_and_fall_at_the_end_of_the_last() -> None:
-    made, _ = optimization(warmup_steps=4, decay_share=0.5, policy_share=1.0)
+    made, _ = optimization(warmup_steps=4, decay_share=0.5)
 
     def rates(stage: Any, done: int) -> tuple[float, ...]:
         made.start(stage, done, 20)

@@ -66,9 +66,9 @@ class Optimization:
         for group in self.adamw.param_groups:
             name, scale = group["name"], rise
             if stage == "joint":
-                left = length * (config.policy_share if name == "policy" else 1.0) - done
-                fall = (left + done) * config.decay_share
-                scale = min(rise, left / fall if fall else 1.0) if left > 0 else 0.0
+                end = length * config.policy_share if name == "policy" else length
+                fall = max(end * config.decay_share, 1e-9)  # 0: no fall, but an end
+                scale = min(rise, max(end - done, 0.0) / fall)
             group["lr"] = scale * getattr(config, name) if name in active else 0.0
 
     def finish(self, step: int) -> None:
