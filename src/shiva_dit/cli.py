@@ -72,11 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--threads", type=_positive, help="threads; all cores by default, results depend on it")
+    add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("--base", type=Path, help="folder of the task's backbone; the shipped one by default")
 
     add = command("train-base", _train_base, "train a demo task's backbone and its judge")
     add("--recipe", type=Path, help="such as recipes/scenes-base.toml; the digits' by default")
     add("--out", type=Path, required=True, help="folder for weights and record")
     add("--threads", type=_positive, default=1, help="threads; results depend on it")
+    add("--device", default="cpu", help="where it is trained, such as cuda")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
     add = command("compare", _compare, "train and judge many recipes side by side")
@@ -136,7 +139,7 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.config import load_recipe
-    from shiva_dit.demo.base import load_backbone
+    from shiva_dit.demo.base import ASSETS, load_backbone, usable_device
     from shiva_dit.demo.tasks import load_task
     from shiva_dit.training.interrupt import TrainingInterrupted
     from shiva_dit.training.recipe import TrainConfig
@@ -147,9 +150,12 @@ def _train(options: argparse.Namespace) -> int:
     words = ["shiva-dit", "train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
+    words += ["--device", options.device] if options.device != "cpu" else []
+    words += ["--base", str(options.base)] if options.base is not None else []
     again = shlex.join(words)
+    model = load_backbone(task, options.base or ASSETS).to(usable_device(options.device))
     try:
-        print(train(recipe, load_backbone(task), task, resume=options.resume))
+        print(train(recipe, model, task, resume=options.resume))
     except TrainingInterrupted as stop:
         print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
         return 130
@@ -166,7 +172,7 @@ def _train_base(options: argparse.Namespace) -> int:
         config = from_dict(BaseTraining, with_overrides({}, options.overrides))
     else:
         config = load_recipe(BaseTraining, options.recipe, options.overrides)
-    record = train_base(load_task(config.task), config, options.out)
+    record = train_base(load_task(config.task), config, options.out, options.device)
     print(
         f"{options.out}: judge right on {record['judge_accuracy_on_held_out']['all']:.1%} of "
         "unseen reals"

@@ -104,21 +104,40 @@ class BaseTraining:
         return min(1.0, rise, fall)
 
 
-def train_base(task: DemoTask, config: BaseTraining, out: Path) -> dict[str, Any]:
+def usable_device(name: str) -> torch.device:
+    """The device of a name such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} can't be used here: {reason}") from error
+    return device
+
+
+def train_base(
+    task: DemoTask, config: BaseTraining, out: Path, device: str = "cpu"
+) -> dict[str, Any]:
     """Train a backbone and a judge, and write both with the record of how they were made.
 
     Args:
         task: The task that gives data and architectures.
         config: The recipe.
         out: Folder for the two safetensors files (fp16) and their record; made if needed.
+        device: Where both are trained; pictures are drawn on the CPU.
 
     Returns:
         The record: accuracy of the judge on unseen real images, CPU seconds, configuration.
 
     Raises:
-        ValueError: If the folder holds weights already.
+        ValueError: If the folder holds weights already, or there is no such device.
         FloatingPointError: If the loss is not finite; nothing is written then.
     """
+    place = usable_device(device)
     out.mkdir(parents=True, exist_ok=True)
     for name in (backbone_file(task), judge_file(task), record_file(task)):
         if (out / name).exists():
@@ -126,16 +145,17 @@ def train_base(task: DemoTask, config: BaseTraining, out: Path) -> dict[str, Any
     start = time.process_time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        judge = task.build_judge()
+        judge = task.build_judge().to(place)
         generator = torch.Generator().manual_seed(config.seed)
         train_judge(judge, task.judge_batch, task.judge_loss, config.judge, generator)
+        judge = judge.cpu()
         accuracy = judge_accuracy(judge, task)
         judge_seconds = time.process_time() - start
         torch.manual_seed(config.seed)  # of its own: the judge's training must not change it
-        backbone, final_loss = _train_backbone(task, config)
+        backbone, final_loss = _train_backbone(task, config, place)
     for name, module in ((backbone_file(task), backbone), (judge_file(task), judge)):
         state = {
-            key: value.half().contiguous() if value.is_floating_point() else value
+            key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
             for key, value in sorted(module.state_dict().items())
         }
         write_atomically(out / name, partial(save_file, state))
@@ -145,6 +165,7 @@ def train_base(task: DemoTask, config: BaseTraining, out: Path) -> dict[str, Any
         "judge_accuracy_on_held_out": accuracy,
         "judge_cpu_s": judge_seconds,
         "backbone_cpu_s": time.process_time() - start - judge_seconds,
+        "device": device,
         "final_loss": final_loss,
         "num_parameters": sum(p.numel() for p in backbone.parameters()),
         "provenance": provenance(),
@@ -153,9 +174,11 @@ def train_base(task: DemoTask, config: BaseTraining, out: Path) -> dict[str, Any
     return record
 
 
-def _train_backbone(task: DemoTask, config: BaseTraining) -> tuple[torch.nn.Module, float]:
+def _train_backbone(
+    task: DemoTask, config: BaseTraining, device: torch.device
+) -> tuple[torch.nn.Module, float]:
     generator = torch.Generator().manual_seed(config.seed)
-    model = task.build_backbone().train()
+    model = task.build_backbone().train().to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -176,6 +199,7 @@ def _train_backbone(task: DemoTask, config: BaseTraining) -> tuple[torch.nn.Modu
         batch = drop_captions(batch, unconditional, config.caption_dropout, generator)
         t = logit_normal(stratified(config.batch_size, generator))
         noise = torch.randn(batch.latents.shape, generator=generator)
+        batch, t, noise = batch.to(device), t.to(device), noise.to(device)
         prediction = model(
             hidden_states=interpolate(batch.latents, noise, t),
             timestep=t * 1000.0,

@@ -84,7 +84,7 @@ def train_judge(
     """Train a judge in place on real images with noise.
 
     Args:
-        judge: What is trained.
+        judge: What is trained, on its device.
         draw: Gives so many images and labels.
         loss_of: The loss of logits and labels.
         config: The recipe.
@@ -93,11 +93,12 @@ def train_judge(
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=1e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     judge.train()
+    device = next(judge.parameters()).device
     for _ in tqdm(range(config.steps), desc="judge", unit="step"):
         images, labels = draw(config.batch_size, generator)
         grain = config.noise * torch.rand(len(images), 1, 1, 1, generator=generator)
         images = images + grain * torch.randn(images.shape, generator=generator)
-        loss = loss_of(judge(images), labels)
+        loss = loss_of(judge(images.to(device)), labels.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

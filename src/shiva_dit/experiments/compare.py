@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from shiva_dit.config import from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.demo.base import load_judge
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import Contestant, Outcome, Settings
 from shiva_dit.experiments.held_out import HeldOut
@@ -139,7 +138,7 @@ def _record(
     comparison: Comparison, contestants: Mapping[str, Contestant], out: Path
 ) -> dict[str, Any]:
     task = load_task(comparison.settings.task)
-    judge = load_judge(task)
+    judge = comparison.settings.judge(task)
     outcomes = {key: [_load(out, key, seed) for seed in comparison.seeds] for key in contestants}
     rows = []
     for key, contestant in contestants.items():

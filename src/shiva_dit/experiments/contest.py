@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.demo.base import load_backbone, load_judge
+from shiva_dit.demo.base import ASSETS, load_backbone, load_judge, usable_device
+from shiva_dit.demo.judge import Judge
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.held_out import HeldOut, held_out
@@ -46,6 +47,10 @@ class Settings:
     """Sampler steps."""
     guidance: float = 1.0
     """Guidance scale; 1 is none."""
+    device: str = "cpu"
+    """Where models are trained and run; judged is on the CPU."""
+    base: Path | None = None
+    """Folder of the task's backbone and judge (`shiva-dit train-base`); None for the shipped."""
 
     def __post_init__(self) -> None:
         if self.count < MIN_COUNT:
@@ -55,6 +60,22 @@ class Settings:
             )
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+
+    def backbone(self, task: DemoTask) -> Any:
+        """The unpruned model, on its device.
+
+        Raises:
+            ValueError: If its weights are missing, or there is no such device here.
+        """
+        return load_backbone(task, self.base or ASSETS).to(usable_device(self.device))
+
+    def judge(self, task: DemoTask) -> Judge:
+        """Who judges.
+
+        Raises:
+            ValueError: If its weights are missing.
+        """
+        return load_judge(task, self.base or ASSETS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,11 +130,11 @@ def compete(job: tuple[Settings, Contestant, int]) -> Outcome:
     """One contestant with one seed: train it if it is trained, then sample and judge."""
     settings, contestant, seed = job
     task = load_task(settings.task)
-    backbone = load_backbone(task)
+    backbone = settings.backbone(task)
     recipe = contestant.recipe
     if recipe is None:
         return _judged(settings, contestant, seed, task, backbone, None)
-    trained, seconds = _train(_Training(settings.task, recipe, seed, contestant.name))
+    trained, seconds = _train(_Training(settings, recipe, seed, contestant.name))
     schedule = trained.schedule
     if contestant.run_at is not None:
         schedule = trained.at(contestant.run_at)
@@ -128,7 +149,7 @@ def compete(job: tuple[Settings, Contestant, int]) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Training:
-    task: str
+    settings: Settings
     recipe: TrainConfig
     seed: int
     name: str = field(compare=False)
@@ -137,11 +158,11 @@ class _Training:
 @lru_cache(maxsize=1)
 def _train(job: _Training) -> tuple[Trained, float]:
     """A trained recipe and its CPU seconds; the next contestant may run it at another ratio."""
-    task = load_task(job.task)
+    task = load_task(job.settings.task)
     label = _label("train", job.name, job.seed)
     with tempfile.TemporaryDirectory() as out:
-        config = dataclasses.replace(job.recipe, task=job.task, seed=job.seed, out=Path(out))
-        trainer = Trainer(config, load_backbone(task), task)
+        config = dataclasses.replace(job.recipe, task=task.name, seed=job.seed, out=Path(out))
+        trainer = Trainer(config, job.settings.backbone(task), task)
         start = time.process_time()
         if config.trains_nothing:
             trained, seconds = trainer.result(), 0.0
@@ -187,8 +208,8 @@ def _judged(
         if contestant.draws_maps:
             maps = kept_maps(task, attachment, 10, seed=noise_seed(seed), num_steps=num_steps)
     return Outcome(
-        score=score(task, load_judge(task), images),
-        held_out=held_out(task, load_backbone(task), backbone, attachment),
+        score=score(task, settings.judge(task), images),
+        held_out=held_out(task, settings.backbone(task), backbone, attachment),
         flops=flops_per_image(task, backbone, attachment, num_steps),
         images=images,
         sample_s=seconds,

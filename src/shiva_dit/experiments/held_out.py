@@ -43,14 +43,19 @@ def held_out(task: DemoTask, dense: Any, pruned: Any, attachment: Attachment | N
     Args:
         task: Gives the images.
         dense: The unpruned model.
-        pruned: The other one.
+        pruned: The other one, on the same device.
         attachment: What is attached to it, if anything.
     """
+    device = next(dense.parameters()).device
     errors, cosines, kept = [], [], []
     for index in range(NUM_TIMES):
         first = index * IMAGES_PER_TIME
         images = [i % len(task.held_out_images) for i in range(first, first + IMAGES_PER_TIME)]
         arguments = noisy_arguments(task, images, (index + 0.5) / NUM_TIMES, "true")
+        arguments = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
         with recorded(attachment) as chosen:
             ours = pruned(**arguments)[0]
         theirs = dense(**arguments)[0]
@@ -103,8 +108,8 @@ def recorded(attachment: Attachment | None) -> Iterator[list[tuple[int, Tensor]]
 
 
 def masks(chosen: list[tuple[int, Tensor]], num_tokens: int) -> list[Bool[Tensor, "B N"]]:
-    """Chosen tokens as masks, one per pruned block."""
+    """Chosen tokens as masks on the CPU, one per pruned block."""
     return [
-        torch.zeros(len(tokens), num_tokens, dtype=torch.bool).scatter(1, tokens, True)
+        torch.zeros(len(tokens), num_tokens, dtype=torch.bool).scatter(1, tokens.cpu(), True)
         for _, tokens in chosen
     ]

@@ -44,14 +44,19 @@ def sample(
 
     Args:
         task: Gives prompts and pipeline.
-        backbone: With or without an adapter attached.
+        backbone: On its device, with or without an adapter attached.
         count: Number of images.
         seed: Of the initial noise: the same for every method that is compared.
         start: First prompt.
         num_steps: Euler steps.
         guidance: Guidance scale; 1 is none, the harsher test.
+
+    Returns:
+        The images, on the CPU, and the seconds.
     """
-    conditioning = task.conditioning(task.prompts(start, count)[0])
+    device = next(backbone.parameters()).device
+    captions = task.prompts(start, count)[0]
+    conditioning = {name: value.to(device) for name, value in task.conditioning(captions).items()}
     shape = (count, task.channels, task.image_size, task.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     began = time.process_time()
@@ -64,10 +69,10 @@ def sample(
         width=VAE_SCALE * task.image_size,
         num_inference_steps=num_steps,
         guidance_scale=guidance,
-        latents=noise,
+        latents=noise.to(device),
         output_type="latent",
     ).images
-    return images, time.process_time() - began
+    return images.cpu(), time.process_time() - began
 
 
 def sampler_times(num_steps: int) -> list[float]:
