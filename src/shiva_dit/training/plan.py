@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,8 +95,7 @@ class Planner:
             )
             counts = [self.fixed.counts[row] for row in rows.tolist()]
             return self._mixed_times(counts, generator, self.fixed.mean_keep_ratio)
-        noise = self.config.policy.logit_noise if stage == "policy" else 0.0
-        return self._by_policy(noise, generator)
+        return self._by_policy(stage, generator)
 
     def _warmup(self, generator: torch.Generator) -> StepPlan:
         """Stratified ratios: one per part, the same in all blocks (section 8 of the method)."""
@@ -125,7 +125,7 @@ class Planner:
         ]
         return StepPlan(parts=parts, mean_keep_ratio=mean)
 
-    def _by_policy(self, noise_std: float, generator: torch.Generator) -> StepPlan:
+    def _by_policy(self, stage: StageName, generator: torch.Generator) -> StepPlan:
         """Counts by the policy: one time bin per part, neighbouring times in one part.
 
         The strata of the whole batch are cut into parts in order of time, and a part keeps what
@@ -135,7 +135,7 @@ class Planner:
         part move into that bin.
 
         The budget regulates the mean over the whole table of what would be executed, without
-        exploration noise: a fixed grid of t, not the batch.
+        exploration noise or a moved anchor: a fixed grid of t, not the batch.
         """
         num_bins, num_parts = self.config.policy.num_bins, self.config.micro_batches
         device = self.policy.anchor.device
@@ -152,9 +152,9 @@ class Planner:
         if self.config.shared_bin:
             jitter = torch.rand(times.shape, generator=generator)
             times = (bins[:, None] + jitter) / num_bins
-        if noise_std:
-            noise = noise_std * torch.randn(num_parts, ratios.shape[1], generator=generator)
-            picked = self.policy(grid[bins.to(device)], noise.to(device))  # (M, L)
+        offsets = self._logit_offsets(stage, generator)
+        if offsets is not None:
+            picked = self.policy(grid[bins.to(device)], offsets.to(device))  # (M, L)
             counts = [tuple(keep_count(self.num_tokens, r) for r in row) for row in picked.tolist()]
         else:
             picked = ratios[bins.to(device)]
@@ -175,6 +175,21 @@ class Planner:
             _leaf=leaf,
             _budget=self.budget.loss(executed),
         )
+
+    def _logit_offsets(
+        self, stage: StageName, generator: torch.Generator
+    ) -> Float[Tensor, "M L"] | None:
+        """What is added to each part's logits: exploration (Eq. 29), or the anchor moved."""
+        policy, shape = self.config.policy, (self.config.micro_batches, self.policy.num_blocks)
+        if stage == "policy" and policy.logit_noise:
+            return policy.logit_noise * torch.randn(shape, generator=generator)
+        if stage == "joint" and policy.target_range is not None:
+            targets = stratified_ratios(shape[0], *policy.target_range, generator)
+            moved = targets.logit() - math.log(
+                self.config.keep_ratio / (1 - self.config.keep_ratio)
+            )
+            return moved[:, None].expand(shape)
+        return None
 
     def _fixed_in_time(self, generator: torch.Generator) -> StepPlan:
         """Counts of a fixed schedule that varies with time, drawn as the policy's are."""

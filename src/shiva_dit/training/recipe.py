@@ -71,6 +71,10 @@ class PolicyConfig:
     """Standard deviation of the noise on the logits in the policy stage (Eq. 29)."""
     num_bins: int = 64
     """Time bins of the table."""
+    target_range: tuple[float, float] | None = None
+    """Mean ratios, lowest and highest in (0, 1), that the joint stage trains for: every part moves
+    the anchor to one of them, drawn evenly, as running at another ratio does. None: for
+    `keep_ratio` alone."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """The pull to the target."""
 
@@ -79,6 +83,14 @@ class PolicyConfig:
             raise ValueError(f"policy logit_noise must be at least 0, got {self.logit_noise}.")
         if self.num_bins < 1:
             raise ValueError(f"policy num_bins must be at least 1, got {self.num_bins}.")
+        if self.target_range is not None:
+            low, high = self.target_range
+            if not 0.0 < low < high < 1.0:
+                raise ValueError(
+                    f"policy target_range must rise within (0, 1), got {self.target_range}."
+                )
+            if not self.adaptive:
+                raise ValueError("policy.target_range is for learned ratios, not for fixed ones.")
         if self.adaptive and self.shape != ShapeConfig():
             raise ValueError("policy.shape is for fixed schedules: set policy.adaptive = false.")
 
