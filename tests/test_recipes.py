@@ -382,6 +382,10 @@ def test_a_router_does_not_see_what_it_is_not_given(tmp_path: Path, left_out: st
 def test_what_does_not_fit_together_is_named() -> None:
     with pytest.raises(ValueError, match=r"set policy\.adaptive = false"):
         PolicyConfig(shape=ShapeConfig(depth=1.0))
+    with pytest.raises(ValueError, match=r"target_range must rise within \(0, 1\)"):
+        PolicyConfig(target_range=(0.9, 0.3))
+    with pytest.raises(ValueError, match="target_range is for learned ratios"):
+        PolicyConfig(adaptive=False, target_range=(0.3, 0.9))
     with pytest.raises(ValueError, match=r"depth and time must lie in \[-20, 20\]"):
         ShapeConfig(time=float("nan"))
     with pytest.raises(ValueError, match="must be among time, context, layer, got text"):

@@ -487,6 +487,20 @@ def test_the_policy_is_asked_at_all_times_alike(tmp_path: Path, shared_bin: bool
     assert visits.max() < 140
 
 
+def test_a_range_of_targets_moves_the_anchor_in_the_joint_stage_alone(tmp_path: Path) -> None:
+    config = recipe(tmp_path, keep_ratio=0.5, micro_batches=2, batch_size=16)
+    ranged = dataclasses.replace(config.policy, target_range=(0.25, 0.75), logit_noise=0.0)
+    plans = planner(dataclasses.replace(config, policy=ranged))
+    generator = torch.Generator().manual_seed(0)
+    assert {part.counts for part in plans.step("policy", generator).parts} == {(64, 32, 32, 32)}
+    joint = [plans.step("joint", generator) for _ in range(100)]
+    shares = sorted(part.counts[1] / 64 for plan in joint for part in plan.parts)
+    assert 0.25 <= shares[0] < 0.27  # a flat policy, so that a part keeps what it was moved to
+    assert 0.73 < shares[-1] <= 0.75
+    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.02)
+    assert {plan.mean_keep_ratio for plan in joint} == {0.5}  # the budget's table isn't moved
+
+
 def test_a_plan_carries_gradients_of_tokens_and_budget_to_the_policy(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     plans = planner(config)
