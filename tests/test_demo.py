@@ -85,8 +85,10 @@ def test_the_shipped_backbone_draws_what_the_judge_reads(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_shipped_adapter_fits_the_shipped_backbone(name: str) -> None:
+# Measured 100% and 26.9 dB on the digits, 99% and 33.6 dB on the scenes; against the pictures of
+# other noise it is 9.8 and 22.8 dB.
+@pytest.mark.parametrize(("name", "right", "db"), [("digits", 0.85, 20.0), ("scenes", 0.9, 29.0)])
+def test_the_shipped_adapter_fits_the_shipped_backbone(name: str, right: float, db: float) -> None:
     shipped = load_task(name)
     backbone = load_backbone(shipped)
     dense, _ = sample(shipped, backbone, 40, seed=0, guidance=1.5)
@@ -94,9 +96,8 @@ def test_the_shipped_adapter_fits_the_shipped_backbone(name: str) -> None:
     words = shipped.captions.max_words
     assert shiva_dit.summary(backbone, text_tokens=words).keep_ratio == pytest.approx(0.4, 1e-3)
     pruned, _ = sample(shipped, backbone, 40, seed=0, guidance=1.5)
-    assert score(shipped, load_judge(shipped), pruned).right["all"] >= 0.85
-    # Measured 26.9 dB on the digits; against the pictures of other noise it is 9.8 dB.
-    assert psnr(pruned, dense) > 20
+    assert score(shipped, load_judge(shipped), pruned).right["all"] >= right
+    assert psnr(pruned, dense) > db
     shiva_dit.remove(backbone)
     again, _ = sample(shipped, backbone, 40, seed=0, guidance=1.5)
     assert torch.equal(again, dense)

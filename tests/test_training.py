@@ -33,7 +33,13 @@ from shiva_dit.training.objective import (
     squared_error,
 )
 from shiva_dit.training.plan import Planner
-from shiva_dit.training.recipe import EstimatorConfig, OptimizerConfig, PolicyConfig, TrainConfig
+from shiva_dit.training.recipe import (
+    EstimatorConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    StageName,
+    TrainConfig,
+)
 from shiva_dit.training.run import train
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
@@ -491,14 +497,21 @@ def test_a_range_of_targets_moves_the_anchor_in_the_joint_stage_alone(tmp_path: 
     config = recipe(tmp_path, keep_ratio=0.5, micro_batches=2, batch_size=16)
     ranged = dataclasses.replace(config.policy, target_range=(0.25, 0.75), logit_noise=0.0)
     plans = planner(dataclasses.replace(config, policy=ranged))
+    with torch.no_grad():  # blocks differ much, times don't
+        plans.policy.layer_branch[-1].weight.normal_(generator=torch.Generator().manual_seed(1))
+
+    def means(stage: StageName) -> list[float]:
+        parts = [p for _ in range(100) for p in plans.step(stage, generator).parts]
+        return sorted(sum(float(torch.as_tensor(k)) for k in p.soft_k[1:]) / 192 for p in parts)
+
     generator = torch.Generator().manual_seed(0)
-    assert {part.counts for part in plans.step("policy", generator).parts} == {(64, 32, 32, 32)}
-    joint = [plans.step("joint", generator) for _ in range(100)]
-    shares = sorted(part.counts[1] / 64 for plan in joint for part in plan.parts)
-    assert 0.25 <= shares[0] < 0.27  # a flat policy, so that a part keeps what it was moved to
-    assert 0.73 < shares[-1] <= 0.75
-    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.02)
-    assert {plan.mean_keep_ratio for plan in joint} == {0.5}  # the budget's table isn't moved
+    still, moved = means("policy"), means("joint")
+    assert still[-1] - still[0] < 1e-6
+    assert 0.25 <= moved[0] < 0.27
+    assert 0.73 < moved[-1] <= 0.75 + 1e-6
+    assert sum(moved) / len(moved) == pytest.approx(0.5, abs=0.02)
+    plan = plans.step("joint", generator)  # the budget's table isn't moved
+    assert plan.mean_keep_ratio == pytest.approx(still[0], abs=0.01)
 
 
 def test_a_plan_carries_gradients_of_tokens_and_budget_to_the_policy(tmp_path: Path) -> None:

@@ -334,13 +334,26 @@ def ratios_from_logits(
     prunable = [block for block in range(wide.shape[1]) if block not in full_blocks]
     ratios = torch.ones_like(wide)
     if target < 1.0 and prunable:
-        chosen = wide[:, prunable]
-        low, high = -40.0 - float(chosen.max()), 40.0 - float(chosen.min())
-        for _ in range(200):
-            middle = 0.5 * (low + high)
-            if float(torch.sigmoid(chosen + middle).mean()) < target:
-                low = middle
-            else:
-                high = middle
-        ratios[:, prunable] = torch.sigmoid(chosen + high).clamp_min(1e-6)
+        shift = anchor_shift(wide, target, full_blocks)
+        ratios[:, prunable] = torch.sigmoid(wide[:, prunable] + shift).clamp_min(1e-6)
     return tuple(tuple(row) for row in ratios.tolist())
+
+
+def anchor_shift(logits: torch.Tensor, target: float, full_blocks: Sequence[int]) -> float:
+    """What to add to logits of ratios so that the mean ratio is the target.
+
+    Args:
+        logits: Of shape (bins, blocks), with at least one block that may be pruned.
+        target: Mean keep ratio over the prunable blocks, in (0, 1).
+        full_blocks: Blocks that don't count.
+    """
+    wide = logits.detach().double().cpu()
+    chosen = wide[:, [block for block in range(wide.shape[1]) if block not in full_blocks]]
+    low, high = -40.0 - float(chosen.max()), 40.0 - float(chosen.min())
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if float(torch.sigmoid(chosen + middle).mean()) < target:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.core.budget import BudgetController, logit_normal, stratified, stratified_ratios
-from shiva_dit.core.schedule import Schedule, nearest_bin
+from shiva_dit.core.schedule import Schedule, anchor_shift, nearest_bin
 from shiva_dit.core.selection import keep_count
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.recipe import StageName, TrainConfig
@@ -152,7 +151,7 @@ class Planner:
         if self.config.shared_bin:
             jitter = torch.rand(times.shape, generator=generator)
             times = (bins[:, None] + jitter) / num_bins
-        offsets = self._logit_offsets(stage, generator)
+        offsets = self._logit_offsets(stage, grid, generator)
         if offsets is not None:
             picked = self.policy(grid[bins.to(device)], offsets.to(device))  # (M, L)
             counts = [tuple(keep_count(self.num_tokens, r) for r in row) for row in picked.tolist()]
@@ -177,18 +176,17 @@ class Planner:
         )
 
     def _logit_offsets(
-        self, stage: StageName, generator: torch.Generator
+        self, stage: StageName, grid: Float[Tensor, " S"], generator: torch.Generator
     ) -> Float[Tensor, "M L"] | None:
         """What is added to each part's logits: exploration (Eq. 29), or the anchor moved."""
         policy, shape = self.config.policy, (self.config.micro_batches, self.policy.num_blocks)
         if stage == "policy" and policy.logit_noise:
             return policy.logit_noise * torch.randn(shape, generator=generator)
         if stage == "joint" and policy.target_range is not None:
-            targets = stratified_ratios(shape[0], *policy.target_range, generator)
-            moved = targets.logit() - math.log(
-                self.config.keep_ratio / (1 - self.config.keep_ratio)
-            )
-            return moved[:, None].expand(shape)
+            targets = stratified_ratios(shape[0], *policy.target_range, generator).tolist()
+            logits = self.policy.logits(grid)
+            moved = [anchor_shift(logits, target, self.full_blocks) for target in targets]
+            return torch.tensor(moved)[:, None].expand(shape)
         return None
 
     def _fixed_in_time(self, generator: torch.Generator) -> StepPlan:
