@@ -11,6 +11,7 @@ from shiva_dit.config import load_recipe
 from shiva_dit.demo.base import load_backbone
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.compare import Comparison
+from shiva_dit.experiments.merging import merge_records
 from shiva_dit.report import comparison_table
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,40 @@ def test_an_arm_changes_what_it_names_and_nothing_else() -> None:
 def test_a_wrong_comparison_says_what_is_wrong(arms: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Comparison(what="x", about="y", arms=arms).contestants()
+
+
+RECORD = "estimators-digits-keep40--epyc-2-cores--2026-11-25.json"
+
+
+def test_records_of_single_seeds_merge_into_the_record_of_all() -> None:
+    whole = json.loads((ROOT / "results" / RECORD).read_text())
+    parts = [_one_seed(whole, index) for index in range(3)]
+    merged = merge_records(parts)
+    assert len(merged.pop("merged")) == 3
+    assert merged.pop("wall_s") == 3 * whole["wall_s"]
+    assert merged.pop("runs_of_this_call") == 3 * whole["runs_of_this_call"]
+    assert merged == {k: v for k, v in whole.items() if k not in ("wall_s", "runs_of_this_call")}
+    with pytest.raises(ValueError, match=r"a seed is in two records: \[0, 0, 1\]"):
+        merge_records([parts[0], merge_records(parts[:2])])
+    parts[1]["config"]["settings"]["count"] += 1
+    with pytest.raises(ValueError, match="differ in more than seeds"):
+        merge_records(parts)
+    with pytest.raises(ValueError, match="at least two"):
+        merge_records(parts[:1])
+    with pytest.raises(ValueError, match="no record of a comparison"):
+        merge_records([parts[0], {"what": "quickstart"}])
+
+
+def _one_seed(record: dict, index: int) -> dict:
+    """What the comparison would have left of one of its seeds."""
+    one = json.loads(json.dumps(record))
+    one["config"]["seeds"] = [record["config"]["seeds"][index]]
+    for row in one["rows"]:
+        for name in [name for name in row if name.endswith("_by_seed") or name == "schedules"]:
+            row[name] = [row[name][index]]
+        for name in [name for name in row if f"{name}_by_seed" in row]:
+            row[name] = row[f"{name}_by_seed"][0]
+    return one
 
 
 @pytest.mark.slow

@@ -502,7 +502,9 @@ def test_a_range_of_targets_moves_the_anchor_in_the_joint_stage_alone(tmp_path: 
 
     def means(stage: StageName) -> list[float]:
         parts = [p for _ in range(100) for p in plans.step(stage, generator).parts]
-        return sorted(sum(float(torch.as_tensor(k)) for k in p.soft_k[1:]) / 192 for p in parts)
+        return sorted(
+            sum(float(torch.as_tensor(k).detach()) for k in p.soft_k[1:]) / 192 for p in parts
+        )
 
     generator = torch.Generator().manual_seed(0)
     still, moved = means("policy"), means("joint")

@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=_positive, default=2, help="runs at a time")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
+    add = command("merge", _merge, "one record from several whose seeds ran apart")
+    add("records", nargs="+", type=Path, help="record.json of one comparison, seeds apart")
+    add("--out", type=Path, required=True, help="the record to write")
+
     add = command("inspect", _inspect, "hold estimators against the truth")
     add(
         "what",
@@ -189,6 +193,27 @@ def _compare(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / comparison.what
     record = run_comparison(comparison, out, workers=options.workers)
     print(f"\n{plain_rows(comparison_rows(record))}\n\nRecord: {out / 'record.json'}")
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    import json
+
+    from shiva_dit.experiments.merging import merge_records
+    from shiva_dit.provenance import write_json
+    from shiva_dit.report import comparison_rows, plain_rows
+
+    if options.out.exists():
+        raise ValueError(f"{options.out} is there already: write another file.")
+    records = []
+    for path in options.records:
+        try:
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a record: {error}") from error
+    merged = merge_records(records)
+    write_json(options.out, merged)
+    print(f"{plain_rows(comparison_rows(merged))}\n\nRecord: {options.out}")
     return 0
 
 
