@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    PixArtTransformer2DModel,
     StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
 )
@@ -24,7 +23,7 @@ from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.models.attach import attach, attachment_of
-from tests import tiny
+from tests import families, tiny
 
 COUNTS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
 
@@ -563,25 +562,17 @@ def test_what_needs_an_adapter_says_so() -> None:
 
 
 def test_an_unsupported_model_is_refused() -> None:
-    pixart = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=1,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=8,
-    )
-    before = tiny.footprint(pixart)
-    message = r"PixArtTransformer2DModel is not supported\. Supported: SD3Transformer2DModel"
+    sana = families.unsupported()
+    before = tiny.footprint(sana)
+    message = r"SanaTransformer2DModel is not supported\. Supported: .*, SD3Transformer2DModel"
     for call in (
-        lambda: shiva_dit.apply(pixart, adapter_for(tiny.sd3())),
-        lambda: shiva_dit.ShivaConfig.for_model(pixart),
-        lambda: shiva_dit.remove(pixart),
+        lambda: shiva_dit.apply(sana, adapter_for(tiny.sd3())),
+        lambda: shiva_dit.ShivaConfig.for_model(sana),
+        lambda: shiva_dit.remove(sana),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert tiny.footprint(pixart) == before
+    assert tiny.footprint(sana) == before
     with pytest.raises(ValueError, match="str has no transformer"):
         shiva_dit.apply("a model", adapter_for(tiny.sd3()))
 

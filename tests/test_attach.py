@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
@@ -24,7 +23,7 @@ from shiva_dit.models import block_hook as seam
 from shiva_dit.models.attach import Attachment, GatedForward, attach, attachment_of
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.spec import argument_place
-from tests import tiny
+from tests import families, tiny
 
 # k by time bin (t in [0, 1/3], ...) and block: all different, the first block full.
 COUNTS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
@@ -500,21 +499,13 @@ def test_a_schedule_of_another_depth_is_refused() -> None:
 
 
 def test_an_unsupported_model_is_refused_with_the_supported_ones() -> None:
-    pixart = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=1,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=8,
-    )
-    message = r"PixArtTransformer2DModel is not supported\. Supported: SD3Transformer2DModel"
+    sana = families.unsupported()
+    message = r"SanaTransformer2DModel is not supported\. Supported: .*, SD3Transformer2DModel"
     for call in (attachment_of, lambda m: attach(m, NormSelector(), tiny.from_counts(COUNTS))):
         with pytest.raises(ValueError, match=message):
-            call(pixart)
-    with pytest.raises(ValueError, match="class BasicTransformerBlock are not supported"):
-        block_spec(pixart.transformer_blocks[0])
+            call(sana)
+    with pytest.raises(ValueError, match="class SanaTransformerBlock are not supported"):
+        block_spec(sana.transformer_blocks[0])
 
 
 def test_a_block_without_the_expected_argument_is_refused() -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import shiva_dit
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import attachment_of
-from tests import tiny
+from tests import families, tiny
 
 NUM_BINS = 12
 TIMES = [(b + 0.5) / NUM_BINS for b in reversed(range(NUM_BINS))]
@@ -151,3 +151,20 @@ def test_inductor_equals_eager() -> None:
     for found, eager in zip(compiled.results(), compiled.eager, strict=True):
         # Fused kernels round otherwise. Measured: at most 1.3e-7.
         assert (found - eager).norm() <= 1e-6 * eager.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tuple(families.FAMILIES))
+def test_every_family_compiles_without_breaks_and_recompiles(name: str) -> None:
+    model = families.made(name)
+    counts = [[64, 40, 40, 40], [64, 33, 12, 48], [64, 63, 20, 9]]
+    cases = [families.arguments(name, t=t) for t in (1 / 6, 0.5, 5 / 6)]
+    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts(counts)))
+    with torch.no_grad():
+        eager = [families.run(model, case) for case in cases]
+        shiva_dit.compile(model, backend="aot_eager")
+        families.run(model, cases[0])
+        with dynamo.patch(error_on_recompile=True):
+            compiled = [families.run(model, case) for case in cases]
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert (ours - theirs).norm() <= 2e-5 * theirs.norm()

@@ -221,20 +221,24 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(target: Any, *, num_tokens: int = 0, text_tokens: int = 333) -> Summary:
+def summary(
+    target: Any, *, num_tokens: int | None = None, text_tokens: int | None = None
+) -> Summary:
     """What is pruned and what it saves; print it, or read its fields.
 
     Args:
         target: A pipeline or transformer with an adapter attached.
-        num_tokens: Image tokens N; 0 for those of the model's own `sample_size`.
-        text_tokens: Text tokens T (SD3's pipelines use 333 by default).
+        num_tokens: Image tokens N; those of the model's own `sample_size` by default.
+        text_tokens: Text tokens T; as many as the model's pipelines use by default.
 
     Raises:
-        ValueError: If no adapter is attached.
+        ValueError: If no adapter is attached, or the model has no size of its own (Flux) and
+            `num_tokens` is not given.
     """
     attachment = _attached(target)
     model: Any = attachment.model
-    num_tokens = num_tokens or (model.config.sample_size // model.config.patch_size) ** 2
+    num_tokens = _own_size(model) if num_tokens is None else num_tokens
+    text_tokens = attachment.spec.text_tokens if text_tokens is None else text_tokens
     table = attachment.table(num_tokens)
     pruned = [attachment.flops(num_tokens, text_tokens, row) for row in table.counts]
     times = (0.95, 0.75, 0.5, 0.25, 0.05)
@@ -247,6 +251,17 @@ def summary(target: Any, *, num_tokens: int = 0, text_tokens: int = 333) -> Summ
         flops_pruned=round(sum(pruned) / len(pruned)),
         rows=tuple((t, table.row(t)) for t in times),
     )
+
+
+def _own_size(model: Any) -> int:
+    """Image tokens of a model's own size."""
+    side = model.config.get("sample_size")
+    if side is None:
+        raise ValueError(
+            f"{type(model).__name__} has no size of its own: pass num_tokens (4096 for 1024x1024 "
+            "pixels in patches of 16)."
+        )
+    return (side // model.config.patch_size) ** 2
 
 
 def _attached(target: Any) -> Attachment:

@@ -157,7 +157,8 @@ def _train(options: argparse.Namespace) -> int:
     words += ["--device", options.device] if options.device != "cpu" else []
     words += ["--base", str(options.base)] if options.base is not None else []
     again = shlex.join(words)
-    model = load_backbone(task, options.base or ASSETS).to(usable_device(options.device))
+    model: Any = load_backbone(task, options.base or ASSETS)
+    model.to(usable_device(options.device))
     try:
         print(train(recipe, model, task, resume=options.resume))
     except TrainingInterrupted as stop:

@@ -13,11 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class BlockShape(Protocol):
+    """What the cost of a block depends on, beside the number of tokens."""
+
+    def flops(self, image_tokens: int) -> int:
+        """FLOPs of one sample with `image_tokens` tokens in the block."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JointBlockShape:
-    """What the cost of one SD3 block depends on, beside the number of tokens."""
+    """A block with a stream of image and one of text, and attention over both (SD3, Flux)."""
 
     width: int
     """D."""
@@ -43,10 +53,58 @@ class JointBlockShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelBlockShape:
+    """A block of image and text in one stream, attention and feed-forward abreast (Flux)."""
+
+    width: int
+    """D."""
+    text_tokens: int
+    """T."""
+
+    def flops(self, image_tokens: int) -> int:
+        """FLOPs of one sample: queries, keys, values 3, feed-forward in 4, both out 5 D^2."""
+        d2, tokens = self.width * self.width, image_tokens + self.text_tokens
+        return 2 * (3 * d2 + 12 * tokens * d2 + 2 * tokens**2 * self.width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossBlockShape:
+    """A block with self-attention and cross attention to text, modulated from outside (PixArt)."""
+
+    width: int
+    """D."""
+    text_tokens: int
+    """T."""
+    text_width: int
+    """Width of the text tokens that it reads."""
+
+    def flops(self, image_tokens: int) -> int:
+        """FLOPs of one sample with `image_tokens` tokens in the block."""
+        d2, a, text = self.width * self.width, image_tokens, self.text_tokens
+        macs = 4 * a * d2 + 2 * a * a * self.width
+        macs += 2 * a * d2 + 2 * text * self.text_width * self.width + 2 * a * text * self.width
+        return 2 * (macs + 8 * a * d2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassBlockShape:
+    """A block with self-attention, and an embedder of time of its own (DiT)."""
+
+    width: int
+    """D."""
+
+    def flops(self, image_tokens: int) -> int:
+        """FLOPs of one sample: 256 sinusoids of time, the modulation, attention, feed-forward."""
+        d2, a = self.width * self.width, image_tokens
+        macs = 256 * self.width + d2 + 6 * d2
+        return 2 * (macs + 4 * a * d2 + 2 * a * a * self.width + 8 * a * d2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFlops:
     """FLOPs of one forward pass of one sample, as a function of the tokens kept."""
 
-    blocks: tuple[JointBlockShape, ...]
+    blocks: tuple[BlockShape, ...]
     """The blocks in order."""
     constant: int
     """Everything outside the blocks: embedders, final norm and projection."""

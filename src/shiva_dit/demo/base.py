@@ -178,7 +178,8 @@ def _train_backbone(
     task: DemoTask, config: BaseTraining, device: torch.device
 ) -> tuple[torch.nn.Module, float]:
     generator = torch.Generator().manual_seed(config.seed)
-    model = task.build_backbone().train().to(device)
+    model: Any = task.build_backbone()
+    model.train().to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(
         model.parameters(),

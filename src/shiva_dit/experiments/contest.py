@@ -67,7 +67,8 @@ class Settings:
         Raises:
             ValueError: If its weights are missing, or there is no such device here.
         """
-        return load_backbone(task, self.base or ASSETS).to(usable_device(self.device))
+        model: Any = load_backbone(task, self.base or ASSETS)
+        return model.to(usable_device(self.device))
 
     def judge(self, task: DemoTask) -> Judge:
         """Who judges.

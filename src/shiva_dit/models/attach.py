@@ -28,7 +28,8 @@ from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.block_hook import BlockHook, BlockState
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.families import model_spec
-from shiva_dit.models.spec import bind
+from shiva_dit.models.spec import bind, given
+from shiva_dit.modules.context import time_features
 from shiva_dit.modules.updates import RejectedUpdates
 
 HOOK_NAME = "shiva_dit"
@@ -99,12 +100,14 @@ class Attachment:
             registry.register_hook(hook, HOOK_NAME)
         if gate_values:
             self._undo += self._gate_values()
-        embedder = self.model.get_submodule(self.spec.time_embedder)
-        for register in (
+        registers: list[Callable[[], Any]] = [
             partial(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True),
             partial(self.model.register_forward_hook, self._after_model, always_call=True),
-            partial(embedder.register_forward_hook, self._after_time_embedding),
-        ):
+        ]
+        if self.spec.time_embedder is not None:
+            embedder = self.model.get_submodule(self.spec.time_embedder)
+            registers.append(partial(embedder.register_forward_hook, self._after_time_embedding))
+        for register in registers:
             self._undo.append(register().remove)
         _forget_registries(self.model)
 
@@ -198,9 +201,10 @@ class Attachment:
         if self.backbone is not None:
             self.backbone.keep_on()
         arguments = bind(model, args, kwargs)
-        num_tokens = self.spec.tokens(model, self._argument(arguments, self.spec.sample))
-        timestep = self._argument(arguments, self.spec.timestep)
-        self._context = self._argument(arguments, self.spec.context)
+        sample = given(model, arguments, self.spec.sample)
+        num_tokens = self.spec.tokens(model, sample)
+        timestep = given(model, arguments, self.spec.timestep)
+        self._context = self.spec.context(model, arguments)
         self._refuse_lora_scale(arguments)
         gated = self._gated
         share = False
@@ -222,6 +226,9 @@ class Attachment:
                 gates=gates,
                 observer=self.observer,
             )
+        if self.spec.time_embedder is None:
+            times = torch.as_tensor(timestep, device=sample.device) / self.spec.timestep_scale
+            self._condition(time_features(times.float().expand(sample.shape[0])))
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             self._snapshot_checkpoints(model)
 
@@ -234,12 +241,6 @@ class Attachment:
                 "serves one forward at a time. Guard it by a lock, or give each thread a pipeline."
             )
         self._runs_in = current
-
-    def _argument(self, arguments: dict[str, Any], name: str) -> Any:
-        value = arguments.get(name)
-        if value is None:
-            raise ValueError(f"{self.spec.model_class} was called without {name!r}.")
-        return value
 
     def _refuse_lora_scale(self, arguments: dict[str, Any]) -> None:
         """A scale for the user's LoRAs, given with the call, would scale the adapter's too."""
@@ -278,19 +279,23 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
         del module, args
+        self._condition(output)
+
+    def _condition(self, time: Tensor) -> None:
+        """Compute what routers and updates read beside tokens."""
         if self._context is None:
             return
         for module in self._learned:
             parameter = next(module.parameters(), None)
-            if parameter is not None and parameter.device != output.device:
-                module.to(output.device)
+            if parameter is not None and parameter.device != time.device:
+                module.to(time.device)
         for hook in self.hooks:
             state = hook.slot.state
             if state.dense:
                 continue
-            state.condition = self.selector.condition(output, self._context, hook.index)
+            state.condition = self.selector.condition(time, self._context, hook.index)
             if self.updates is not None:
-                state.update_condition = self.updates.condition(output, self._context, hook.index)
+                state.update_condition = self.updates.condition(time, self._context, hook.index)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args, output

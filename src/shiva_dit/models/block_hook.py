@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
@@ -76,6 +77,7 @@ class BlockHook(ModelHook):
         self.index = index
         self.spec: BlockSpec = block_spec(module)
         self.place = argument_place(module, self.spec.hidden)
+        self.rows = [(n, argument_place(module, n), take) for n, take in self.spec.rows.items()]
         self.slot = Slot()
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -99,10 +101,16 @@ class BlockHook(ModelHook):
         if state.observer is not None:
             state.observer(self.index, chosen)
         before = gather_tokens(x, chosen)  # (B, k, D)
-        if by_name:
-            kwargs = {**kwargs, self.spec.hidden: before}
-        else:
-            args = (*args[: self.place], before, *args[self.place + 1 :])
+        changed = {self.spec.hidden: (self.place, before)}
+        for name, row_place, take in self.rows:
+            value = kwargs.get(name) if row_place >= len(args) else args[row_place]
+            if value is not None:
+                changed[name] = row_place, take(value, chosen, x.shape[1])
+        for name, (at, value) in changed.items():
+            if at < len(args):
+                args = (*args[:at], value, *args[at + 1 :])
+            else:
+                kwargs = {**kwargs, name: value}
         output = self.run(*args, **kwargs)
         place = self.spec.output
         after = output if place is None else output[place]
@@ -119,10 +127,15 @@ class BlockHook(ModelHook):
         return forward(*args, **kwargs)
 
     def gate_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Torch hook on the block's value projections (KV gate)."""
+        """Torch hook on the block's value projections (KV gate); text, if any, comes first."""
         del module, args
-        gates = self.slot.state.gates
-        return output if gates is None else gates.value(output)
+        state = self.slot.state
+        if state.gates is None:
+            return output
+        text = output.shape[1] - state.k
+        if not text:
+            return state.gates.value(output)
+        return torch.cat([output[:, :text], state.gates.value(output[:, text:])], dim=1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise RuntimeError(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from shiva_dit.core.flops import ModelFlops
+
+Rows = Callable[[Any, Tensor, int], Any]
+"""An argument, the chosen tokens (B, k) and N, to the argument for these tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +27,9 @@ class BlockSpec:
     output: int | None = None
     """Place of the image tokens in the returned tuple; None if the tensor itself is returned."""
     value_modules: tuple[str, ...] = ()
-    """Value projections of the image tokens (for the KV gate); absent ones are skipped."""
+    """Value projections (for the KV gate), the image tokens last; absent ones are skipped."""
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    """Arguments that hold something per image token, and how the chosen rows are taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +60,17 @@ class ModelSpec:
     """Argument that holds the timestep."""
     timestep_scale: float
     """What the model calls pure noise: t = timestep / timestep_scale."""
-    time_embedder: str
-    """Submodule whose output is the time embedding."""
-    context: str
-    """Argument that holds the pooled text or class embedding."""
-    no_sharing: str | None
+    time_embedder: str | None
+    """Submodule whose output is the time embedding; None where none serves all blocks: routers
+    then read sinusoids of t."""
+    context: Callable[[nn.Module, Mapping[str, Any]], Tensor]
+    """Pooled text or class embedding, (B, Dc), from the model and a call's arguments."""
+    no_sharing: str | None = None
     """Argument that, when given, marks an extra pass without guidance halves."""
-    lora_scale: str | None
+    lora_scale: str | None = None
     """Argument whose "scale" multiplies all LoRAs of the model."""
+    text_tokens: int
+    """Text tokens T of the model's own pipelines, by default."""
     tokens: Callable[[nn.Module, Tensor], int]
     """Number of image tokens N for latents."""
     dims: Callable[[nn.Module], ModelDims]
@@ -74,6 +83,46 @@ class ModelSpec:
         return [
             block for name in self.block_lists for block in model.get_submodule(name).children()
         ]
+
+
+def given(model: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
+    """An argument that a forward needs.
+
+    Raises:
+        ValueError: If the call didn't pass it.
+    """
+    value = arguments.get(name)
+    if value is None:
+        raise ValueError(f"{type(model).__name__} was called without {name!r}.")
+    return value
+
+
+def latent_grid(model: Any, sample: Float[Tensor, "B C H W"]) -> int:
+    """Image tokens of a model that cuts latents into patches."""
+    patch = model.config.patch_size
+    return (sample.shape[-2] // patch) * (sample.shape[-1] // patch)
+
+
+def pooled_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    """Context of a model that is handed pooled text."""
+    return given(model, arguments, "pooled_projections")
+
+
+def mean_text(
+    text: Float[Tensor, "B T Dc"], mask: Shaped[Tensor, "B ..."] | None
+) -> Float[Tensor, "B Dc"]:
+    """Context of a model without pooled text: the mean of its text's embeddings.
+
+    Args:
+        text: Embeddings of the text tokens.
+        mask: 1 (or True) for text and 0 for padding, (B, T), or a bias (B, 1, T) that is 0 for
+            text; None if all is text.
+    """
+    if mask is None:
+        return text.mean(1)
+    is_text = mask if mask.ndim == 2 else mask.flatten(1) == 0
+    weights = is_text.to(text.dtype)[..., None]
+    return (text * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

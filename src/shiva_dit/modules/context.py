@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,18 @@ from torch import Tensor, nn
 LAYER_DIM = 64
 CONTEXT_INPUTS: tuple[str, ...] = ("time", "context", "layer")
 """What the context term is made of (Eq. 8)."""
+
+
+TIME_FEATURES = 256
+"""Width of `time_features`."""
+
+
+def time_features(t: Float[Tensor, " S"]) -> Float[Tensor, "S F"]:
+    """Sinusoidal embedding of 1000 t, t in [0, 1], as diffusion models embed timesteps."""
+    half = TIME_FEATURES // 2
+    rates = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device) / half)
+    angles = 1000.0 * t[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiva_dit.core.schedule import Schedule, ratios_from_logits
+from shiva_dit.modules.context import TIME_FEATURES, time_features
 
-POLICY_HIDDEN = 256
+POLICY_HIDDEN = TIME_FEATURES  # the layer embedding is as wide, and both branches are alike
 
 
 class AdaptiveRatioPolicy(nn.Module):
@@ -49,7 +50,7 @@ class AdaptiveRatioPolicy(nn.Module):
 
     def logits(self, t: Float[Tensor, " S"]) -> Float[Tensor, "S L"]:
         """Logits of the ratios at times t in [0, 1] (Eq. 10), for every block."""
-        time = self.time_branch(_time_features(t.to(self.anchor)))  # (S, 1)
+        time = self.time_branch(time_features(t.to(self.anchor)))  # (S, 1)
         layer = self.layer_branch(self.layer_embedding.weight).squeeze(-1)  # (L,)
         return time + layer + self.anchor
 
@@ -84,16 +85,8 @@ class AdaptiveRatioPolicy(nn.Module):
 
 def _branch() -> nn.Sequential:
     branch = nn.Sequential(
-        nn.Linear(POLICY_HIDDEN, POLICY_HIDDEN), nn.SiLU(), nn.Linear(POLICY_HIDDEN, 1)
+        nn.Linear(TIME_FEATURES, POLICY_HIDDEN), nn.SiLU(), nn.Linear(POLICY_HIDDEN, 1)
     )
     for parameter in branch[-1].parameters():
         nn.init.zeros_(parameter)
     return branch
-
-
-def _time_features(t: Float[Tensor, " S"]) -> Float[Tensor, "S F"]:
-    """Sinusoidal embedding of 1000 t, as diffusion models embed timesteps."""
-    half = POLICY_HIDDEN // 2
-    rates = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device) / half)
-    angles = 1000.0 * t[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)

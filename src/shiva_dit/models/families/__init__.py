@@ -1,0 +1,42 @@
+"""The specs of all supported models, by class name; a family is a file."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shiva_dit.models.families import dit, flux, pixart, sd3
+from shiva_dit.models.spec import BlockSpec, ModelSpec
+
+FAMILIES = (sd3, flux, pixart, dit)
+BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
+MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}
+
+
+def model_spec(model: nn.Module) -> ModelSpec:
+    """The spec of a model.
+
+    Raises:
+        ValueError: If its class is not supported; the error lists those that are.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in MODELS:
+            return MODELS[cls.__name__]
+    raise ValueError(
+        f"{type(model).__name__} is not supported. Supported: {', '.join(sorted(MODELS))}. "
+        "Pass the transformer of a pipeline, or the pipeline itself."
+    )
+
+
+def block_spec(block: nn.Module) -> BlockSpec:
+    """The spec of a block.
+
+    Raises:
+        ValueError: If its class is not supported.
+    """
+    for cls in type(block).__mro__:
+        if cls.__name__ in BLOCKS:
+            return BLOCKS[cls.__name__]
+    raise ValueError(
+        f"blocks of class {type(block).__name__} are not supported. Supported: "
+        f"{', '.join(sorted(BLOCKS))}."
+    )

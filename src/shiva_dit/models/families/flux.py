@@ -1,0 +1,70 @@
+"""Flux.1: double and single blocks, rotary tables with the text's rows first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from shiva_dit.core.flops import JointBlockShape, ModelFlops, ParallelBlockShape
+from shiva_dit.models.rows import after_text
+from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, pooled_text
+
+
+def _tokens(model: Any, sample: Tensor) -> int:
+    """Latents come packed: one row per image token."""
+    del model
+    return sample.shape[1]
+
+
+def _dims(model: Any) -> ModelDims:
+    return ModelDims(
+        num_blocks=len(model.transformer_blocks) + len(model.single_transformer_blocks),
+        width=model.inner_dim,
+        time_dim=model.inner_dim,
+        context_dim=model.config.pooled_projection_dim,
+    )
+
+
+def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
+    config, width = model.config, model.inner_dim
+    double = JointBlockShape(width=width, text_tokens=text_tokens)
+    single = ParallelBlockShape(width=width, text_tokens=text_tokens)
+    macs = num_tokens * width * (config.in_channels + config.patch_size**2 * model.out_channels)
+    macs += text_tokens * config.joint_attention_dim * width
+    # Embedders of time and, in distilled models, of the guidance scale; of pooled text; the last
+    # modulation.
+    embedders = 2 if config.guidance_embeds else 1
+    macs += embedders * (256 * width + width * width)
+    macs += config.pooled_projection_dim * width + width * width
+    macs += 2 * width * width
+    blocks = (double,) * config.num_layers + (single,) * config.num_single_layers
+    return ModelFlops(blocks=blocks, constant=2 * macs, num_tokens=num_tokens)
+
+
+BLOCKS = tuple(
+    BlockSpec(
+        block_class=name,
+        output=1,
+        value_modules=("attn.to_v",),
+        rows={"image_rotary_emb": after_text},
+    )
+    for name in ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+)
+
+MODELS = (
+    ModelSpec(
+        model_class="FluxTransformer2DModel",
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        sample="hidden_states",
+        timestep="timestep",
+        timestep_scale=1.0,
+        time_embedder="time_text_embed.timestep_embedder",
+        context=pooled_text,
+        lora_scale="joint_attention_kwargs",
+        text_tokens=512,
+        tokens=_tokens,
+        dims=_dims,
+        flops=_flops,
+    ),
+)

@@ -1,0 +1,67 @@
+"""PixArt-Alpha and PixArt-Sigma: cross attention to text, no pooled text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from shiva_dit.core.flops import CrossBlockShape, ModelFlops
+from shiva_dit.models.families.basic import BLOCKS as BLOCKS
+from shiva_dit.models.spec import ModelDims, ModelSpec, given, latent_grid, mean_text
+
+
+def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    """Mean of the text's embeddings, padding left out."""
+    text = given(model, arguments, "encoder_hidden_states")
+    return mean_text(text, arguments.get("encoder_attention_mask"))
+
+
+def _dims(model: Any) -> ModelDims:
+    config = model.config
+    return ModelDims(
+        num_blocks=len(model.transformer_blocks),
+        width=model.inner_dim,
+        time_dim=model.inner_dim,
+        context_dim=config.caption_channels or config.cross_attention_dim,
+    )
+
+
+def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
+    config, width = model.config, model.inner_dim
+    block = CrossBlockShape(
+        width=width, text_tokens=text_tokens, text_width=config.cross_attention_dim
+    )
+    patch = config.patch_size**2
+    macs = num_tokens * width * patch * (config.in_channels + model.out_channels)
+    if config.caption_channels is not None:
+        macs += text_tokens * (config.caption_channels * width + width * width)
+    # Embedders of time, of two numbers of the resolution and one of the aspect; one modulation.
+    macs += 256 * width + width * width + 6 * width * width
+    if model.use_additional_conditions:
+        size = width // 3
+        macs += 3 * (256 * size + size * size)
+    return ModelFlops(
+        blocks=(block,) * len(model.transformer_blocks),
+        constant=2 * macs,
+        num_tokens=num_tokens,
+    )
+
+
+MODELS = (
+    ModelSpec(
+        model_class="PixArtTransformer2DModel",
+        block_lists=("transformer_blocks",),
+        sample="hidden_states",
+        timestep="timestep",
+        timestep_scale=1000.0,
+        time_embedder="adaln_single.emb.timestep_embedder",
+        context=_context,
+        text_tokens=300,
+        tokens=latent_grid,
+        dims=_dims,
+        flops=_flops,
+    ),
+)

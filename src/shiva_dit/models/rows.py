@@ -1,0 +1,65 @@
+"""Arguments of a block that hold a row per image token: how the chosen rows are taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shiva_dit.core.selection import gather_tokens
+
+
+class RowsBySample:
+    """A rotary table whose rows differ by sample, where the model expects one table for all.
+
+    diffusers widens a table (S, d) by indexing it with None for batch and heads; the answer here
+    has a batch dimension instead of the first None.
+
+    Args:
+        rows: (B, S, d).
+    """
+
+    def __init__(self, rows: Float[Tensor, "B S d"]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: tuple[Any, ...]) -> Tensor:
+        """`[None, None]`: heads before the tokens; `[None, :, None]`: after them."""
+        return self.rows.unsqueeze(1 if index[1] is None else 2)
+
+
+def after_text(
+    table: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> tuple[Tensor | RowsBySample, ...]:
+    """Rotary tables (T + N, d) whose first T rows are the text's: those stay."""
+    return tuple(_after_text(rows, chosen, num_tokens) for rows in table)
+
+
+def _after_text(
+    rows: Float[Tensor, "S d"], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Tensor | RowsBySample:
+    text = rows.shape[0] - num_tokens
+    if chosen.shape[0] == 1:
+        return torch.cat([rows[:text], rows[text:][chosen[0]]])
+    picked = rows[text:][chosen]  # (B, k, d)
+    return RowsBySample(torch.cat([rows[:text].expand(len(chosen), -1, -1), picked], dim=1))
+
+
+def key_bias(
+    bias: Float[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Float[Tensor, "B ..."]:
+    """A bias (B, 1, N) or mask (B, N) on the keys of the image tokens."""
+    del num_tokens
+    if bias.ndim == 2:
+        return bias.gather(1, chosen)
+    return bias.gather(2, chosen[:, None].expand(-1, bias.shape[1], -1))
+
+
+def by_token(
+    values: Float[Tensor, "B M ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Float[Tensor, "B ..."]:
+    """Values per image token (B, N, ...); values per sample (another M) stay as they are."""
+    if values.shape[1] != num_tokens:
+        return values
+    return gather_tokens(values.flatten(2), chosen).unflatten(2, values.shape[2:])

@@ -1,0 +1,229 @@
+"""What holds for every family: on real classes, built small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import shiva_dit
+from shiva_dit.core.estimators import EstimatorConfig
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.methods.norm import NormSelector
+from shiva_dit.models import block_hook as seam
+from shiva_dit.models.attach import Attachment, GatedForward, attach
+from shiva_dit.models.families import MODELS, block_spec, model_spec
+from shiva_dit.models.spec import mean_text
+from tests import families, tiny
+
+NAMES = tuple(families.FAMILIES)
+every = pytest.mark.parametrize("name", NAMES)
+ROWS = [name for name in NAMES if families.FAMILIES[name].rows]
+TIMES = (1 / 6, 0.5, 5 / 6)
+COUNTS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
+
+
+def attached(model: Any, counts: list[list[int]] = COUNTS) -> Attachment:
+    return attach(model, tiny.adapter(model).selector(), tiny.from_counts(counts))
+
+
+def test_every_supported_class_is_here() -> None:
+    assert {model_spec(families.made(name)).model_class for name in NAMES} == set(MODELS)
+
+
+@every
+def test_ratio_one_is_the_bare_model_to_the_bit(name: str) -> None:
+    model, given = families.made(name), families.arguments(name)
+    with torch.no_grad():
+        bare = families.run(model, given)
+        attached(model, [[64] * 4])
+        assert torch.equal(families.run(model, given), bare)
+        attached(model)
+        pruned = families.run(model, given)
+    assert torch.isfinite(pruned).all()
+    assert not torch.equal(pruned, bare)
+
+
+def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block gathers all tokens, in an order of chance that differs by sample."""
+    generator = torch.Generator().manual_seed(4)
+
+    def permutation(scores: Tensor, k: int) -> Tensor:
+        assert k == scores.shape[1] == families.TOKENS
+        return torch.rand(scores.shape, generator=generator).argsort(dim=-1)
+
+    attachment = attach(model, NormSelector(), tiny.from_counts([[families.TOKENS] * 4]))
+
+    def force(module: nn.Module, args: Any) -> None:
+        for hook in attachment.hooks:
+            hook.slot.state.dense = False
+
+    monkeypatch.setattr(seam, "select_top_k", permutation)
+    model.register_forward_pre_hook(force)
+
+
+@every
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gathering_all_tokens_in_any_order_changes_nothing(
+    name: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = families.made(name), families.arguments(name, batch)
+    with torch.no_grad():
+        bare = families.run(model, given)
+        force_permutation(model, monkeypatch)
+        permuted = families.run(model, given)
+    assert (permuted - bare).norm() <= 2e-6 * bare.norm()
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_that_stay_behind_are_noticed(
+    name: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the test above: without the gather of its rows it fails."""
+    model, given = families.made(name), families.arguments(name, batch)
+    with torch.no_grad():
+        bare = families.run(model, given)
+        force_permutation(model, monkeypatch)
+        for block in model_spec(model).blocks(model):
+            block._diffusers_hook.get_hook("shiva_dit").rows = []
+        permuted = families.run(model, given)
+    assert (permuted - bare).norm() > 1e-3 * bare.norm()
+
+
+@every
+def test_exactly_k_tokens_run_in_every_block(name: str) -> None:
+    model = families.made(name)
+    attachment = attached(model)
+    seen: list[int] = []
+    for block in attachment.blocks:
+        spec = block_spec(block)
+        (module,) = [
+            getattr(block, part).to_q for part in ("attn", "attn1") if hasattr(block, part)
+        ]
+        text_inside = spec.block_class == "FluxSingleTransformerBlock"
+
+        def count(module: nn.Module, args: Any, output: Tensor, inside: bool = text_inside) -> None:
+            seen.append(output.shape[1] - (families.TEXT if inside else 0))
+
+        module.register_forward_hook(count)
+    for t, counts in zip(TIMES, COUNTS, strict=True):
+        seen.clear()
+        with torch.no_grad():
+            families.run(model, families.arguments(name, t=t))
+        assert seen == counts
+
+
+@every
+def test_a_batch_equals_its_samples_alone(name: str) -> None:
+    """Samples choose different tokens, and none sees another's."""
+    model, given = families.made(name), families.arguments(name)
+    attachment = attached(model)
+    chosen: list[Tensor] = []
+    attachment.observer = lambda block, tokens: chosen.append(tokens)
+    with torch.no_grad():
+        both = families.run(model, given)
+        assert any(not torch.equal(*tokens.sort(-1).values) for tokens in chosen)
+        for index in range(2):
+            alone = families.run(model, families.sample_of(given, index))
+            assert (alone[0] - both[index]).norm() <= 2e-6 * both[index].norm()
+
+
+def router_gradients(name: str, *, kv_gate: bool, checkpointing: bool) -> dict[str, Tensor]:
+    """Of a router on a frozen backbone."""
+    model = families.made(name)
+    adapter = tiny.adapter(model)
+    model.requires_grad_(False)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    attachment = attach(model, adapter.selector(), tiny.from_counts(COUNTS), gate_values=kv_gate)
+    config = EstimatorConfig(rejected="ridge", kv_gate=kv_gate)
+
+    def gates(block: int) -> SelectionGates:
+        return SelectionGates(config=config, tau_rank=0.2, tau_select=0.1, soft_k=20.0)
+
+    with attachment.gated(GatedForward(counts=(64, 20, 20, 20), gates=gates)):
+        loss = families.run(model, families.arguments(name)).square().mean()
+        loss.backward()
+    return {n: p.grad for n, p in adapter.router.named_parameters() if p.grad is not None}
+
+
+@every
+@pytest.mark.parametrize("kv_gate", [False, True])
+def test_gradients_reach_the_router_with_checkpointing_and_without(
+    name: str, kv_gate: bool
+) -> None:
+    plain = router_gradients(name, kv_gate=kv_gate, checkpointing=False)
+    adapter = tiny.adapter(families.made(name))
+    # The first router serves blocks 0 and 1, the first of which keeps all and is not judged.
+    assert plain.keys() == dict(adapter.router.named_parameters()).keys()
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    again = router_gradients(name, kv_gate=kv_gate, checkpointing=True)
+    for key, gradient in plain.items():
+        assert torch.equal(gradient, again[key]), key
+
+
+@every
+def test_detaching_leaves_nothing_behind(name: str) -> None:
+    model, given = families.made(name), families.arguments(name)
+    before = tiny.footprint(model)
+    with torch.no_grad():
+        bare = families.run(model, given)
+        attached(model).detach()
+        assert tiny.footprint(model) == before
+        first = attached(model)
+        pruned = families.run(model, given)
+        first.detach()
+        attached(model)
+        assert torch.equal(families.run(model, given), pruned)
+        shiva_dit.remove(model)
+        assert torch.equal(families.run(model, given), bare)
+    assert tiny.footprint(model) == before
+
+
+@every
+def test_flops_are_what_the_counter_counts(name: str) -> None:
+    """On the meta device, where attention is counted too; per sample."""
+    model, given = families.made(name).to("meta"), families.arguments(name, 1)
+
+    def meta(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: meta(inner) for key, inner in value.items()}
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        families.run(model, meta(given))
+    spec = model_spec(model)
+    text = 0 if name == "dit" else families.TEXT
+    assert spec.flops(model, families.TOKENS, text).dense() == counter.get_total_flops()
+
+
+@every
+def test_another_resolution_runs_too(name: str) -> None:
+    """Half of the grid: 32 tokens, of which half are kept."""
+    model, given = families.made(name), families.arguments(name)
+    if "img_ids" in given:
+        given |= {"hidden_states": given["hidden_states"][:, :32], "img_ids": given["img_ids"][:32]}
+    else:
+        given["hidden_states"] = given["hidden_states"][..., : 16 if name == "dit" else 8]
+    tokens = 64 if name == "dit" else 32  # DiT's own code asks for squares
+    attachment = attach(model, tiny.adapter(model).selector(), Schedule.uniform(0.5, num_blocks=4))
+    chosen: list[Tensor] = []
+    attachment.observer = lambda block, found: chosen.append(found)
+    with torch.no_grad():
+        assert torch.isfinite(families.run(model, given)).all()
+    assert [found.shape[1] for found in chosen] == [tokens // 2] * 3
+
+
+def test_the_mean_of_a_text_leaves_padding_out() -> None:
+    text = torch.tensor([[[1.0], [3.0], [100.0]], [[1.0], [3.0], [5.0]]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    bias = (1.0 - mask[:, None].float()) * -10_000.0
+    for padding in (mask, mask.bool(), bias):
+        assert mean_text(text, padding).tolist() == [[2.0], [3.0]]
+    assert mean_text(text, torch.zeros(2, 3)).tolist() == [[0.0], [0.0]]
+    assert mean_text(text, None)[1].tolist() == [3.0]
