@@ -135,7 +135,7 @@ def _dit() -> DiTTransformer2DModel:
         out_channels=8,
         num_layers=4,
         sample_size=16,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,
     )
 
 

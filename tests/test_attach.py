@@ -592,7 +592,7 @@ def test_a_second_thread_is_refused_and_does_not_disturb_the_first() -> None:
 
 def test_sharing_needs_an_even_batch() -> None:
     model = tiny.sd3()
-    attachment = shiva(model, shares_halves=lambda: True)
+    attachment = shiva(model, shares_halves=lambda arguments: True)
     with pytest.raises(ValueError, match="even batch, got 3"):
         tiny.run(model, tiny.inputs(batch=3))
     assert keeps_nothing(attachment)
@@ -601,7 +601,7 @@ def test_sharing_needs_an_even_batch() -> None:
 def test_halves_share_by_the_maximum_of_their_scores() -> None:
     model = tiny.sd3()
     wants = True
-    attachment = shiva(model, shares_halves=lambda: wants)
+    attachment = shiva(model, shares_halves=lambda arguments: wants)
     with chosen_tokens(attachment) as shared:
         tiny.run(model, tiny.inputs(batch=4))
     for _, indices in shared:

@@ -168,3 +168,29 @@ def test_every_family_compiles_without_breaks_and_recompiles(name: str) -> None:
             compiled = [families.run(model, case) for case in cases]
     for ours, theirs in zip(compiled, eager, strict=True):
         assert (ours - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_led_compiles_once() -> None:
+    """The unconditional pass takes its tokens over: one graph more per kind of block."""
+    model = families.made("flux")
+    counts = [[64, 40, 40, 40], [64, 33, 12, 48], [64, 63, 20, 9]]
+    cases = [families.arguments("flux", t=t) for t in (1 / 6, 0.5, 5 / 6)]
+
+    def guided(case: dict[str, Any]) -> list[Tensor]:
+        found = []
+        for name in ("cond", "uncond"):
+            with model.cache_context(name):
+                found.append(families.run(model, case))
+        return found
+
+    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts(counts)))
+    with torch.no_grad():
+        eager = [guided(case) for case in cases]
+        shiva_dit.compile(model, backend="aot_eager")
+        guided(cases[0])
+        with dynamo.patch(error_on_recompile=True):
+            compiled = [guided(case) for case in cases]
+    for ours, theirs in zip(compiled, eager, strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            assert (found - expected).norm() <= 2e-5 * expected.norm()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attach, attachment_of
 from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
+from shiva_dit.models.families import model_spec
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -42,8 +43,10 @@ def apply(
     without such weights images are the same as before. No state is kept between calls, and one
     forward runs at a time.
 
-    Batched guidance (both halves in one call) shares the selection if `target` is a pipeline,
-    which is asked whether guidance is on; a bare transformer never shares.
+    Guidance shares the selection if `target` is a pipeline: both halves of one call keep the
+    tokens that either wants; where the passes come one after the other and the pipeline names
+    them (`cache_context`), the unconditional one keeps the conditional one's. A bare transformer
+    never shares within a call.
 
     Args:
         target: A diffusers pipeline, or its transformer.
@@ -83,7 +86,7 @@ def apply(
             schedule or adapter.schedule,
             updates=adapter.updates,
             multiple=adapter.config.multiple if multiple is None else multiple,
-            shares_halves=None if model is target else partial(_guidance_is_on, target),
+            shares_halves=None if model is target else _halves(model, target),
         )
     except BaseException:
         backbone.restore()
@@ -114,18 +117,10 @@ def _check_weights(adapter: ShivaAdapter) -> None:
         )
 
 
-def _guidance_is_on(pipeline: Any) -> bool:
-    """Whether the running call holds an unconditional and a conditional half.
-
-    Raises:
-        ValueError: If the batch is made of other parts than these two.
-    """
-    if getattr(pipeline, "do_perturbed_attention_guidance", False):
-        raise ValueError(
-            "perturbed-attention guidance puts three passes into one batch, which can't share "
-            "their tokens: pass pag_scale=0, or call shiva_dit.remove."
-        )
-    return hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
+def _halves(model: Any, pipeline: Any) -> Callable[[Mapping[str, Any]], bool] | None:
+    """Says of a call's arguments whether they hold both halves of guidance."""
+    halves = model_spec(model).halves
+    return None if halves is None else partial(halves, pipeline)
 
 
 def remove(target: T) -> T:

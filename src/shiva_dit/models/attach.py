@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from shiva_dit.core.schedule import KeepTable, Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.backbone import TunedBackbone
-from shiva_dit.models.block_hook import BlockHook, BlockState
+from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.spec import bind, given
@@ -56,7 +56,7 @@ class Attachment:
         *,
         updates: RejectedUpdates | None = None,
         multiple: int = 1,
-        shares_halves: Callable[[], bool] | None = None,
+        shares_halves: Callable[[Mapping[str, Any]], bool] | None = None,
         gate_values: bool = False,
     ) -> None:
         self.spec = model_spec(model)
@@ -82,8 +82,9 @@ class Attachment:
             )
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
+        self.passes = Passes()
         self.hooks = [
-            BlockHook(self, selector, updates, block, index)
+            BlockHook(self, selector, updates, block, index, self.passes)
             for index, block in enumerate(self.blocks)
         ]
         self._slots = {id(b): h.slot for b, h in zip(self.blocks, self.hooks, strict=True)}
@@ -210,11 +211,11 @@ class Attachment:
         share = False
         if gated is None:
             counts = self._row(num_tokens, timestep)
-            extra = self.spec.no_sharing is not None and arguments.get(self.spec.no_sharing)
-            share = not extra and self.shares_halves is not None and self.shares_halves()
+            share = self.shares_halves is not None and self.shares_halves(arguments)
         else:
             counts = gated.counts
             self._check_counts(counts, num_tokens)
+        led = self.passes.led(len(sample), tuple(counts))
         for hook, k in zip(self.hooks, counts, strict=True):
             # In training a block that happens to keep all its tokens is judged too (Eq. 24).
             judged = gated is not None and hook.index in self.schedule.prunable_blocks
@@ -224,6 +225,8 @@ class Attachment:
                 dense=k >= num_tokens and gates is None,
                 share_halves=share,
                 gates=gates,
+                leads=gated is None and self.passes.name == "cond",
+                chosen=led.get(hook.index),
                 observer=self.observer,
             )
         if self.spec.time_embedder is None:
@@ -293,15 +296,26 @@ class Attachment:
             state = hook.slot.state
             if state.dense:
                 continue
-            state.condition = self.selector.condition(time, self._context, hook.index)
+            if state.chosen is None:
+                state.condition = self.selector.condition(time, self._context, hook.index)
             if self.updates is not None:
                 state.update_condition = self.updates.condition(time, self._context, hook.index)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        del module, args, output
+        del module, args
         if self._runs_in is threading.current_thread():  # not a forward that was refused
+            if output is not None:  # not one that broke
+                self._keep_lead()
             self._forget()
             self._runs_in = None
+
+    def _keep_lead(self) -> None:
+        """What a conditional pass has chosen, for the unconditional one that follows."""
+        states = {hook.index: hook.slot.state for hook in self.hooks}
+        chosen = {i: s.chosen for i, s in states.items() if s.leads and s.chosen is not None}
+        if chosen:
+            batch = len(next(iter(chosen.values())))
+            self.passes.lead = Lead(batch, tuple(int(s.k) for s in states.values()), chosen)
 
     def _forget(self) -> None:
         """Keep nothing between forwards, also after an exception."""
@@ -358,8 +372,8 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         selector: Scores the tokens of each block; any device.
         schedule: Keep ratios for the model's blocks.
         **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
-            multiple of this), `shares_halves` (a function that says whether the running call is a
-            batched guidance pass), `gate_values` (training with the KV gate).
+            multiple of this), `shares_halves` (a function that says of a call's arguments whether
+            they hold both halves of guidance), `gate_values` (training with the KV gate).
 
     Raises:
         ValueError: If the model is not supported or the schedule is another model's.

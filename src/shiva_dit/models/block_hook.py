@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from shiva_dit.core.selection import (
@@ -21,6 +22,47 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.spec import BlockSpec, argument_place
 from shiva_dit.modules.updates import RejectedUpdates
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """What a conditional pass leaves for the unconditional one of the same step."""
+
+    batch: int
+    counts: tuple[int, ...]
+    """k of every block."""
+    chosen: dict[int, Tensor]
+    """Tokens by block, each (B, k)."""
+
+
+class Passes(StateManager):
+    """Which pass of sequential guidance runs, by the names that pipelines give to their calls.
+
+    diffusers tells every stateful hook's managers the context of `model.cache_context(name)`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(BaseState)  # type: ignore[arg-type]
+        self.lead: Lead | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Name of the running pass, if the pipeline says it."""
+        return None if self._context is None else self._context.name
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        """Forget pass and lead."""
+        super().reset(*args, **kwargs)
+        self.lead = None
+
+    def led(self, batch: int, counts: tuple[int, ...]) -> dict[int, Tensor]:
+        """Tokens that the running pass takes over, by block; none where it leads or is alone.
+
+        A lead serves once, and only a pass of as many samples and tokens.
+        """
+        lead, self.lead = self.lead, None
+        fits = lead is not None and (lead.batch, lead.counts) == (batch, counts)
+        return lead.chosen if lead is not None and fits and self.name == "uncond" else {}
 
 
 @dataclass(slots=True)
@@ -39,6 +81,10 @@ class BlockState:
     update_condition: Tensor | None = None
     """That of the rejected tokens' update."""
     gates: SelectionGates | None = None
+    leads: bool = False
+    """Whether another pass will keep this one's tokens: they are left in `chosen`."""
+    chosen: Tensor | None = None
+    """The tokens to keep, (B, k), where another pass has chosen them."""
     observer: Callable[[int, Tensor], None] | None = None
 
 
@@ -60,7 +106,10 @@ class BlockHook(ModelHook):
         updates: What rejected tokens get; None leaves them as they are.
         module: The block.
         index: Its place among the blocks.
+        passes: Told by the pipeline which pass runs.
     """
+
+    _is_stateful = True
 
     def __init__(
         self,
@@ -69,12 +118,14 @@ class BlockHook(ModelHook):
         updates: RejectedUpdates | None,
         module: nn.Module,
         index: int,
+        passes: Passes,
     ) -> None:
         super().__init__()
         self.owner = owner
         self.scores = selector.scorer(index)
         self.update = None if updates is None else updates.group(index)
         self.index = index
+        self.passes = passes
         self.spec: BlockSpec = block_spec(module)
         self.place = argument_place(module, self.spec.hidden)
         self.rows = [(n, argument_place(module, n), take) for n, take in self.spec.rows.items()]
@@ -88,15 +139,10 @@ class BlockHook(ModelHook):
             return self.run(*args, **kwargs)
         by_name = self.spec.hidden in kwargs
         x = kwargs[self.spec.hidden] if by_name else args[self.place]  # (B, N, D)
-        scores = self.scores(x.detach(), state.condition)
-        if state.share_halves:
-            scores = share_between_halves(scores)
+        chosen = self._choose(x, state)
         update = None if self.update is None else self.update(x, state.update_condition)
         gates = state.gates
-        if gates is None:
-            chosen = select_top_k(scores, state.k)
-        else:
-            chosen = gates.choose(scores, state.k)
+        if gates is not None:
             x = gates.enter(x)
         if state.observer is not None:
             state.observer(self.index, chosen)
@@ -119,6 +165,25 @@ class BlockHook(ModelHook):
         if gates is not None:
             new = gates.leave(x, new, update)
         return new if place is None else (*output[:place], new, *output[place + 1 :])
+
+    def _choose(self, x: Tensor, state: BlockState) -> Tensor:
+        """The tokens that run, (B, k): by the scores, or another pass's."""
+        if state.chosen is not None:
+            return state.chosen
+        scores = self.scores(x.detach(), state.condition)
+        if state.share_halves:
+            scores = share_between_halves(scores)
+        if state.gates is not None:
+            return state.gates.choose(scores, state.k)
+        chosen = select_top_k(scores, state.k)
+        if state.leads:
+            state.chosen = chosen
+        return chosen
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """A pipeline has ended: nothing is led any more."""
+        self.passes.reset()
+        return module
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""

@@ -65,8 +65,9 @@ class ModelSpec:
     then read sinusoids of t."""
     context: Callable[[nn.Module, Mapping[str, Any]], Tensor]
     """Pooled text or class embedding, (B, Dc), from the model and a call's arguments."""
-    no_sharing: str | None = None
-    """Argument that, when given, marks an extra pass without guidance halves."""
+    halves: Callable[[Any, Mapping[str, Any]], bool] | None = None
+    """Whether a call holds an unconditional and a conditional half, from its pipeline and its
+    arguments; None where pipelines run them one after the other."""
     lora_scale: str | None = None
     """Argument whose "scale" multiplies all LoRAs of the model."""
     text_tokens: int

@@ -21,6 +21,13 @@ def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
     return table(labels).detach()
 
 
+def _halves(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
+    """By the labels: under guidance the second half, and it alone, has the class "none"."""
+    labels: list[int] = arguments["class_labels"].tolist()
+    half, none = len(labels) // 2, pipeline.transformer.config.num_embeds_ada_norm
+    return half > 0 and [label == none for label in labels] == [False] * half + [True] * half
+
+
 def _dims(model: Any) -> ModelDims:
     return ModelDims(
         num_blocks=len(model.transformer_blocks),
@@ -49,6 +56,7 @@ MODELS = (
         timestep_scale=1000.0,
         time_embedder=None,
         context=_context,
+        halves=_halves,
         text_tokens=0,
         tokens=latent_grid,
         dims=_dims,

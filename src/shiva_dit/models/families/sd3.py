@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops
@@ -37,6 +38,21 @@ def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
     return ModelFlops(blocks=blocks, constant=2 * macs, num_tokens=num_tokens)
 
 
+def _halves(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
+    """By the pipeline; its extra pass that skips layers holds the conditional half alone.
+
+    Raises:
+        ValueError: If the batch is made of other parts than these two.
+    """
+    if getattr(pipeline, "do_perturbed_attention_guidance", False):
+        raise ValueError(
+            "perturbed-attention guidance puts three passes into one batch, which can't share "
+            "their tokens: pass pag_scale=0, or call shiva_dit.remove."
+        )
+    running = hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
+    return running and not arguments.get("skip_layers")
+
+
 BLOCKS = (
     BlockSpec(
         block_class="JointTransformerBlock",
@@ -54,7 +70,7 @@ MODELS = (
         timestep_scale=1000.0,
         time_embedder="time_text_embed.timestep_embedder",
         context=pooled_text,
-        no_sharing="skip_layers",
+        halves=_halves,
         lora_scale="joint_attention_kwargs",
         text_tokens=333,
         tokens=latent_grid,
