@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogView4Transformer2DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    WanTransformer3DModel,
 )
 from torch import Tensor, nn
 
@@ -29,6 +33,10 @@ class Family:
     """The model, its weights not yet random."""
     arguments: Callable[[int, float], dict[str, Any]]
     """Arguments of one forward, from a batch size and a time in [0, 1]."""
+    narrow: Callable[[dict[str, Any]], dict[str, Any]] | None
+    """What changes for half as many tokens; None for a model that takes squares alone."""
+    text_inside: tuple[str, ...] = ()
+    """Classes of its blocks in which text and image run through the same layers."""
     rows: str | None = None
     """An argument of its blocks that holds a row per image token, if there is one."""
 
@@ -55,9 +63,9 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
     def pick(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: pick(key, inner) for key, inner in value.items()}
-        if value is None:
-            return None
-        return value[index : index + 1] if name not in ("img_ids", "txt_ids") else value
+        if value is None or isinstance(value, int) or name in ("img_ids", "txt_ids"):
+            return value
+        return value[index : index + 1]
 
     return {name: pick(name, value) for name, value in given.items()}
 
@@ -113,13 +121,11 @@ def _pixart(sigma: bool) -> PixArtTransformer2DModel:
 
 
 def _pixart_arguments(batch: int, t: float, sigma: bool = True) -> dict[str, Any]:
-    mask = torch.ones(batch, TEXT)
-    mask[0, 4:] = 0  # padding, in the first sample alone
     sizes = {"resolution": torch.tensor([[512.0, 256.0]]), "aspect_ratio": torch.tensor([[2.0]])}
     return {
         "hidden_states": _normal(batch, 4, 16, 16),
         "encoder_hidden_states": _normal(batch, TEXT, 24, seed=1),
-        "encoder_attention_mask": mask,
+        "encoder_attention_mask": _padded(batch),
         "timestep": torch.full((batch,), int(1000 * t)),
         "added_cond_kwargs": {
             name: None if sigma else value.expand(batch, -1) for name, value in sizes.items()
@@ -147,23 +153,180 @@ def _dit_arguments(batch: int, t: float) -> dict[str, Any]:
     }
 
 
+def _qwen(edit: bool) -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=8,
+        out_channels=2,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+        zero_cond_t=edit,
+    )
+
+
+def _qwen_arguments(batch: int, t: float, edit: bool = False) -> dict[str, Any]:
+    """In the edit model, half of the tokens are those of a picture to go by, at time 0."""
+    shapes = [(1, 8, 4), (1, 8, 4)] if edit else [(1, 8, 8)]
+    return {
+        "hidden_states": _normal(batch, TOKENS, 8),
+        "encoder_hidden_states": _normal(batch, TEXT, 24, seed=1),
+        "encoder_hidden_states_mask": _padded(batch),
+        "timestep": torch.full((batch,), t),
+        "img_shapes": [shapes] * batch,
+    }
+
+
+def _padded(batch: int) -> Tensor:
+    """A mask of the text: the first sample has padding."""
+    mask = torch.ones(batch, TEXT, dtype=torch.long)
+    mask[0, 4:] = 0
+    return mask
+
+
+def _cogview4() -> CogView4Transformer2DModel:
+    return CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=24,
+        time_embed_dim=20,
+        condition_dim=8,
+        sample_size=16,
+        rope_axes_dim=(16, 16),
+    )
+
+
+def _cogview4_arguments(batch: int, t: float) -> dict[str, Any]:
+    size = torch.tensor([[128.0, 128.0]]).expand(batch, -1)
+    return {
+        "hidden_states": _normal(batch, 4, 16, 16),
+        "encoder_hidden_states": _normal(batch, TEXT, 24, seed=1),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros(batch, 2),
+    }
+
+
+def _wan() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=32,
+        ffn_dim=40,
+        num_layers=4,
+        rope_max_seq_len=32,
+    )
+
+
+def _wan_arguments(batch: int, t: float) -> dict[str, Any]:
+    text = _normal(batch, TEXT, 24, seed=1)
+    text[0, 4:] = 0.0  # padding
+    return {
+        "hidden_states": _normal(batch, 4, 4, 8, 8),  # four frames
+        "encoder_hidden_states": text,
+        "timestep": torch.full((batch,), 1000.0 * t),
+    }
+
+
+def _ltx() -> LTXVideoTransformer3DModel:
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=4,
+        caption_channels=24,
+    )
+
+
+def _ltx_arguments(batch: int, t: float) -> dict[str, Any]:
+    return {
+        "hidden_states": _normal(batch, TOKENS, 4),
+        "encoder_hidden_states": _normal(batch, TEXT, 24, seed=1),
+        "encoder_attention_mask": _padded(batch),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "num_frames": 4,
+        "height": 4,
+        "width": 4,
+    }
+
+
+def _narrow_latents(given: dict[str, Any]) -> dict[str, Any]:
+    """Half of the width."""
+    latents = given["hidden_states"]
+    return {"hidden_states": latents[..., : latents.shape[-1] // 2]}
+
+
+def _half_of_rows(**others: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Half of the rows of packed latents, and what else says how many there are."""
+    return lambda given: {"hidden_states": given["hidden_states"][:, : TOKENS // 2], **others}
+
+
+_FLUX: dict[str, Any] = {
+    "narrow": lambda given: {
+        "hidden_states": given["hidden_states"][:, : TOKENS // 2],
+        "img_ids": given["img_ids"][: TOKENS // 2],
+    },
+    "text_inside": ("FluxSingleTransformerBlock",),
+    "rows": "image_rotary_emb",
+}
+
 FAMILIES: dict[str, Family] = {
-    "sd3": Family(build=tiny.sd3, arguments=tiny.inputs),
-    "sd35": Family(build=lambda: tiny.sd3("dual"), arguments=tiny.inputs),
-    "flux": Family(
-        build=lambda: _flux(guidance=False), arguments=_flux_arguments, rows="image_rotary_emb"
-    ),
+    "sd3": Family(build=tiny.sd3, arguments=tiny.inputs, narrow=_narrow_latents),
+    "sd35": Family(build=lambda: tiny.sd3("dual"), arguments=tiny.inputs, narrow=_narrow_latents),
+    "flux": Family(build=lambda: _flux(guidance=False), arguments=_flux_arguments, **_FLUX),
     "flux-dev": Family(
         build=lambda: _flux(guidance=True),
         arguments=lambda batch, t: _flux_arguments(batch, t, guidance=True),
-        rows="image_rotary_emb",
+        **_FLUX,
     ),
-    "pixart-sigma": Family(build=lambda: _pixart(sigma=True), arguments=_pixart_arguments),
+    "pixart-sigma": Family(
+        build=lambda: _pixart(sigma=True), arguments=_pixart_arguments, narrow=_narrow_latents
+    ),
     "pixart-alpha": Family(
         build=lambda: _pixart(sigma=False),
         arguments=lambda batch, t: _pixart_arguments(batch, t, sigma=False),
+        narrow=_narrow_latents,
     ),
-    "dit": Family(build=_dit, arguments=_dit_arguments),
+    "dit": Family(build=_dit, arguments=_dit_arguments, narrow=None),
+    "qwen-image": Family(
+        build=lambda: _qwen(edit=False),
+        arguments=_qwen_arguments,
+        narrow=_half_of_rows(img_shapes=[[(1, 8, 4)]] * 2),
+        rows="image_rotary_emb",
+    ),
+    "qwen-image-edit": Family(
+        build=lambda: _qwen(edit=True),
+        arguments=lambda batch, t: _qwen_arguments(batch, t, edit=True),
+        narrow=_half_of_rows(img_shapes=[[(1, 4, 4), (1, 4, 4)]] * 2),
+        rows="image_rotary_emb",
+    ),
+    "cogview4": Family(
+        build=_cogview4,
+        arguments=_cogview4_arguments,
+        narrow=_narrow_latents,
+        text_inside=("CogView4TransformerBlock",),
+        rows="image_rotary_emb",
+    ),
+    "wan": Family(build=_wan, arguments=_wan_arguments, narrow=_narrow_latents, rows="rotary_emb"),
+    "ltx": Family(
+        build=_ltx,
+        arguments=_ltx_arguments,
+        narrow=_half_of_rows(width=2),
+        rows="image_rotary_emb",
+    ),
 }
 
 

@@ -105,7 +105,7 @@ def test_exactly_k_tokens_run_in_every_block(name: str) -> None:
         (module,) = [
             getattr(block, part).to_q for part in ("attn", "attn1") if hasattr(block, part)
         ]
-        text_inside = spec.block_class == "FluxSingleTransformerBlock"
+        text_inside = spec.block_class in families.FAMILIES[name].text_inside
 
         def count(module: nn.Module, args: Any, output: Tensor, inside: bool = text_inside) -> None:
             seen.append(output.shape[1] - (families.TEXT if inside else 0))
@@ -202,21 +202,28 @@ def test_flops_are_what_the_counter_counts(name: str) -> None:
     assert spec.flops(model, families.TOKENS, text).dense() == counter.get_total_flops()
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in NAMES if families.FAMILIES[n].narrow])
 def test_another_resolution_runs_too(name: str) -> None:
-    """Half of the grid: 32 tokens, of which half are kept."""
+    """Half of the grid or of the rows: 32 tokens, of which half are kept."""
     model, given = families.made(name), families.arguments(name)
-    if "img_ids" in given:
-        given |= {"hidden_states": given["hidden_states"][:, :32], "img_ids": given["img_ids"][:32]}
-    else:
-        given["hidden_states"] = given["hidden_states"][..., : 16 if name == "dit" else 8]
-    tokens = 64 if name == "dit" else 32  # DiT's own code asks for squares
+    narrow = families.FAMILIES[name].narrow
+    assert narrow is not None
     attachment = attach(model, tiny.adapter(model).selector(), Schedule.uniform(0.5, num_blocks=4))
     chosen: list[Tensor] = []
     attachment.observer = lambda block, found: chosen.append(found)
     with torch.no_grad():
-        assert torch.isfinite(families.run(model, given)).all()
-    assert [found.shape[1] for found in chosen] == [tokens // 2] * 3
+        assert torch.isfinite(families.run(model, {**given, **narrow(given)})).all()
+    assert [found.shape[1] for found in chosen] == [16] * 3
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_a_time_for_every_token_is_refused(name: str) -> None:
+    """Image to video keeps the first frame at time 0: one k can't fit both."""
+    model, given = families.made(name), families.arguments(name)
+    attached(model)
+    given["timestep"] = given["timestep"][:, None].expand(-1, families.TOKENS)
+    with pytest.raises(ValueError, match=r"a time for every token, \(2, 64\)"):
+        families.run(model, given)
 
 
 def test_the_mean_of_a_text_leaves_padding_out() -> None:

@@ -16,7 +16,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    LTXPipeline,
     PixArtSigmaPipeline,
+    WanPipeline,
 )
 from torch import Tensor
 
@@ -120,8 +122,73 @@ class DiT:
         ).images
 
 
-PIPELINES: dict[str, Callable[[], Any]] = {"flux": Flux, "pixart-sigma": PixArt, "dit": DiT}
-every = pytest.mark.parametrize("name", PIPELINES)
+class Wan:
+    """Video, the two passes one after the other."""
+
+    def __init__(self) -> None:
+        self.pipe = WanPipeline(
+            tokenizer=ABSENT,
+            text_encoder=ABSENT,
+            vae=ABSENT,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            transformer=families.made("wan"),
+        )
+
+    def __call__(self, guided: bool, steps: int = STEPS, **options: Any) -> Tensor:
+        call: Any = self.pipe
+        return call(
+            prompt_embeds=text(2, families.TEXT, 24, seed=1),
+            negative_prompt_embeds=text(2, families.TEXT, 24, seed=3),
+            guidance_scale=4.0 if guided else 1.0,
+            height=64,
+            width=64,
+            num_frames=13,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **options,
+        ).frames
+
+
+class LTX:
+    """Video, both halves in one call."""
+
+    def __init__(self) -> None:
+        self.pipe = LTXPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=ABSENT,
+            text_encoder=ABSENT,
+            tokenizer=ABSENT,
+            transformer=families.made("ltx"),
+        )
+
+    def __call__(self, guided: bool, steps: int = STEPS, **options: Any) -> Tensor:
+        call: Any = self.pipe
+        mask = torch.ones(2, families.TEXT)
+        return call(
+            prompt_embeds=text(2, families.TEXT, 24, seed=1),
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=text(2, families.TEXT, 24, seed=3),
+            negative_prompt_attention_mask=mask,
+            guidance_scale=4.0 if guided else 1.0,
+            height=128,
+            width=128,
+            num_frames=25,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **options,
+        ).frames
+
+
+IN_TURN = (Flux, Wan)
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "flux": Flux,
+    "pixart-sigma": PixArt,
+    "dit": DiT,
+    "wan": Wan,
+    "ltx": LTX,
+}
 
 
 @pytest.fixture(params=PIPELINES)
@@ -169,7 +236,7 @@ def test_ratio_one_gives_the_same_images(made: Any) -> None:
 def test_both_passes_of_guidance_keep_the_same_tokens(made: Any) -> None:
     with calls_of(applied(made)) as calls:
         made(True)
-    if isinstance(made, Flux):
+    if isinstance(made, IN_TURN):
         assert len(calls) == 2 * STEPS
         pairs = [(a[b], c[b]) for a, c in zip(calls[::2], calls[1::2], strict=True) for b in a]
     else:

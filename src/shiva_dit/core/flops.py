@@ -53,23 +53,28 @@ class JointBlockShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelBlockShape:
-    """A block of image and text in one stream, attention and feed-forward abreast (Flux)."""
+class SharedBlockShape:
+    """A block that treats image and text by the same weights (Flux's single ones, CogView4)."""
 
     width: int
     """D."""
     text_tokens: int
     """T."""
+    modulation: int
+    """Multiply-adds of its modulations, per sample."""
 
     def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample: queries, keys, values 3, feed-forward in 4, both out 5 D^2."""
+        """FLOPs of one sample: queries, keys, values and output 4, feed-forward 8 D^2."""
         d2, tokens = self.width * self.width, image_tokens + self.text_tokens
-        return 2 * (3 * d2 + 12 * tokens * d2 + 2 * tokens**2 * self.width)
+        return 2 * (self.modulation + 12 * tokens * d2 + 2 * tokens**2 * self.width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossBlockShape:
-    """A block with self-attention and cross attention to text, modulated from outside (PixArt)."""
+    """A block with self-attention and cross attention to text (PixArt, Wan, LTX).
+
+    Its modulation comes from outside.
+    """
 
     width: int
     """D."""
@@ -77,13 +82,15 @@ class CrossBlockShape:
     """T."""
     text_width: int
     """Width of the text tokens that it reads."""
+    feed_forward: int
+    """Inner width of the feed-forward."""
 
     def flops(self, image_tokens: int) -> int:
         """FLOPs of one sample with `image_tokens` tokens in the block."""
         d2, a, text = self.width * self.width, image_tokens, self.text_tokens
         macs = 4 * a * d2 + 2 * a * a * self.width
         macs += 2 * a * d2 + 2 * text * self.text_width * self.width + 2 * a * text * self.width
-        return 2 * (macs + 8 * a * d2)
+        return 2 * (macs + 2 * a * self.width * self.feed_forward)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

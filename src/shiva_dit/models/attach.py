@@ -205,6 +205,11 @@ class Attachment:
         sample = given(model, arguments, self.spec.sample)
         num_tokens = self.spec.tokens(model, sample)
         timestep = given(model, arguments, self.spec.timestep)
+        if isinstance(timestep, Tensor) and timestep.ndim > 1:
+            raise ValueError(
+                f"{type(model).__name__} was called with a time for every token, "
+                f"{tuple(timestep.shape)}: what a block keeps depends on one time per sample."
+            )
         self._context = self.spec.context(model, arguments)
         self._refuse_lora_scale(arguments)
         gated = self._gated
@@ -282,7 +287,8 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
         del module, args
-        self._condition(output)
+        if self._context is not None:  # some models append times of their own: ours come first
+            self._condition(output[: len(self._context)])
 
     def _condition(self, time: Tensor) -> None:
         """Compute what routers and updates read beside tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from shiva_dit.core.selection import gather_tokens
@@ -14,19 +14,24 @@ from shiva_dit.core.selection import gather_tokens
 class RowsBySample:
     """A rotary table whose rows differ by sample, where the model expects one table for all.
 
-    diffusers widens a table (S, d) by indexing it with None for batch and heads; the answer here
-    has a batch dimension instead of the first None.
+    diffusers widens a table (S, d) by indexing it with None for batch and heads, or by
+    unsqueezing a dimension for the heads; the answers here have a batch dimension beside.
 
     Args:
         rows: (B, S, d).
     """
 
-    def __init__(self, rows: Float[Tensor, "B S d"]) -> None:
+    def __init__(self, rows: Shaped[Tensor, "B S d"]) -> None:
         self.rows = rows
 
     def __getitem__(self, index: tuple[Any, ...]) -> Tensor:
         """`[None, None]`: heads before the tokens; `[None, :, None]`: after them."""
         return self.rows.unsqueeze(1 if index[1] is None else 2)
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        """A dimension for the heads after the tokens."""
+        assert dim == 1
+        return self.rows.unsqueeze(2)
 
 
 def after_text(
@@ -36,8 +41,34 @@ def after_text(
     return tuple(_after_text(rows, chosen, num_tokens) for rows in table)
 
 
+def image_of_pair(
+    tables: tuple[Tensor, Tensor], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> tuple[Tensor | RowsBySample, Tensor]:
+    """A rotary table (N, d) of the image, and one of the text, which stays."""
+    image, text = tables
+    return _after_text(image, chosen, num_tokens), text
+
+
+def of_batch_one(
+    tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> tuple[Tensor, ...]:
+    """Rotary tables (1, N, ...) for all samples: the chosen rows by sample, (B, k, ...)."""
+    del num_tokens
+    return tuple(table[0][chosen] for table in tables)
+
+
+def of_each(
+    tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> tuple[Tensor, ...]:
+    """Rotary tables (B, N, d) by sample, or (1, N, d) for all."""
+    return tuple(
+        table[0][chosen] if len(table) == 1 else by_token(table, chosen, num_tokens)
+        for table in tables
+    )
+
+
 def _after_text(
-    rows: Float[Tensor, "S d"], chosen: Int[Tensor, "B k"], num_tokens: int
+    rows: Shaped[Tensor, "S d"], chosen: Int[Tensor, "B k"], num_tokens: int
 ) -> Tensor | RowsBySample:
     text = rows.shape[0] - num_tokens
     if chosen.shape[0] == 1:
@@ -57,9 +88,11 @@ def key_bias(
 
 
 def by_token(
-    values: Float[Tensor, "B M ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Float[Tensor, "B ..."]:
+    values: Shaped[Tensor, "B M ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B ..."]:
     """Values per image token (B, N, ...); values per sample (another M) stay as they are."""
     if values.shape[1] != num_tokens:
         return values
+    if values.ndim == 2:
+        return values.gather(1, chosen)
     return gather_tokens(values.flatten(2), chosen).unflatten(2, values.shape[2:])

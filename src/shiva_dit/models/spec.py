@@ -104,6 +104,18 @@ def latent_grid(model: Any, sample: Float[Tensor, "B C H W"]) -> int:
     return (sample.shape[-2] // patch) * (sample.shape[-1] // patch)
 
 
+def packed(model: Any, sample: Float[Tensor, "B N C"]) -> int:
+    """Image tokens of a model whose latents come as one row per token."""
+    del model
+    return sample.shape[1]
+
+
+def guidance_by_pipeline(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether the running call of a pipeline with batched guidance has it on."""
+    del arguments
+    return hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
+
+
 def pooled_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
     """Context of a model that is handed pooled text."""
     return given(model, arguments, "pooled_projections")

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from shiva_dit.core.flops import JointBlockShape, ModelFlops, ParallelBlockShape
+from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
 from shiva_dit.models.rows import after_text
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, pooled_text
-
-
-def _tokens(model: Any, sample: Tensor) -> int:
-    """Latents come packed: one row per image token."""
-    del model
-    return sample.shape[1]
+from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, packed, pooled_text
 
 
 def _dims(model: Any) -> ModelDims:
@@ -29,7 +21,7 @@ def _dims(model: Any) -> ModelDims:
 def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
     config, width = model.config, model.inner_dim
     double = JointBlockShape(width=width, text_tokens=text_tokens)
-    single = ParallelBlockShape(width=width, text_tokens=text_tokens)
+    single = SharedBlockShape(width=width, text_tokens=text_tokens, modulation=3 * width * width)
     macs = num_tokens * width * (config.in_channels + config.patch_size**2 * model.out_channels)
     macs += text_tokens * config.joint_attention_dim * width
     # Embedders of time and, in distilled models, of the guidance scale; of pooled text; the last
@@ -63,7 +55,7 @@ MODELS = (
         context=pooled_text,
         lora_scale="joint_attention_kwargs",
         text_tokens=512,
-        tokens=_tokens,
+        tokens=packed,
         dims=_dims,
         flops=_flops,
     ),

@@ -43,7 +43,10 @@ def _dims(model: Any) -> ModelDims:
 def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
     config, width = model.config, model.inner_dim
     block = CrossBlockShape(
-        width=width, text_tokens=text_tokens, text_width=config.cross_attention_dim
+        width=width,
+        text_tokens=text_tokens,
+        text_width=config.cross_attention_dim,
+        feed_forward=4 * width,
     )
     patch = config.patch_size**2
     macs = num_tokens * width * patch * (config.in_channels + model.out_channels)

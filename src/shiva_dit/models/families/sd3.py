@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, latent_grid, pooled_text
+from shiva_dit.models.spec import (
+    BlockSpec,
+    ModelDims,
+    ModelSpec,
+    guidance_by_pipeline,
+    latent_grid,
+    pooled_text,
+)
 
 
 def _dims(model: Any) -> ModelDims:
@@ -49,8 +56,7 @@ def _halves(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
             "perturbed-attention guidance puts three passes into one batch, which can't share "
             "their tokens: pass pag_scale=0, or call shiva_dit.remove."
         )
-    running = hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
-    return running and not arguments.get("skip_layers")
+    return guidance_by_pipeline(pipeline, arguments) and not arguments.get("skip_layers")
 
 
 BLOCKS = (

@@ -1,0 +1,79 @@
+"""LTX-Video: video in packed latents, cross attention to text, rotary tables by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from shiva_dit.core.flops import CrossBlockShape, ModelFlops
+from shiva_dit.models.rows import by_token, of_each
+from shiva_dit.models.spec import (
+    BlockSpec,
+    ModelDims,
+    ModelSpec,
+    given,
+    guidance_by_pipeline,
+    mean_text,
+    packed,
+)
+
+
+def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    """Mean of the text's embeddings, padding left out."""
+    text = given(model, arguments, "encoder_hidden_states")
+    return mean_text(text, arguments.get("encoder_attention_mask"))
+
+
+def _dims(model: Any) -> ModelDims:
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    return ModelDims(
+        num_blocks=len(model.transformer_blocks),
+        width=width,
+        time_dim=width,
+        context_dim=model.config.caption_channels,
+    )
+
+
+def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
+    config, width = model.config, _dims(model).width
+    block = CrossBlockShape(
+        width=width,
+        text_tokens=text_tokens,
+        text_width=config.cross_attention_dim,
+        feed_forward=4 * width,
+    )
+    macs = num_tokens * width * (config.in_channels + config.out_channels)
+    macs += text_tokens * (config.caption_channels * width + width * width)
+    macs += 256 * width + width * width + 6 * width * width
+    blocks = (block,) * len(model.transformer_blocks)
+    return ModelFlops(blocks=blocks, constant=2 * macs, num_tokens=num_tokens)
+
+
+BLOCKS = (
+    BlockSpec(
+        block_class="LTXVideoTransformerBlock",
+        value_modules=("attn1.to_v",),
+        rows={"image_rotary_emb": of_each, "temb": by_token},
+    ),
+)
+
+MODELS = (
+    ModelSpec(
+        model_class="LTXVideoTransformer3DModel",
+        block_lists=("transformer_blocks",),
+        sample="hidden_states",
+        timestep="timestep",
+        timestep_scale=1000.0,
+        time_embedder="time_embed.emb.timestep_embedder",
+        context=_context,
+        halves=guidance_by_pipeline,
+        lora_scale="attention_kwargs",
+        text_tokens=128,
+        tokens=packed,
+        dims=_dims,
+        flops=_flops,
+    ),
+)
