@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    ChromaTransformer2DModel,
+    CogVideoXTransformer3DModel,
     CogView4Transformer2DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
@@ -37,6 +40,10 @@ class Family:
     """What changes for half as many tokens; None for a model that takes squares alone."""
     text_inside: tuple[str, ...] = ()
     """Classes of its blocks in which text and image run through the same layers."""
+    own_tokens: int = 0
+    """Tokens that the model puts before the text."""
+    recomputes: bool = True
+    """Whether gradient checkpointing gives the model's own gradients."""
     rows: str | None = None
     """An argument of its blocks that holds a row per image token, if there is one."""
 
@@ -63,7 +70,8 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
     def pick(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: pick(key, inner) for key, inner in value.items()}
-        if value is None or isinstance(value, int) or name in ("img_ids", "txt_ids"):
+        shared = "img_ids", "txt_ids", "image_rotary_emb"
+        if value is None or isinstance(value, int) or name in shared:
             return value
         return value[index : index + 1]
 
@@ -263,6 +271,81 @@ def _ltx_arguments(batch: int, t: float) -> dict[str, Any]:
     }
 
 
+def _chroma() -> ChromaTransformer2DModel:
+    return ChromaTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=16,
+        approximator_hidden_dim=24,
+        approximator_layers=1,
+    )
+
+
+def _chroma_arguments(batch: int, t: float, masked: bool = False) -> dict[str, Any]:
+    given = _flux_arguments(batch, t)
+    del given["pooled_projections"]
+    mask = torch.cat([_padded(batch), torch.ones(batch, TOKENS, dtype=torch.long)], dim=1)
+    return {**given, "attention_mask": mask.bool()} if masked else given
+
+
+def _auraflow() -> AuraFlowTransformer2DModel:
+    return AuraFlowTransformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+
+
+def _auraflow_arguments(batch: int, t: float) -> dict[str, Any]:
+    text = _normal(batch, TEXT, 24, seed=1)
+    text[0, 4:] = 0.0  # padding
+    return {
+        "hidden_states": _normal(batch, 4, 16, 16),
+        "encoder_hidden_states": text,
+        "timestep": torch.full((batch,), t),
+    }
+
+
+def _cogvideox() -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=20,
+        text_embed_dim=24,
+        num_layers=4,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=13,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
+    )
+
+
+def _cogvideox_arguments(batch: int, t: float) -> dict[str, Any]:
+    angles = _normal(TOKENS, 8, seed=6).repeat_interleave(2, dim=1)
+    return {
+        "hidden_states": _normal(batch, 4, 4, 8, 8),  # four frames of four channels
+        "encoder_hidden_states": _normal(batch, TEXT, 24, seed=1),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+
+
 def _narrow_latents(given: dict[str, Any]) -> dict[str, Any]:
     """Half of the width."""
     latents = given["hidden_states"]
@@ -318,6 +401,42 @@ FAMILIES: dict[str, Family] = {
         arguments=_cogview4_arguments,
         narrow=_narrow_latents,
         text_inside=("CogView4TransformerBlock",),
+        rows="image_rotary_emb",
+    ),
+    "chroma": Family(
+        build=_chroma,
+        arguments=_chroma_arguments,
+        **{**_FLUX, "text_inside": ("ChromaSingleTransformerBlock",)},
+    ),
+    "chroma-padded": Family(
+        build=_chroma,
+        arguments=lambda batch, t: _chroma_arguments(batch, t, masked=True),
+        **{
+            **_FLUX,
+            "text_inside": ("ChromaSingleTransformerBlock",),
+            "narrow": lambda given: {
+                **_FLUX["narrow"](given),
+                "attention_mask": given["attention_mask"][:, : TEXT + TOKENS // 2],
+            },
+            # diffusers 0.42.1 leaves the mask out where it recomputes single blocks.
+            "recomputes": False,
+        },
+    ),
+    "auraflow": Family(
+        build=_auraflow,
+        arguments=_auraflow_arguments,
+        narrow=_narrow_latents,
+        text_inside=("AuraFlowSingleTransformerBlock",),
+        own_tokens=8,
+    ),
+    "cogvideox": Family(
+        build=_cogvideox,
+        arguments=_cogvideox_arguments,
+        narrow=lambda given: {
+            **_narrow_latents(given),
+            "image_rotary_emb": tuple(table[: TOKENS // 2] for table in given["image_rotary_emb"]),
+        },
+        text_inside=("CogVideoXBlock",),
         rows="image_rotary_emb",
     ),
     "wan": Family(build=_wan, arguments=_wan_arguments, narrow=_narrow_latents, rows="rotary_emb"),

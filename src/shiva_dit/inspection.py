@@ -174,7 +174,9 @@ class _FlipTest:
         with (
             torch.no_grad(),
             disabled(self.attachment.model),
-            record_blocks(self.attachment.model, inputs=blocks, outputs=blocks) as self.teacher,
+            record_blocks(
+                self.attachment.model, inputs=blocks, outputs=blocks, num_tokens=num_tokens
+            ) as self.teacher,
         ):
             dense = self.attachment.model(**self.arguments, return_dict=False)[0]
         self.target = dense if self.config.loss == "output" else noise - batch.latents

@@ -37,16 +37,23 @@ class JointBlockShape:
     """Whether a second attention runs over the image tokens alone (SD3.5)."""
     context_pre_only: bool = False
     """Whether the text stream ends here (last block)."""
+    modulation: int | None = None
+    """Multiply-adds of the modulations, per sample; those of adaLN-zero by default."""
+    feed_forward: int | None = None
+    """Multiply-adds of the feed-forward, per token; 8 D^2 by default."""
 
     def flops(self, image_tokens: int) -> int:
         """FLOPs of one sample with `image_tokens` tokens in the block."""
         d2 = self.width * self.width
         a, text = image_tokens, self.text_tokens
         macs = (9 if self.dual_attention else 6) * d2 + (2 if self.context_pre_only else 6) * d2
+        if self.modulation is not None:
+            macs = self.modulation
+        feed_forward = 8 * d2 if self.feed_forward is None else self.feed_forward
         macs += 4 * a * d2 + 3 * text * d2 + 2 * (a + text) ** 2 * self.width
-        macs += 8 * a * d2
+        macs += a * feed_forward
         if not self.context_pre_only:
-            macs += 9 * text * d2
+            macs += text * d2 + text * feed_forward
         if self.dual_attention:
             macs += 4 * a * d2 + 2 * a * a * self.width
         return 2 * macs
@@ -62,11 +69,15 @@ class SharedBlockShape:
     """T."""
     modulation: int
     """Multiply-adds of its modulations, per sample."""
+    feed_forward: int | None = None
+    """Multiply-adds of the feed-forward, per token; 8 D^2 by default."""
 
     def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample: queries, keys, values and output 4, feed-forward 8 D^2."""
+        """FLOPs of one sample: queries, keys, values and output take 4 D^2 a token."""
         d2, tokens = self.width * self.width, image_tokens + self.text_tokens
-        return 2 * (self.modulation + 12 * tokens * d2 + 2 * tokens**2 * self.width)
+        feed_forward = 8 * d2 if self.feed_forward is None else self.feed_forward
+        macs = self.modulation + tokens * (4 * d2 + feed_forward) + 2 * tokens**2 * self.width
+        return 2 * macs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

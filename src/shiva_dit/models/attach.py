@@ -228,6 +228,7 @@ class Attachment:
             hook.slot.state = BlockState(
                 k=DynamicInt(k),
                 dense=k >= num_tokens and gates is None,
+                num_tokens=num_tokens,
                 share_halves=share,
                 gates=gates,
                 leads=gated is None and self.passes.name == "cond",

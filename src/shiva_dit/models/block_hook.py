@@ -75,6 +75,8 @@ class BlockState:
     k: int
     """A `DynamicInt`: compiled blocks take it as a symbolic size from their first call on."""
     dense: bool
+    num_tokens: int = 0
+    """N."""
     share_halves: bool = False
     condition: Tensor | None = None
     """The router's context term."""
@@ -138,7 +140,8 @@ class BlockHook(ModelHook):
         if state.dense:
             return self.run(*args, **kwargs)
         by_name = self.spec.hidden in kwargs
-        x = kwargs[self.spec.hidden] if by_name else args[self.place]  # (B, N, D)
+        tokens = kwargs[self.spec.hidden] if by_name else args[self.place]
+        text, x = self._apart(tokens, state)  # (B, T, D) or None, (B, N, D)
         chosen = self._choose(x, state)
         update = None if self.update is None else self.update(x, state.update_condition)
         gates = state.gates
@@ -147,7 +150,7 @@ class BlockHook(ModelHook):
         if state.observer is not None:
             state.observer(self.index, chosen)
         before = gather_tokens(x, chosen)  # (B, k, D)
-        changed = {self.spec.hidden: (self.place, before)}
+        changed = {self.spec.hidden: (self.place, _together(text, before))}
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
             if value is not None:
@@ -160,11 +163,22 @@ class BlockHook(ModelHook):
         output = self.run(*args, **kwargs)
         place = self.spec.output
         after = output if place is None else output[place]
+        text, after = self._apart(after, state, x.shape[1] - before.shape[1])
         rest = x if update is None else x + update
         new = scatter_tokens(rest, chosen, after)  # (B, N, D)
         if gates is not None:
             new = gates.leave(x, new, update)
+        new = _together(text, new)
         return new if place is None else (*output[:place], new, *output[place + 1 :])
+
+    def _apart(
+        self, tokens: Tensor, state: BlockState, rejected: int = 0
+    ) -> tuple[Tensor | None, Tensor]:
+        """Text, where a block holds it, and image."""
+        if not self.spec.text_inside:
+            return None, tokens
+        text = tokens.shape[1] - (state.num_tokens - rejected)
+        return tokens[:, :text], tokens[:, text:]
 
     def _choose(self, x: Tensor, state: BlockState) -> Tensor:
         """The tokens that run, (B, k): by the scores, or another pass's."""
@@ -207,3 +221,7 @@ class BlockHook(ModelHook):
             "a model with an adapter attached cannot be deep-copied: the copy would run the "
             "original's blocks. Call shiva_dit.remove(model) first, copy, and apply to both."
         )
+
+
+def _together(text: Tensor | None, image: Tensor) -> Tensor:
+    return image if text is None else torch.cat([text, image], dim=1)

@@ -28,15 +28,24 @@ class BlockFeatures:
 
 @contextmanager
 def record_blocks(
-    model: nn.Module, *, inputs: Collection[int], outputs: Collection[int]
+    model: nn.Module, *, inputs: Collection[int], outputs: Collection[int], num_tokens: int
 ) -> Iterator[BlockFeatures]:
-    """Within: a forward of the model leaves the tokens of the named blocks in the result."""
+    """Within: a forward of the model leaves the image tokens of the named blocks in the result.
+
+    Args:
+        model: A supported transformer.
+        inputs: Blocks whose tokens before are kept.
+        outputs: Blocks whose tokens after are kept.
+        num_tokens: N: some blocks hold text as well.
+    """
     features = BlockFeatures()
     handles = []
     try:
         for index, block in enumerate(model_spec(model).blocks(model)):
             if index in inputs or index in outputs:
-                keep = partial(_keep, features, index, index in inputs, index in outputs)
+                keep = partial(
+                    _keep, features, index, index in inputs, index in outputs, num_tokens
+                )
                 handles.append(block.register_forward_hook(keep, with_kwargs=True))
         yield features
     finally:
@@ -49,15 +58,22 @@ def _keep(
     index: int,
     keep_input: bool,
     keep_output: bool,
+    num_tokens: int,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
     spec = block_spec(module)
-    if keep_input:
+    text = 0
+    if keep_input or spec.text_inside:
         by_name = spec.hidden in kwargs
         place = 0 if by_name else argument_place(module, spec.hidden)
-        features.inputs[index] = kwargs[spec.hidden] if by_name else args[place]
+        tokens = kwargs[spec.hidden] if by_name else args[place]
+        if spec.text_inside:
+            text = tokens.shape[1] - num_tokens
+        if keep_input:
+            features.inputs[index] = tokens[:, text:]
     if keep_output:
-        features.outputs[index] = output if spec.output is None else output[spec.output]
+        after = output if spec.output is None else output[spec.output]
+        features.outputs[index] = after[:, text:]

@@ -87,6 +87,14 @@ def key_bias(
     return bias.gather(2, chosen[:, None].expand(-1, bias.shape[1], -1))
 
 
+def mask_after_text(
+    mask: Shaped[Tensor, "B S"], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B ..."]:
+    """A mask of text and image (B, T + N), the text's entries first: those stay."""
+    text = mask.shape[1] - num_tokens
+    return torch.cat([mask[:, :text], mask[:, text:].gather(1, chosen)], dim=1)
+
+
 def by_token(
     values: Shaped[Tensor, "B M ..."], chosen: Int[Tensor, "B k"], num_tokens: int
 ) -> Shaped[Tensor, "B ..."]:

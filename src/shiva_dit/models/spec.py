@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ class BlockSpec:
     """Class name, looked up over the block's `__mro__`."""
     hidden: str = "hidden_states"
     """Argument that holds the image tokens, (B, N, D)."""
+    text_inside: bool = False
+    """Whether that argument holds the text's tokens too, before the image's."""
     output: int | None = None
     """Place of the image tokens in the returned tuple; None if the tensor itself is returned."""
     value_modules: tuple[str, ...] = ()
@@ -114,6 +117,16 @@ def guidance_by_pipeline(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether the running call of a pipeline with batched guidance has it on."""
     del arguments
     return hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
+
+
+def doubled_latents(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether guidance has doubled the latents, where the pipeline doesn't say that it is on."""
+    del pipeline
+    latents: Tensor = arguments["hidden_states"]
+    if len(latents) % 2:
+        return False
+    first, second = latents.chunk(2)
+    return torch.equal(first, second)
 
 
 def pooled_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:

@@ -39,7 +39,9 @@ def fit_updates(student: Student, data: TrainingData) -> None:
         noisy = interpolate(batch.latents, noise, t)
         with (
             student.as_teacher(),
-            record_blocks(student.teacher, inputs=blocks, outputs=blocks) as features,
+            record_blocks(
+                student.teacher, inputs=blocks, outputs=blocks, num_tokens=student.num_tokens
+            ) as features,
         ):
             student.teacher(**student.arguments(noisy, t, batch))
         for block in blocks:

@@ -109,7 +109,9 @@ class Student:
         forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
         with (
             self.attachment.gated(forward),
-            record_blocks(self.model, inputs=(), outputs=self.distilled) as student,
+            record_blocks(
+                self.model, inputs=(), outputs=self.distilled, num_tokens=self.num_tokens
+            ) as student,
             self._autocast(),
         ):
             prediction = self.model(**arguments)[0]
@@ -134,7 +136,9 @@ class Student:
         with (
             torch.no_grad(),
             self.as_teacher(),
-            record_blocks(self.teacher, inputs=updates, outputs=wanted) as features,
+            record_blocks(
+                self.teacher, inputs=updates, outputs=wanted, num_tokens=self.num_tokens
+            ) as features,
             self._autocast(),
         ):
             prediction = self.teacher(**arguments)[0]

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from shiva_dit.models.families import cogview4, dit, flux, ltx, pixart, qwen_image, sd3, wan
+from shiva_dit.models.families import (
+    auraflow,
+    chroma,
+    cogvideox,
+    cogview4,
+    dit,
+    flux,
+    ltx,
+    pixart,
+    qwen_image,
+    sd3,
+    wan,
+)
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
-FAMILIES = (sd3, flux, pixart, dit, qwen_image, cogview4, wan, ltx)
+FAMILIES = (sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview4, wan, ltx, cogvideox)
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
 MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}
 

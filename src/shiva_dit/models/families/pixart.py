@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
 from shiva_dit.models.families.basic import BLOCKS as BLOCKS
-from shiva_dit.models.spec import ModelDims, ModelSpec, given, latent_grid, mean_text
+from shiva_dit.models.spec import (
+    ModelDims,
+    ModelSpec,
+    doubled_latents,
+    given,
+    latent_grid,
+    mean_text,
+)
 
 
 def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
     """Mean of the text's embeddings, padding left out."""
     text = given(model, arguments, "encoder_hidden_states")
     return mean_text(text, arguments.get("encoder_attention_mask"))
-
-
-def _halves(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
-    """By the latents, which guidance doubles: the pipeline doesn't say whether it is on."""
-    del pipeline
-    latents: Tensor = arguments["hidden_states"]
-    if len(latents) % 2:
-        return False
-    first, second = latents.chunk(2)
-    return torch.equal(first, second)
 
 
 def _dims(model: Any) -> ModelDims:
@@ -73,7 +69,7 @@ MODELS = (
         timestep_scale=1000.0,
         time_embedder="adaln_single.emb.timestep_embedder",
         context=_context,
-        halves=_halves,
+        halves=doubled_latents,
         text_tokens=300,
         tokens=latent_grid,
         dims=_dims,
