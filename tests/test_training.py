@@ -537,6 +537,7 @@ def test_a_plan_carries_gradients_of_tokens_and_budget_to_the_policy(tmp_path: P
 
 def test_the_budget_brings_the_executed_integers_to_the_target(tmp_path: Path) -> None:
     """A closed loop over what is run: with 9 tokens, rounding moves a ratio by up to 0.06."""
+    torch.manual_seed(0)  # of the policy's weights
     config = recipe(tmp_path, keep_ratio=0.4)
     plans = planner(config)
     plans.num_tokens = 9
@@ -555,9 +556,8 @@ def test_the_budget_brings_the_executed_integers_to_the_target(tmp_path: Path) -
         plan.backward_policy()
         optimizer.step()
     assert executed[0] > 0.8
-    # Counts of 8 bins and 3 blocks: 86 of 216 tokens are nearest, and the loop stays within one
-    # and a half of the target (1 / 216 = 0.0046). Which it visits depends on the last bits.
-    assert max(abs(mean - 0.4) for mean in executed[-20:]) < 0.007
+    # Measured 0.0005 with seven of eight seeds; one takes longer (0.014 here, 0.007 at 400 steps).
+    assert max(abs(mean - 0.4) for mean in executed[-20:]) < 0.0047
 
 
 def test_a_learned_policy_refuses_times_that_the_budget_does_not_count(tmp_path: Path) -> None:
