@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -23,6 +24,7 @@ from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.families import MODELS
 from tests import families, tiny
 
 COUNTS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
@@ -561,6 +563,16 @@ def test_what_needs_an_adapter_says_so() -> None:
     assert tiny.footprint(model) == before
 
 
+def test_supported_lists_what_can_be_attached_to() -> None:
+    found = {model.model_class: model for model in shiva_dit.supported()}
+    assert found.keys() == MODELS.keys()
+    flux = found["FluxTransformer2DModel"]
+    assert (flux.name, flux.guidance, flux.context) == ("Flux.1", "in turn", "pooled text")
+    assert flux.block_classes == ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    for model in found.values():
+        assert hasattr(diffusers, model.model_class)
+
+
 def test_an_unsupported_model_is_refused() -> None:
     sana = families.unsupported()
     before = tiny.footprint(sana)
@@ -724,6 +736,7 @@ def test_the_public_names() -> None:
         "disabled",
         "remove",
         "summary",
+        "supported",
     ]
     assert sorted(shiva_dit.__all__) == names
     assert set(names) <= set(dir(shiva_dit))

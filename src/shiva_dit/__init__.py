@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shiva_dit.adapter import ShivaAdapter, ShivaConfig
-    from shiva_dit.api import apply, compile, disabled, remove, summary
+    from shiva_dit.api import apply, compile, disabled, remove, summary, supported
     from shiva_dit.core.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -23,13 +23,16 @@ __all__ = [
     "disabled",
     "remove",
     "summary",
+    "supported",
 ]
 
 _HOMES = {
     "Schedule": "shiva_dit.core.schedule",
     "ShivaAdapter": "shiva_dit.adapter",
     "ShivaConfig": "shiva_dit.adapter",
-    **dict.fromkeys(("apply", "compile", "disabled", "remove", "summary"), "shiva_dit.api"),
+    **dict.fromkeys(
+        ("apply", "compile", "disabled", "remove", "summary", "supported"), "shiva_dit.api"
+    ),
 }
 
 

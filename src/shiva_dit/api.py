@@ -1,4 +1,4 @@
-"""What `import shiva_dit` offers: apply, remove, disabled, compile, summary."""
+"""What `import shiva_dit` offers: apply, remove, disabled, compile, summary, supported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attach, attachment_of
 from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
-from shiva_dit.models.families import model_spec
+from shiva_dit.models.families import FAMILIES, model_spec
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -174,6 +174,37 @@ def compile(target: T, **options: Any) -> T:
         defaults["recompile_limit"] = RECOMPILE_LIMIT
     attachment.compile(**{**defaults, **options})
     return target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupportedModel:
+    """What holds for a class of transformers."""
+
+    name: str
+    """As people call it."""
+    model_class: str
+    """Class in diffusers; subclasses count."""
+    block_classes: tuple[str, ...]
+    """Classes of its blocks."""
+    context: str
+    """What routers read of the prompt, beside the tokens."""
+    guidance: str
+    """How its pipelines run the two passes of guidance: "one batch" or "in turn"."""
+
+
+def supported() -> tuple[SupportedModel, ...]:
+    """All classes that an adapter can be attached to."""
+    return tuple(
+        SupportedModel(
+            name=spec.name,
+            model_class=spec.model_class,
+            block_classes=tuple(block.block_class for block in family.BLOCKS),
+            context=spec.context_is,
+            guidance="in turn" if spec.halves is None else "one batch",
+        )
+        for family in FAMILIES
+        for spec in family.MODELS
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

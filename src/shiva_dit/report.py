@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shiva_dit.api import supported
+
 _BLOCK = re.compile(
-    r"(<!-- table (?P<kind>\w+): (?P<record>\S+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.S
+    r"(<!-- table (?P<kind>\w+)(?:: (?P<record>\S+))? -->\n)(?P<body>.*?)(<!-- end table -->)", re.S
 )
 
 
@@ -18,7 +20,7 @@ def render(text: str, folder: Path) -> str:
     """A document with all its tables written anew.
 
     A table stands between `<!-- table KIND: RECORD -->` and `<!-- end table -->`; RECORD is a path
-    relative to the document.
+    relative to the document. The table `models` has none: it says what is supported.
 
     Args:
         text: The document.
@@ -37,15 +39,28 @@ def render(text: str, folder: Path) -> str:
             )
 
     def replace(match: re.Match[str]) -> str:
-        kind, path = match["kind"], folder / match["record"]
-        if kind not in TABLES:
-            raise ValueError(f"there is no table {kind!r}; known: {', '.join(TABLES)}.")
+        kind = match["kind"]
+        if kind == "models":
+            return f"{match[1]}{models_table()}\n{match[5]}"
+        if kind not in TABLES or match["record"] is None:
+            known = ", ".join(TABLES)
+            raise ValueError(f"there is no table {kind!r} of a record; known: {known}, models.")
+        path = folder / match["record"]
         if not path.is_file():
             raise ValueError(f"the record {path} is missing.")
         record = json.loads(path.read_text(encoding="utf-8"))
         return f"{match[1]}{TABLES[kind](record)}\n{match[5]}"
 
     return _BLOCK.sub(replace, text)
+
+
+def models_table() -> str:
+    """The supported models, as Markdown."""
+    rows = [["model", "class", "blocks", "guidance", "context of the router"]]
+    for model in supported():
+        blocks = ", ".join(f"`{name}`" for name in model.block_classes)
+        rows.append([model.name, f"`{model.model_class}`", blocks, model.guidance, model.context])
+    return markdown_rows(rows)
 
 
 def quickstart_rows(record: dict[str, Any]) -> list[list[str]]:

@@ -55,6 +55,10 @@ class ModelSpec:
 
     model_class: str
     """Class name, looked up over the model's `__mro__`."""
+    name: str
+    """As people call it."""
+    context_is: str
+    """What `context` gives, in words."""
     block_lists: tuple[str, ...]
     """Attributes that hold the blocks, in the order in which they run."""
     sample: str

@@ -63,6 +63,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="AuraFlowTransformer2DModel",
+        name="AuraFlow",
+        context_is="mean of the text",
         block_lists=("joint_transformer_blocks", "single_transformer_blocks"),
         sample="hidden_states",
         timestep="timestep",

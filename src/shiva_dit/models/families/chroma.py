@@ -63,6 +63,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="ChromaTransformer2DModel",
+        name="Chroma",
+        context_is="mean of the text",
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         sample="hidden_states",
         timestep="timestep",

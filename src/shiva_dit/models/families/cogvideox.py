@@ -71,6 +71,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="CogVideoXTransformer3DModel",
+        name="CogVideoX",
+        context_is="mean of the text",
         block_lists=("transformer_blocks",),
         sample="hidden_states",
         timestep="timestep",

@@ -54,6 +54,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="CogView4Transformer2DModel",
+        name="CogView4",
+        context_is="mean of the text",
         block_lists=("transformer_blocks",),
         sample="hidden_states",
         timestep="timestep",

@@ -50,6 +50,8 @@ def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
 MODELS = (
     ModelSpec(
         model_class="DiTTransformer2DModel",
+        name="DiT",
+        context_is="class",
         block_lists=("transformer_blocks",),
         sample="hidden_states",
         timestep="timestep",

@@ -47,6 +47,8 @@ BLOCKS = tuple(
 MODELS = (
     ModelSpec(
         model_class="FluxTransformer2DModel",
+        name="Flux.1",
+        context_is="pooled text",
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         sample="hidden_states",
         timestep="timestep",

@@ -63,6 +63,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="LTXVideoTransformer3DModel",
+        name="LTX-Video (text to video)",
+        context_is="mean of the text",
         block_lists=("transformer_blocks",),
         sample="hidden_states",
         timestep="timestep",

@@ -63,6 +63,8 @@ def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
 MODELS = (
     ModelSpec(
         model_class="PixArtTransformer2DModel",
+        name="PixArt-Alpha and -Sigma",
+        context_is="mean of the text",
         block_lists=("transformer_blocks",),
         sample="hidden_states",
         timestep="timestep",

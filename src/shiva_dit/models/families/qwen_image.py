@@ -52,6 +52,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="QwenImageTransformer2DModel",
+        name="Qwen-Image, Qwen-Image-Edit",
+        context_is="mean of the text",
         block_lists=("transformer_blocks",),
         sample="hidden_states",
         timestep="timestep",

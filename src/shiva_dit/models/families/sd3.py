@@ -70,6 +70,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="SD3Transformer2DModel",
+        name="Stable Diffusion 3 and 3.5",
+        context_is="pooled text",
         block_lists=("transformer_blocks",),
         sample="hidden_states",
         timestep="timestep",

@@ -62,6 +62,8 @@ BLOCKS = (
 MODELS = (
     ModelSpec(
         model_class="WanTransformer3DModel",
+        name="Wan 2.1 and 2.2 (text to video)",
+        context_is="mean of the text",
         block_lists=("blocks",),
         sample="hidden_states",
         timestep="timestep",
