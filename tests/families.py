@@ -14,6 +14,7 @@ from diffusers import (
     CogView4Transformer2DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -346,6 +347,34 @@ def _cogvideox_arguments(batch: int, t: float) -> dict[str, Any]:
     }
 
 
+def _hunyuan_video() -> HunyuanVideoTransformer3DModel:
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=3.0,
+        patch_size=2,
+        text_embed_dim=24,
+        pooled_projection_dim=20,
+        rope_axes_dim=(4, 6, 6),
+    )
+
+
+def _hunyuan_video_arguments(batch: int, t: float) -> dict[str, Any]:
+    return {
+        "hidden_states": _normal(batch, 4, 4, 8, 8),  # four frames
+        "encoder_hidden_states": _normal(batch, TEXT, 24, seed=1),
+        "encoder_attention_mask": _padded(batch),
+        "pooled_projections": _normal(batch, 20, seed=2),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
 def _narrow_latents(given: dict[str, Any]) -> dict[str, Any]:
     """Half of the width."""
     latents = given["hidden_states"]
@@ -437,6 +466,13 @@ FAMILIES: dict[str, Family] = {
             "image_rotary_emb": tuple(table[: TOKENS // 2] for table in given["image_rotary_emb"]),
         },
         text_inside=("CogVideoXBlock",),
+        rows="image_rotary_emb",
+    ),
+    "hunyuan-video": Family(
+        build=_hunyuan_video,
+        arguments=_hunyuan_video_arguments,
+        narrow=_narrow_latents,
+        text_inside=("HunyuanVideoSingleTransformerBlock",),
         rows="image_rotary_emb",
     ),
     "wan": Family(build=_wan, arguments=_wan_arguments, narrow=_narrow_latents, rows="rotary_emb"),

@@ -206,7 +206,7 @@ class BlockHook(ModelHook):
         return forward(*args, **kwargs)
 
     def gate_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Torch hook on the block's value projections (KV gate); text, if any, comes first."""
+        """Torch hook on the block's value projections (KV gate); the text's values pass."""
         del module, args
         state = self.slot.state
         if state.gates is None:
@@ -214,6 +214,9 @@ class BlockHook(ModelHook):
         text = output.shape[1] - state.k
         if not text:
             return state.gates.value(output)
+        if self.spec.values_of_text_last:
+            image, rest = output[:, : state.k], output[:, state.k :]
+            return torch.cat([state.gates.value(image), rest], dim=1)
         return torch.cat([output[:, :text], state.gates.value(output[:, text:])], dim=1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

@@ -95,6 +95,14 @@ def mask_after_text(
     return torch.cat([mask[:, :text], mask[:, text:].gather(1, chosen)], dim=1)
 
 
+def mask_before_text(
+    mask: Shaped[Tensor, "B 1 1 S"], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B 1 1 K"]:
+    """A mask of image and text (B, 1, 1, N + T), the image's entries first."""
+    image, text = mask[..., :num_tokens], mask[..., num_tokens:]
+    return torch.cat([image.gather(3, chosen[:, None, None]), text], dim=3)
+
+
 def by_token(
     values: Shaped[Tensor, "B M ..."], chosen: Int[Tensor, "B k"], num_tokens: int
 ) -> Shaped[Tensor, "B ..."]:

@@ -30,7 +30,9 @@ class BlockSpec:
     output: int | None = None
     """Place of the image tokens in the returned tuple; None if the tensor itself is returned."""
     value_modules: tuple[str, ...] = ()
-    """Value projections (for the KV gate), the image tokens last; absent ones are skipped."""
+    """Value projections (for the KV gate); absent ones are skipped."""
+    values_of_text_last: bool = False
+    """Whether these, where they project the text too, have its tokens after the image's."""
     rows: Mapping[str, Rows] = field(default_factory=dict)
     """Arguments that hold something per image token, and how the chosen rows are taken."""
 

@@ -11,6 +11,7 @@ from shiva_dit.models.families import (
     cogview4,
     dit,
     flux,
+    hunyuan_video,
     ltx,
     pixart,
     qwen_image,
@@ -19,7 +20,10 @@ from shiva_dit.models.families import (
 )
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
-FAMILIES = (sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview4, wan, ltx, cogvideox)
+FAMILIES = (
+    *(sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview4),
+    *(wan, ltx, cogvideox, hunyuan_video),
+)
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
 MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}
 
