@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for record and plot; runs/<what> by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")
 
+    command("doctor", _doctor, "say what is installed, and what it is enough for")
+
     add = command("report", _report, "write tables and plots of documents from records")
     add("documents", nargs="+", type=Path, help="Markdown files")
     return parser
@@ -237,6 +239,15 @@ def _inspect(options: argparse.Namespace) -> int:
     config = from_dict(FlipConfig, with_overrides({}, options.overrides))
     print(run_flips(options.task, options.adapter, options.random, config, out))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    del options
+    from shiva_dit.doctor import diagnosis
+
+    text, is_whole = diagnosis()
+    print(text)
+    return 0 if is_whole else 1
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -1,0 +1,102 @@
+"""What is installed here, and what of shiva-dit it is enough for (`shiva-dit doctor`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from packaging.requirements import Requirement
+
+from shiva_dit import __version__
+from shiva_dit.api import supported
+
+DISTRIBUTION = "shiva-dit"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A package that shiva-dit asks for."""
+
+    requirement: Requirement
+    found: str | None
+    """The installed version; None if there is none."""
+    extra: str | None = None
+    """The extra that asks for it; None for what is always needed."""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the installed version is one that is asked for."""
+        return self.found is not None and self.requirement.specifier.contains(
+            self.found, prereleases=True
+        )
+
+
+def findings() -> list[Finding]:
+    """All packages that shiva-dit asks for, those of its extra "demo" last.
+
+    Raises:
+        ValueError: If shiva-dit runs from its sources without being installed.
+    """
+    try:
+        asked = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"{DISTRIBUTION} isn't installed here, it runs from its sources: what it needs can't "
+            "be looked up. Install it by `pip install .` first."
+        ) from error
+    found = []
+    for extra in (None, "demo"):
+        for requirement in map(Requirement, asked):
+            marker = requirement.marker
+            applies = marker is None if extra is None else _is_for(requirement, extra)
+            if applies:
+                found.append(Finding(requirement, _version(requirement.name), extra))
+    return found
+
+
+def _is_for(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    return marker is not None and marker.evaluate({"extra": extra})
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def diagnosis() -> tuple[str, bool]:
+    """The report as text, and whether all that is always needed is there."""
+    packages = findings()
+    lines = [f"{DISTRIBUTION} {__version__}, Python {platform.python_version()}", ""]
+    for finding in packages:
+        state = "ok" if finding.is_met else f"needs {finding.requirement.specifier}"
+        note = "" if finding.extra is None else f" (for the {finding.extra} tasks)"
+        version = finding.found or "missing"
+        lines.append(f"{finding.requirement.name:14} {version:12} {state}{note}")
+    lines += ["", f"devices: {', '.join(_devices())}", ""]
+    here = [model for model in supported() if hasattr(diffusers, model.model_class)]
+    lines.append(f"models: {', '.join(model.name for model in here)}")
+    missing = [model.name for model in supported() if model not in here]
+    if missing:
+        lines.append(f"not in this diffusers: {', '.join(missing)}")
+    wrong = [finding for finding in packages if not finding.is_met]
+    if wrong:
+        extras = {finding.extra for finding in wrong} - {None}
+        target = f"{DISTRIBUTION}[demo]" if extras else DISTRIBUTION
+        lines += ["", f'to mend it: pip install --upgrade "{target}"']
+    return "\n".join(lines), all(finding.is_met for finding in packages if finding.extra is None)
+
+
+def _devices() -> list[str]:
+    found = [f"cpu ({torch.get_num_threads()} threads)"]
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {memory:.0f} GiB)")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
