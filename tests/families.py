@@ -16,6 +16,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MochiTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -375,6 +376,29 @@ def _hunyuan_video_arguments(batch: int, t: float) -> dict[str, Any]:
     }
 
 
+def _mochi() -> MochiTransformer3DModel:
+    return MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=4,
+        pooled_projection_dim=28,
+        in_channels=4,
+        text_embed_dim=24,
+        time_embed_dim=20,
+        max_sequence_length=TEXT,
+    )
+
+
+def _mochi_arguments(batch: int, t: float) -> dict[str, Any]:
+    return {
+        "hidden_states": _normal(batch, 4, 4, 8, 8),  # four frames
+        "encoder_hidden_states": _normal(batch, TEXT, 24, seed=1),
+        "encoder_attention_mask": _padded(batch).bool(),
+        "timestep": torch.full((batch,), 1000.0 * (1.0 - t)),
+    }
+
+
 def _narrow_latents(given: dict[str, Any]) -> dict[str, Any]:
     """Half of the width."""
     latents = given["hidden_states"]
@@ -473,6 +497,12 @@ FAMILIES: dict[str, Family] = {
         arguments=_hunyuan_video_arguments,
         narrow=_narrow_latents,
         text_inside=("HunyuanVideoSingleTransformerBlock",),
+        rows="image_rotary_emb",
+    ),
+    "mochi": Family(
+        build=_mochi,
+        arguments=_mochi_arguments,
+        narrow=_narrow_latents,
         rows="image_rotary_emb",
     ),
     "wan": Family(build=_wan, arguments=_wan_arguments, narrow=_narrow_latents, rows="rotary_emb"),

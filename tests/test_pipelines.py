@@ -17,6 +17,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     LTXPipeline,
+    MochiPipeline,
     PixArtSigmaPipeline,
     WanPipeline,
 )
@@ -150,6 +151,37 @@ class Wan:
         ).frames
 
 
+class Mochi:
+    """Video, both halves in one call, and time that counts up."""
+
+    def __init__(self) -> None:
+        self.pipe = MochiPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+            vae=ABSENT,
+            text_encoder=ABSENT,
+            tokenizer=ABSENT,
+            transformer=families.made("mochi"),
+        )
+
+    def __call__(self, guided: bool, steps: int = STEPS, **options: Any) -> Tensor:
+        call: Any = self.pipe
+        mask = torch.ones(2, families.TEXT, dtype=torch.bool)
+        return call(
+            prompt_embeds=text(2, families.TEXT, 24, seed=1),
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=text(2, families.TEXT, 24, seed=3),
+            negative_prompt_attention_mask=mask,
+            guidance_scale=4.0 if guided else 1.0,
+            height=64,
+            width=64,
+            num_frames=19,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **options,
+        ).frames
+
+
 class LTX:
     """Video, both halves in one call."""
 
@@ -188,6 +220,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "dit": DiT,
     "wan": Wan,
     "ltx": LTX,
+    "mochi": Mochi,
 }
 
 
@@ -263,6 +296,8 @@ def test_without_guidance_two_images_choose_for_themselves(made: Any, order: str
 @pytest.mark.parametrize("steps", [1, 4, 8, 28])
 def test_one_adapter_serves_any_number_of_steps(made: Any, steps: int) -> None:
     """Every step keeps what the schedule says at its own time."""
+    if isinstance(made, Mochi) and steps == 1:
+        pytest.skip("Mochi's pipeline divides by half of the steps, rounded down")
     model = applied(made)
     attachment = attachment_of(model)
     assert attachment is not None
@@ -270,7 +305,7 @@ def test_one_adapter_serves_any_number_of_steps(made: Any, steps: int) -> None:
     times: list[float] = []
 
     def read(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        times.append(float(kwargs["timestep"].flatten()[0]) / attachment.spec.timestep_scale)
+        times.append(attachment.spec.time(float(kwargs["timestep"].flatten()[0])))
 
     handle = model.register_forward_pre_hook(read, with_kwargs=True)
     with calls_of(model) as calls:

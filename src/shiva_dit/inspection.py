@@ -165,7 +165,7 @@ class _FlipTest:
         spec = self.attachment.spec
         self.arguments = {
             spec.sample: interpolate(batch.latents, noise, times),
-            spec.timestep: times * spec.timestep_scale,
+            spec.timestep: spec.timestep_at(times),
             **batch.conditioning,
         }
         num_tokens = spec.tokens(self.attachment.model, batch.latents)

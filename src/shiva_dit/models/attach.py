@@ -236,7 +236,7 @@ class Attachment:
                 observer=self.observer,
             )
         if self.spec.time_embedder is None:
-            times = torch.as_tensor(timestep, device=sample.device) / self.spec.timestep_scale
+            times = self.spec.time(torch.as_tensor(timestep, device=sample.device))
             self._condition(time_features(times.float().expand(sample.shape[0])))
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             self._snapshot_checkpoints(model)
@@ -275,7 +275,7 @@ class Attachment:
         if table.num_bins == 1:
             return table.counts[0]
         steps = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
-        times = [step / self.spec.timestep_scale for step in steps]
+        times = [self.spec.time(step) for step in steps]
         rows = {table.row(t) for t in times}
         if len(rows) > 1:
             raise ValueError(

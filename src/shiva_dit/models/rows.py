@@ -49,6 +49,14 @@ def image_of_pair(
     return _after_text(image, chosen, num_tokens), text
 
 
+def of_all(
+    tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> tuple[Tensor, ...]:
+    """Rotary tables (N, ...) that the model lets broadcast: rows by sample, (B, k, ...)."""
+    del num_tokens
+    return tuple(table[chosen] for table in tables)
+
+
 def of_batch_one(
     tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
 ) -> tuple[Tensor, ...]:

@@ -67,8 +67,10 @@ class ModelSpec:
     """Argument of the model's forward that holds the latents."""
     timestep: str
     """Argument that holds the timestep."""
-    timestep_scale: float
-    """What the model calls pure noise: t = timestep / timestep_scale."""
+    noise_timestep: float
+    """What the model calls pure noise, t = 1."""
+    clean_timestep: float = 0.0
+    """What it calls clean data, t = 0."""
     time_embedder: str | None
     """Submodule whose output is the time embedding; None where none serves all blocks: routers
     then read sinusoids of t."""
@@ -87,6 +89,14 @@ class ModelSpec:
     """Widths of a model."""
     flops: Callable[[nn.Module, int, int], ModelFlops]
     """FLOPs for N image tokens and T text tokens."""
+
+    def time(self, timestep: Any) -> Any:
+        """T in [0, 1], 1 for pure noise, of a model's timestep (a number or a tensor)."""
+        return (timestep - self.clean_timestep) / (self.noise_timestep - self.clean_timestep)
+
+    def timestep_at(self, t: Tensor) -> Tensor:
+        """What the model calls times t in [0, 1]."""
+        return self.clean_timestep + t * (self.noise_timestep - self.clean_timestep)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """All blocks in the order in which they run."""

@@ -164,7 +164,7 @@ class Student:
         spec = self.attachment.spec
         return {
             spec.sample: noisy,
-            spec.timestep: t * spec.timestep_scale,
+            spec.timestep: spec.timestep_at(t),
             "return_dict": False,
             **batch.conditioning,
         }

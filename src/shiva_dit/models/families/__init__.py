@@ -13,6 +13,7 @@ from shiva_dit.models.families import (
     flux,
     hunyuan_video,
     ltx,
+    mochi,
     pixart,
     qwen_image,
     sd3,
@@ -22,7 +23,7 @@ from shiva_dit.models.spec import BlockSpec, ModelSpec
 
 FAMILIES = (
     *(sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview4),
-    *(wan, ltx, cogvideox, hunyuan_video),
+    *(wan, ltx, cogvideox, hunyuan_video, mochi),
 )
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
 MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}
