@@ -10,11 +10,14 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
+    ChronoEditTransformer3DModel,
     CogVideoXTransformer3DModel,
+    CogView3PlusTransformer2DModel,
     CogView4Transformer2DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    LongCatImageTransformer2DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
     PixArtTransformer2DModel,
@@ -399,6 +402,56 @@ def _mochi_arguments(batch: int, t: float) -> dict[str, Any]:
     }
 
 
+def _longcat() -> LongCatImageTransformer2DModel:
+    return LongCatImageTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _longcat_arguments(batch: int, t: float) -> dict[str, Any]:
+    given = _flux_arguments(batch, t)
+    del given["pooled_projections"]
+    return given
+
+
+def _cogview3plus() -> CogView3PlusTransformer2DModel:
+    return CogView3PlusTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=24,
+        time_embed_dim=20,
+        condition_dim=8,
+        pos_embed_max_size=16,
+        sample_size=16,
+    )
+
+
+def _chronoedit() -> ChronoEditTransformer3DModel:
+    return ChronoEditTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=32,
+        ffn_dim=40,
+        num_layers=4,
+        rope_max_seq_len=32,
+    )
+
+
 def _narrow_latents(given: dict[str, Any]) -> dict[str, Any]:
     """Half of the width."""
     latents = given["hidden_states"]
@@ -504,6 +557,20 @@ FAMILIES: dict[str, Family] = {
         arguments=_mochi_arguments,
         narrow=_narrow_latents,
         rows="image_rotary_emb",
+    ),
+    "longcat": Family(
+        build=_longcat,
+        arguments=_longcat_arguments,
+        **{**_FLUX, "text_inside": ("LongCatImageSingleTransformerBlock",)},
+    ),
+    "cogview3-plus": Family(
+        build=_cogview3plus,
+        arguments=_cogview4_arguments,
+        narrow=_narrow_latents,
+        text_inside=("CogView3PlusTransformerBlock",),
+    ),
+    "chronoedit": Family(
+        build=_chronoedit, arguments=_wan_arguments, narrow=_narrow_latents, rows="rotary_emb"
     ),
     "wan": Family(build=_wan, arguments=_wan_arguments, narrow=_narrow_latents, rows="rotary_emb"),
     "ltx": Family(

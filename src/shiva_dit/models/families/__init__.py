@@ -8,7 +8,7 @@ from shiva_dit.models.families import (
     auraflow,
     chroma,
     cogvideox,
-    cogview4,
+    cogview,
     dit,
     flux,
     hunyuan_video,
@@ -22,7 +22,7 @@ from shiva_dit.models.families import (
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
 FAMILIES = (
-    *(sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview4),
+    *(sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview),
     *(wan, ltx, cogvideox, hunyuan_video, mochi),
 )
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}

@@ -1,12 +1,25 @@
-"""Flux.1: double and single blocks, rotary tables with the text's rows first."""
+"""Flux.1 and LongCat-Image: double and single blocks, rotary tables with the text's rows first."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
 from shiva_dit.models.rows import after_text
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, packed, pooled_text
+from shiva_dit.models.spec import (
+    BlockSpec,
+    ModelDims,
+    ModelSpec,
+    given,
+    mean_text,
+    packed,
+    pooled_text,
+)
 
 
 def _dims(model: Any) -> ModelDims:
@@ -20,18 +33,36 @@ def _dims(model: Any) -> ModelDims:
 
 def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
     config, width = model.config, model.inner_dim
+    # Embedders of pooled text and, in distilled models, of the guidance scale.
+    embedders = config.pooled_projection_dim * width + width * width
+    if config.guidance_embeds:
+        embedders += 256 * width + width * width
+    return _with_embedders(model, num_tokens, text_tokens, embedders)
+
+
+def _longcat_flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
+    return _with_embedders(model, num_tokens, text_tokens, 0)
+
+
+def _with_embedders(model: Any, num_tokens: int, text_tokens: int, embedders: int) -> ModelFlops:
+    """FLOPs of a model that embeds more than time, image and text for so many multiply-adds."""
+    config, width = model.config, model.inner_dim
     double = JointBlockShape(width=width, text_tokens=text_tokens)
     single = SharedBlockShape(width=width, text_tokens=text_tokens, modulation=3 * width * width)
     macs = num_tokens * width * (config.in_channels + config.patch_size**2 * model.out_channels)
     macs += text_tokens * config.joint_attention_dim * width
-    # Embedders of time and, in distilled models, of the guidance scale; of pooled text; the last
-    # modulation.
-    embedders = 2 if config.guidance_embeds else 1
-    macs += embedders * (256 * width + width * width)
-    macs += config.pooled_projection_dim * width + width * width
-    macs += 2 * width * width
+    macs += 256 * width + width * width + embedders + 2 * width * width
     blocks = (double,) * config.num_layers + (single,) * config.num_single_layers
     return ModelFlops(blocks=blocks, constant=2 * macs, num_tokens=num_tokens)
+
+
+def _longcat_dims(model: Any) -> ModelDims:
+    return replace(_dims(model), context_dim=model.config.joint_attention_dim)
+
+
+def _mean_context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    """Mean of the text's embeddings: LongCat's pooled text isn't passed to the model."""
+    return mean_text(given(model, arguments, "encoder_hidden_states"), None)
 
 
 BLOCKS = tuple(
@@ -41,24 +72,42 @@ BLOCKS = tuple(
         value_modules=("attn.to_v",),
         rows={"image_rotary_emb": after_text},
     )
-    for name in ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    for name in (
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "LongCatImageTransformerBlock",
+        "LongCatImageSingleTransformerBlock",
+    )
+)
+
+_FLUX = ModelSpec(
+    model_class="FluxTransformer2DModel",
+    name="Flux.1",
+    context_is="pooled text",
+    block_lists=("transformer_blocks", "single_transformer_blocks"),
+    sample="hidden_states",
+    timestep="timestep",
+    noise_timestep=1.0,
+    time_embedder="time_text_embed.timestep_embedder",
+    context=pooled_text,
+    lora_scale="joint_attention_kwargs",
+    text_tokens=512,
+    tokens=packed,
+    dims=_dims,
+    flops=_flops,
 )
 
 MODELS = (
-    ModelSpec(
-        model_class="FluxTransformer2DModel",
-        name="Flux.1",
-        context_is="pooled text",
-        block_lists=("transformer_blocks", "single_transformer_blocks"),
-        sample="hidden_states",
-        timestep="timestep",
-        noise_timestep=1.0,
-        time_embedder="time_text_embed.timestep_embedder",
-        context=pooled_text,
-        lora_scale="joint_attention_kwargs",
-        text_tokens=512,
-        tokens=packed,
-        dims=_dims,
-        flops=_flops,
+    _FLUX,
+    replace(
+        _FLUX,
+        model_class="LongCatImageTransformer2DModel",
+        name="LongCat-Image",
+        context_is="mean of the text",
+        time_embedder="time_embed.timestep_embedder",
+        context=_mean_context,
+        lora_scale=None,
+        dims=_longcat_dims,
+        flops=_longcat_flops,
     ),
 )

@@ -1,9 +1,10 @@
-"""Wan 2.1 and 2.2: video, cross attention to text, rotary tables with a batch of one."""
+"""Wan 2.1 and 2.2, ChronoEdit: video, cross attention, rotary tables with a batch of one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
@@ -59,21 +60,24 @@ BLOCKS = (
     ),
 )
 
+_WAN = ModelSpec(
+    model_class="WanTransformer3DModel",
+    name="Wan 2.1 and 2.2 (text to video)",
+    context_is="mean of the text",
+    block_lists=("blocks",),
+    sample="hidden_states",
+    timestep="timestep",
+    noise_timestep=1000.0,
+    time_embedder="condition_embedder.time_embedder",
+    context=_context,
+    lora_scale="attention_kwargs",
+    text_tokens=512,
+    tokens=_tokens,
+    dims=_dims,
+    flops=_flops,
+)
+
 MODELS = (
-    ModelSpec(
-        model_class="WanTransformer3DModel",
-        name="Wan 2.1 and 2.2 (text to video)",
-        context_is="mean of the text",
-        block_lists=("blocks",),
-        sample="hidden_states",
-        timestep="timestep",
-        noise_timestep=1000.0,
-        time_embedder="condition_embedder.time_embedder",
-        context=_context,
-        lora_scale="attention_kwargs",
-        text_tokens=512,
-        tokens=_tokens,
-        dims=_dims,
-        flops=_flops,
-    ),
+    _WAN,
+    replace(_WAN, model_class="ChronoEditTransformer3DModel", name="ChronoEdit"),
 )

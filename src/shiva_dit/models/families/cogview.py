@@ -1,8 +1,9 @@
-"""CogView4: image and text by the same weights, rotary tables of the image alone."""
+"""CogView3-Plus and CogView4: image and text by the same weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
@@ -10,7 +11,15 @@ from torch import Tensor
 
 from shiva_dit.core.flops import ModelFlops, SharedBlockShape
 from shiva_dit.models.rows import after_text
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, given, latent_grid, mean_text
+from shiva_dit.models.spec import (
+    BlockSpec,
+    ModelDims,
+    ModelSpec,
+    given,
+    guidance_by_pipeline,
+    latent_grid,
+    mean_text,
+)
 
 
 def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
@@ -44,6 +53,11 @@ def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
 
 BLOCKS = (
     BlockSpec(
+        block_class="CogView3PlusTransformerBlock",
+        output=0,
+        value_modules=("attn1.to_v",),
+    ),
+    BlockSpec(
         block_class="CogView4TransformerBlock",
         output=0,
         value_modules=("attn1.to_v",),
@@ -51,21 +65,31 @@ BLOCKS = (
     ),
 )
 
+_COGVIEW4 = ModelSpec(
+    model_class="CogView4Transformer2DModel",
+    name="CogView4",
+    context_is="mean of the text",
+    block_lists=("transformer_blocks",),
+    sample="hidden_states",
+    timestep="timestep",
+    noise_timestep=1000.0,
+    time_embedder="time_condition_embed.timestep_embedder",
+    context=_context,
+    lora_scale="attention_kwargs",
+    text_tokens=1024,
+    tokens=latent_grid,
+    dims=_dims,
+    flops=_flops,
+)
+
 MODELS = (
-    ModelSpec(
-        model_class="CogView4Transformer2DModel",
-        name="CogView4",
-        context_is="mean of the text",
-        block_lists=("transformer_blocks",),
-        sample="hidden_states",
-        timestep="timestep",
-        noise_timestep=1000.0,
-        time_embedder="time_condition_embed.timestep_embedder",
-        context=_context,
-        lora_scale="attention_kwargs",
-        text_tokens=1024,
-        tokens=latent_grid,
-        dims=_dims,
-        flops=_flops,
+    _COGVIEW4,
+    replace(
+        _COGVIEW4,
+        model_class="CogView3PlusTransformer2DModel",
+        name="CogView3-Plus",
+        halves=guidance_by_pipeline,
+        lora_scale=None,
+        text_tokens=224,
     ),
 )
