@@ -17,7 +17,7 @@ from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attach, attachment_of
 from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
-from shiva_dit.models.families import FAMILIES, model_spec
+from shiva_dit.models.families import MODELS, model_spec
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -184,8 +184,6 @@ class SupportedModel:
     """As people call it."""
     model_class: str
     """Class in diffusers; subclasses count."""
-    block_classes: tuple[str, ...]
-    """Classes of its blocks."""
     context: str
     """What routers read of the prompt, beside the tokens."""
     guidance: str
@@ -198,12 +196,10 @@ def supported() -> tuple[SupportedModel, ...]:
         SupportedModel(
             name=spec.name,
             model_class=spec.model_class,
-            block_classes=tuple(block.block_class for block in family.BLOCKS),
             context=spec.context_is,
             guidance="in turn" if spec.halves is None else "one batch",
         )
-        for family in FAMILIES
-        for spec in family.MODELS
+        for spec in MODELS.values()
     )
 
 

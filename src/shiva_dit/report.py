@@ -56,10 +56,9 @@ def render(text: str, folder: Path) -> str:
 
 def models_table() -> str:
     """The supported models, as Markdown."""
-    rows = [["model", "class", "blocks", "guidance", "context of the router"]]
+    rows = [["model", "class", "guidance", "context of the router"]]
     for model in supported():
-        blocks = ", ".join(f"`{name}`" for name in model.block_classes)
-        rows.append([model.name, f"`{model.model_class}`", blocks, model.guidance, model.context])
+        rows.append([model.name, f"`{model.model_class}`", model.guidance, model.context])
     return markdown_rows(rows)
 
 

@@ -167,6 +167,26 @@ def mean_text(
     return (text * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
 
+def text_mean(padding: str | None = None) -> Callable[[nn.Module, Mapping[str, Any]], Tensor]:
+    """The context of a model without pooled text: the mean of its text's embeddings.
+
+    Args:
+        padding: What tells padding: the name of the mask among the arguments (of the text, or of
+            text and image), "zeros" where pipelines pad by zeros, None where nothing does.
+    """
+
+    def context(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        text: Tensor = given(model, arguments, "encoder_hidden_states")
+        if padding == "zeros":
+            return mean_text(text, text.any(-1))
+        mask = None if padding is None else arguments.get(padding)
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, : text.shape[1]]
+        return mean_text(text, mask)
+
+    return context
+
+
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a forward call by name, however they were passed."""
     signature = inspect.signature(type(module).forward)

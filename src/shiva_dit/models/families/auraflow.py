@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
 from shiva_dit.models.spec import (
@@ -14,16 +10,9 @@ from shiva_dit.models.spec import (
     ModelDims,
     ModelSpec,
     doubled_latents,
-    given,
     latent_grid,
-    mean_text,
+    text_mean,
 )
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings; the pipeline pads with zeros."""
-    text = given(model, arguments, "encoder_hidden_states")
-    return mean_text(text, text.any(-1))
 
 
 def _dims(model: Any) -> ModelDims:
@@ -70,7 +59,7 @@ MODELS = (
         timestep="timestep",
         noise_timestep=1.0,
         time_embedder="time_step_proj",
-        context=_context,
+        context=text_mean("zeros"),
         halves=doubled_latents,
         lora_scale="attention_kwargs",
         text_tokens=256,

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
 from shiva_dit.models.rows import after_text, mask_after_text
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, given, mean_text, packed
+from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, packed, text_mean
 from shiva_dit.modules.context import TIME_FEATURES
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings, padding left out."""
-    text = given(model, arguments, "encoder_hidden_states")
-    mask = arguments.get("attention_mask")  # of text and image
-    return mean_text(text, None if mask is None else mask[:, : text.shape[1]])
 
 
 def _dims(model: Any) -> ModelDims:
@@ -70,7 +60,7 @@ MODELS = (
         timestep="timestep",
         noise_timestep=1.0,
         time_embedder=None,
-        context=_context,
+        context=text_mean("attention_mask"),
         lora_scale="joint_attention_kwargs",
         text_tokens=512,
         tokens=packed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -15,8 +14,7 @@ from shiva_dit.models.spec import (
     ModelDims,
     ModelSpec,
     doubled_latents,
-    given,
-    mean_text,
+    text_mean,
 )
 
 
@@ -28,11 +26,6 @@ def _tokens(model: Any, sample: Float[Tensor, "B F C H W"]) -> int:
     frames, _, height, width = sample.shape[1:]
     patch = model.config.patch_size
     return -(-frames // _frames_per_token(model)) * (height // patch) * (width // patch)
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings; the model knows no padding."""
-    return mean_text(given(model, arguments, "encoder_hidden_states"), None)
 
 
 def _dims(model: Any) -> ModelDims:
@@ -78,7 +71,7 @@ MODELS = (
         timestep="timestep",
         noise_timestep=1000.0,
         time_embedder="time_embedding",
-        context=_context,
+        context=text_mean(),
         halves=doubled_latents,
         lora_scale="attention_kwargs",
         text_tokens=226,

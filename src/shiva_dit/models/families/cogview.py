@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from shiva_dit.core.flops import ModelFlops, SharedBlockShape
 from shiva_dit.models.rows import after_text
@@ -15,17 +11,10 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    given,
     guidance_by_pipeline,
     latent_grid,
-    mean_text,
+    text_mean,
 )
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings."""
-    text = given(model, arguments, "encoder_hidden_states")
-    return mean_text(text, arguments.get("attention_mask"))
 
 
 def _dims(model: Any) -> ModelDims:
@@ -74,7 +63,7 @@ _COGVIEW4 = ModelSpec(
     timestep="timestep",
     noise_timestep=1000.0,
     time_embedder="time_condition_embed.timestep_embedder",
-    context=_context,
+    context=text_mean("attention_mask"),
     lora_scale="attention_kwargs",
     text_tokens=1024,
     tokens=latent_grid,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
 from shiva_dit.models.rows import after_text
@@ -15,10 +11,9 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    given,
-    mean_text,
     packed,
     pooled_text,
+    text_mean,
 )
 
 
@@ -58,11 +53,6 @@ def _with_embedders(model: Any, num_tokens: int, text_tokens: int, embedders: in
 
 def _longcat_dims(model: Any) -> ModelDims:
     return replace(_dims(model), context_dim=model.config.joint_attention_dim)
-
-
-def _mean_context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings: LongCat's pooled text isn't passed to the model."""
-    return mean_text(given(model, arguments, "encoder_hidden_states"), None)
 
 
 BLOCKS = tuple(
@@ -105,7 +95,7 @@ MODELS = (
         name="LongCat-Image",
         context_is="mean of the text",
         time_embedder="time_embed.timestep_embedder",
-        context=_mean_context,
+        context=text_mean(),
         lora_scale=None,
         dims=_longcat_dims,
         flops=_longcat_flops,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
 from shiva_dit.models.rows import by_token, of_each
@@ -14,17 +10,10 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    given,
     guidance_by_pipeline,
-    mean_text,
     packed,
+    text_mean,
 )
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings, padding left out."""
-    text = given(model, arguments, "encoder_hidden_states")
-    return mean_text(text, arguments.get("encoder_attention_mask"))
 
 
 def _dims(model: Any) -> ModelDims:
@@ -70,7 +59,7 @@ MODELS = (
         timestep="timestep",
         noise_timestep=1000.0,
         time_embedder="time_embed.emb.timestep_embedder",
-        context=_context,
+        context=text_mean("encoder_attention_mask"),
         halves=guidance_by_pipeline,
         lora_scale="attention_kwargs",
         text_tokens=128,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,8 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    given,
     guidance_by_pipeline,
-    mean_text,
+    text_mean,
 )
 
 
@@ -47,12 +45,6 @@ def _tokens(model: Any, sample: Float[Tensor, "B C F H W"]) -> int:
     frames, height, width = sample.shape[2:]
     patch = model.config.patch_size
     return frames * (height // patch) * (width // patch)
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings, padding left out."""
-    text = given(model, arguments, "encoder_hidden_states")
-    return mean_text(text, arguments.get("encoder_attention_mask"))
 
 
 def _dims(model: Any) -> ModelDims:
@@ -109,7 +101,7 @@ MODELS = (
         noise_timestep=0.0,
         clean_timestep=1000.0,
         time_embedder="time_embed.timestep_embedder",
-        context=_context,
+        context=text_mean("encoder_attention_mask"),
         halves=guidance_by_pipeline,
         lora_scale="attention_kwargs",
         text_tokens=256,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
 from shiva_dit.models.families.basic import BLOCKS as BLOCKS
@@ -14,16 +10,9 @@ from shiva_dit.models.spec import (
     ModelDims,
     ModelSpec,
     doubled_latents,
-    given,
     latent_grid,
-    mean_text,
+    text_mean,
 )
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings, padding left out."""
-    text = given(model, arguments, "encoder_hidden_states")
-    return mean_text(text, arguments.get("encoder_attention_mask"))
 
 
 def _dims(model: Any) -> ModelDims:
@@ -70,7 +59,7 @@ MODELS = (
         timestep="timestep",
         noise_timestep=1000.0,
         time_embedder="adaln_single.emb.timestep_embedder",
-        context=_context,
+        context=text_mean("encoder_attention_mask"),
         halves=doubled_latents,
         text_tokens=300,
         tokens=latent_grid,

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops
 from shiva_dit.models.rows import by_token, image_of_pair
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, given, mean_text, packed
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings, padding left out."""
-    text = given(model, arguments, "encoder_hidden_states")
-    return mean_text(text, arguments.get("encoder_hidden_states_mask"))
+from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, packed, text_mean
 
 
 def _dims(model: Any) -> ModelDims:
@@ -59,7 +49,7 @@ MODELS = (
         timestep="timestep",
         noise_timestep=1.0,
         time_embedder="time_text_embed.timestep_embedder",
-        context=_context,
+        context=text_mean("encoder_hidden_states_mask"),
         lora_scale="attention_kwargs",
         text_tokens=512,
         tokens=packed,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +11,12 @@ from torch import Tensor
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
 from shiva_dit.models.rows import by_token, of_batch_one
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, given, mean_text
+from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, text_mean
 
 
 def _tokens(model: Any, sample: Float[Tensor, "B C F H W"]) -> int:
     sides = zip(sample.shape[2:], model.config.patch_size, strict=True)
     return math.prod(side // patch for side, patch in sides)
-
-
-def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    """Mean of the text's embeddings; the pipelines pad with zeros."""
-    text = given(model, arguments, "encoder_hidden_states")
-    return mean_text(text, text.any(-1))
 
 
 def _dims(model: Any) -> ModelDims:
@@ -69,7 +62,7 @@ _WAN = ModelSpec(
     timestep="timestep",
     noise_timestep=1000.0,
     time_embedder="condition_embedder.time_embedder",
-    context=_context,
+    context=text_mean("zeros"),
     lora_scale="attention_kwargs",
     text_tokens=512,
     tokens=_tokens,
