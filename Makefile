@@ -13,7 +13,7 @@ SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=
 quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)
 	$(BIN)/shiva-dit quickstart
 
-test: $(STAMP)  ## The fast tests (under 3 minutes)
+test: $(STAMP)  ## The fast tests (3 to 4 minutes)
 	$(PYTEST) $(SHAPES) -m "not slow"
 	$(PYTEST) -m "not slow" $(COMPILED)
 
