@@ -126,15 +126,22 @@ name = "half the steps"
 method = "dense"
 backbone = "frozen"
 num_steps = 6
+[arms.same]
+name = "the unpruned model again"
+method = "dense"
+backbone = "frozen"
 """
     )
     out = tmp_path / "runs"
     command = ["compare", str(recipe), "--out", str(out), "--workers", "1", *FEW]
     assert main(command) == 0
     first = json.loads((out / "record.json").read_text())
-    names = "unpruned", "ours", "moved", "random", "untrained", "fewer"
+    names = "unpruned", "ours", "moved", "random", "untrained", "fewer", "same"
     assert tuple(row["method"] for row in first["rows"]) == names
-    unpruned, ours, moved, random, untrained, fewer = first["rows"]
+    unpruned, ours, moved, random, untrained, fewer, same = first["rows"]
+    assert same["frechet_to_dense"] == pytest.approx(0.0, abs=1e-6)
+    assert "psnr" not in same  # infinite, which JSON doesn't know
+    assert ours["psnr"] > 0.0
     assert fewer["flops"] == 0.5 * unpruned["flops"]
     assert fewer["held_out_error"] == 0.0 < fewer["frechet_to_dense"]
     assert "steps" not in untrained
@@ -151,9 +158,10 @@ num_steps = 6
         0.6,
         0.6,
         None,
+        None,
     ]
     executed = [round(row["keep_ratio"], 2) for row in first["rows"]]
-    assert executed == [1.0, 0.6, 0.3, 0.6, 0.6, 1.0]
+    assert executed == [1.0, 0.6, 0.3, 0.6, 0.6, 1.0, 1.0]
     # One training serves both: its seconds are the same to the last digit.
     assert ours["train_cpu_s"] == moved["train_cpu_s"] != random["train_cpu_s"]
     model = load_backbone(load_task("digits"))

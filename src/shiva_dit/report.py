@@ -267,7 +267,8 @@ def _known(value: float | int | None, form: str) -> str:
 
 def _paired(row: dict[str, Any], name: str, form: str) -> str:
     """What compares a method with the unpruned model, which has no such entry itself."""
-    return _spread(row[f"{name}_by_seed"], form) if row["method"] != "dense" else "-"
+    values = row.get(f"{name}_by_seed")  # none for the unpruned model, no PSNR for its equal
+    return "-" if values is None or row["method"] == "dense" else _spread(values, form)
 
 
 def _spread(values: list[float], form: str) -> str:

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from shiva_dit.demo.judge import Judge
 from shiva_dit.experiments.contest import Outcome
 from shiva_dit.experiments.scoring import distance_between
@@ -37,7 +39,8 @@ def measure(outcome: Outcome, unpruned: Outcome | None, judge: Judge) -> dict[st
     if outcome.held_out.ink_kept is not None:
         values["ink_kept"] = outcome.held_out.ink_kept
     if unpruned is not None:
-        values["psnr"] = psnr(outcome.images, unpruned.images)
+        if not torch.equal(outcome.images, unpruned.images):  # of equal images it is infinite
+            values["psnr"] = psnr(outcome.images, unpruned.images)
         values["frechet_to_dense"] = distance_between(judge, outcome.images, unpruned.images)
     return values
 
@@ -49,11 +52,15 @@ def row(
     unpruned: Sequence[Outcome] | None,
     judge: Judge,
 ) -> dict[str, Any]:
-    """One contestant's row: `x` is the mean over seeds of what `x_by_seed` lists."""
+    """One contestant's row: `x` is the mean over seeds of what `x_by_seed` lists.
+
+    What isn't there for every seed is left out.
+    """
     twins = unpruned if unpruned is not None else [None] * len(outcomes)
     by_seed = [measure(o, twin, judge) for o, twin in zip(outcomes, twins, strict=True)]
     made: dict[str, Any] = {"method": key, "name": name}
-    for measured in by_seed[0]:
+    shared = [name for name in by_seed[0] if all(name in found for found in by_seed)]
+    for measured in shared:
         values = [found[measured] for found in by_seed]
         made[measured] = statistics.fmean(values)
         made[f"{measured}_by_seed"] = values
