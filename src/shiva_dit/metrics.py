@@ -22,7 +22,7 @@ def frechet_distance(features: Float[Tensor, "N F"], reference: Float[Tensor, "M
         reference: Features of real images; M at least 2.
 
     Returns:
-        A distance, at least 0 up to rounding, in squared units of the features.
+        A distance, at least 0, in squared units of the features.
 
     >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     >>> abs(round(frechet_distance(x, x + 1.0), 4))
@@ -36,7 +36,7 @@ def frechet_distance(features: Float[Tensor, "N F"], reference: Float[Tensor, "M
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
     shift = (mean_x - mean_y).square().sum()
-    return float(shift + cov_x.trace() + cov_y.trace() - 2.0 * cross)
+    return max(0.0, float(shift + cov_x.trace() + cov_y.trace() - 2.0 * cross))  # -1e-6 by rounding
 
 
 def kernel_distance(features: Float[Tensor, "N F"], reference: Float[Tensor, "M F"]) -> float:
