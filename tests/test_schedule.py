@@ -156,7 +156,7 @@ def test_no_entry_moves_by_more_than_a_step_where_no_bound_is_hit(schedule, num_
     # Near N the last step is a short one; what it cannot take, others must.
     assume(
         all(
-            row[b] * num_tokens <= num_tokens - multiple
+            row[b] * num_tokens <= (num_tokens // multiple - 1) * multiple
             for row in schedule.ratios
             for b in schedule.prunable_blocks
         )
