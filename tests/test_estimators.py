@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shiva_dit.core.estimators import (
     EstimatorConfig,
+    RejectedUpdate,
     gate,
     gate_input,
     selection_benefit,
@@ -316,6 +318,20 @@ def test_estimates_of_mean_teacher_and_none():
         assert (benefit - expected)[rejected].abs().max() <= 1e-14
 
 
+def test_a_linear_error_of_the_teacher_is_corrected():
+    x, teacher = normal(B, N, D), normal(B, N, D, seed=4)
+    truth = teacher + F.layer_norm(x, (D,)) @ normal(D, D, seed=1) + 0.5
+    chosen = select_top_k(normal(B, N, seed=2), 18)  # more tokens than there are columns
+    update = gather_tokens(truth, chosen)
+    found = estimate("teacher_ridge", x, chosen, update, teacher=teacher, ridge=1e-9)
+    assert (found - truth).abs().max() <= 1e-6  # of the order of the penalty over the spectrum
+    alone = estimate("ridge", x, chosen, update, ridge=1e-9)
+    rejected = rejected_mask(chosen)
+    assert (alone - truth)[rejected].abs().max() > 0.1  # the teacher isn't linear
+    heavy = estimate("teacher_ridge", x, chosen, update, teacher=teacher, ridge=1e12)
+    assert (heavy - teacher)[rejected].abs().max() <= 1e-9  # a correction of that order
+
+
 def test_what_a_token_gets_anyway_is_no_benefit():
     x, update, instead = (normal(B, n, D, seed=n) for n in (N, K, N))
     chosen = select_top_k(normal(B, N, seed=1), K)
@@ -328,7 +344,7 @@ def test_what_a_token_gets_anyway_is_no_benefit():
     assert torch.equal(nothing, torch.zeros_like(nothing))
 
 
-@pytest.mark.parametrize("kind", ["none", "mean", "ridge", "teacher"])
+@pytest.mark.parametrize("kind", get_args(RejectedUpdate))
 def test_no_gradient_flows_through_an_estimate(kind: str):
     x = normal(B, N, D).requires_grad_()
     update = normal(B, K, D, seed=3).requires_grad_()
@@ -362,6 +378,7 @@ def test_unknown_estimators_are_refused(values: dict, message: str):
         (EstimatorConfig(), True, False),
         (EstimatorConfig(kv_gate=True), True, True),
         (EstimatorConfig(rejected="ridge", kv_gate=True), False, True),
+        (EstimatorConfig(rejected="teacher_ridge"), True, False),
         (EstimatorConfig(kind="paper"), False, False),
     ],
 )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor
 from shiva_dit.core.selection import gather_tokens, scatter_tokens
 
 EstimatorKind = Literal["paper", "residual"]
-RejectedUpdate = Literal["none", "mean", "ridge", "teacher"]
+RejectedUpdate = Literal["none", "mean", "ridge", "teacher", "teacher_ridge"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,19 +42,20 @@ class EstimatorConfig:
     rejected: RejectedUpdate = "teacher"
     """"residual" only: what stands for the update that a rejected token did not get. "teacher":
     the update of the unpruned model, known wherever training distils. "ridge": a ridge regression
-    fitted on the chosen tokens of the same sample. "mean": their mean update. "none": what it got
-    anyway, nothing; then k shrinks regardless of merit."""
+    fitted on the chosen tokens of the same sample. "teacher_ridge": the teacher's, corrected by a
+    ridge regression of how far it is off on the chosen tokens. "mean": their mean update. "none":
+    what it got anyway, nothing; then k shrinks regardless of merit."""
     kv_gate: bool = False
     """"residual" only: add what a chosen token gives to the others as a value in attention."""
     ridge: float = 1.0
-    """Ridge penalty of "ridge", positive; flat between 0.3 and 10."""
+    """Penalty of the ridge regressions, positive; for "ridge" flat between 0.3 and 10."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("paper", "residual"):
             raise ValueError(f'estimator kind must be "paper" or "residual", got {self.kind!r}.')
-        if self.rejected not in ("none", "mean", "ridge", "teacher"):
+        if self.rejected not in get_args(RejectedUpdate):
             raise ValueError(
-                'estimator rejected must be "none", "mean", "ridge" or "teacher", '
+                f"estimator rejected must be one of {', '.join(get_args(RejectedUpdate))}, "
                 f"got {self.rejected!r}."
             )
         if not 0 < self.ridge < math.inf:
@@ -63,7 +64,7 @@ class EstimatorConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher's updates must be at hand in every forward."""
-        return self.kind == "residual" and self.rejected == "teacher"
+        return self.kind == "residual" and self.rejected in ("teacher", "teacher_ridge")
 
     @property
     def needs_value_gate(self) -> bool:
@@ -150,14 +151,14 @@ def selection_benefit(
         chosen: Tokens that ran.
         output: All tokens after the block; only chosen ones are read.
         instead: u, zero by default.
-        ridge: Penalty of "ridge".
-        teacher: The unpruned model's update at this block, for "teacher".
+        ridge: Penalty of the ridge regressions.
+        teacher: The unpruned model's update at this block, for "teacher" and "teacher_ridge".
 
     Returns:
         The direction of every token's gate. No gradient flows through it.
 
     Raises:
-        ValueError: If "teacher" is asked for and no teacher's update is given.
+        ValueError: If the teacher's update is asked for and not given.
     """
     update = gather_tokens(output, chosen) - gather_tokens(x, chosen)  # (B, k, D)
     if kind == "none":
@@ -168,11 +169,14 @@ def selection_benefit(
         rest = _ridge_prediction(x, chosen, update, ridge)
     elif teacher is None:
         raise ValueError(
-            'rejected="teacher" needs the unpruned model\'s update of this block; run the '
+            f'rejected="{kind}" needs the unpruned model\'s update of this block; run the '
             'teacher first, or use rejected="ridge".'
         )
-    else:
+    elif kind == "teacher":
         rest = teacher
+    else:
+        off = update - gather_tokens(teacher, chosen)
+        rest = teacher + _ridge_prediction(x, chosen, off, ridge)
     benefit = scatter_tokens(rest, chosen, update)
     return benefit if instead is None else benefit - instead
 
