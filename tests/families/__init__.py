@@ -1,0 +1,68 @@
+"""A tiny real model of every supported family, and arguments for one forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+
+from tests import tiny
+from tests.families import stills, videos
+from tests.families.kit import TEXT, TOKENS, Family
+
+__all__ = ["FAMILIES", "TEXT", "TOKENS"]
+
+FAMILIES: dict[str, Family] = {**stills.FAMILIES, **videos.FAMILIES}
+
+
+def made(name: str) -> Any:
+    """A tiny model of a family with random weights, for evaluation."""
+    model = FAMILIES[name].build()
+    tiny.randomize(model, seed=0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm_q" in key or "norm_k" in key:  # else attention is all but even: no test bites
+                parameter.fill_(2.0)
+    return model.eval()
+
+
+def arguments(name: str, batch: int = 2, t: float = 0.5) -> dict[str, Any]:
+    """Arguments of one forward; every sample differs."""
+    return FAMILIES[name].arguments(batch, t)
+
+
+def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
+    """One sample's arguments out of a batch's; tables without a batch stay."""
+
+    def pick(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: pick(key, inner) for key, inner in value.items()}
+        shared = "img_ids", "txt_ids", "image_rotary_emb"
+        if value is None or isinstance(value, int) or name in shared:
+            return value
+        return value[index : index + 1]
+
+    return {name: pick(name, value) for name, value in given.items()}
+
+
+def run(model: nn.Module, given: dict[str, Any]) -> Tensor:
+    """One forward."""
+    return model(**given, return_dict=False)[0]
+
+
+def unsupported() -> SanaTransformer2DModel:
+    """A model that can't be served: its feed-forward is a convolution over the whole grid."""
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+    )
