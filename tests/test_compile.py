@@ -159,7 +159,7 @@ def test_every_family_compiles_without_breaks_and_recompiles(name: str) -> None:
     model = families.made(name)
     counts = [[64, 40, 40, 40], [64, 33, 12, 48], [64, 63, 20, 9]]
     cases = [families.arguments(name, t=t) for t in (1 / 6, 0.5, 5 / 6)]
-    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts(counts)))
+    shiva_dit.apply(model, tiny.adapter(model, families.schedule(model, counts)))
     with torch.no_grad():
         eager = [families.run(model, case) for case in cases]
         shiva_dit.compile(model, backend="aot_eager")

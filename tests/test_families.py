@@ -28,7 +28,7 @@ COUNTS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
 
 
 def attached(model: Any, counts: list[list[int]] = COUNTS) -> Attachment:
-    return attach(model, tiny.adapter(model).selector(), tiny.from_counts(counts))
+    return attach(model, tiny.adapter(model).selector(), families.schedule(model, counts))
 
 
 def test_every_supported_class_is_here() -> None:
@@ -56,10 +56,10 @@ def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert k == scores.shape[1] == families.TOKENS
         return torch.rand(scores.shape, generator=generator).argsort(dim=-1)
 
-    attachment = attach(model, NormSelector(), tiny.from_counts([[families.TOKENS] * 4]))
+    attachment = attach(model, NormSelector(), families.schedule(model, [[families.TOKENS] * 4]))
 
     def force(module: nn.Module, args: Any) -> None:
-        for hook in attachment.hooks:
+        for hook in attachment.hooks[:4]:
             hook.slot.state.dense = False
 
     monkeypatch.setattr(seam, "select_top_k", permutation)
@@ -100,11 +100,9 @@ def test_exactly_k_tokens_run_in_every_block(name: str) -> None:
     model = families.made(name)
     attachment = attached(model)
     seen: list[int] = []
-    for block in attachment.blocks:
+    for block in attachment.blocks[:4]:
         spec = block_spec(block)
-        (module,) = [
-            getattr(block, part).to_q for part in ("attn", "attn1") if hasattr(block, part)
-        ]
+        module = block.get_submodule(spec.value_modules[0])
         text_inside = spec.block_class in families.FAMILIES[name].text_inside
 
         def count(module: nn.Module, args: Any, output: Tensor, inside: bool = text_inside) -> None:
@@ -141,13 +139,16 @@ def router_gradients(name: str, *, kv_gate: bool, checkpointing: bool) -> dict[s
     model.requires_grad_(False)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    attachment = attach(model, adapter.selector(), tiny.from_counts(COUNTS), gate_values=kv_gate)
+    attachment = attach(
+        model, adapter.selector(), families.schedule(model, COUNTS), gate_values=kv_gate
+    )
     config = EstimatorConfig(rejected="ridge", kv_gate=kv_gate)
 
     def gates(block: int) -> SelectionGates:
         return SelectionGates(config=config, tau_rank=0.2, tau_select=0.1, soft_k=20.0)
 
-    with attachment.gated(GatedForward(counts=(64, 20, 20, 20), gates=gates)):
+    counts = (64, 20, 20, 20, *[64] * (len(attachment.blocks) - 4))
+    with attachment.gated(GatedForward(counts=counts, gates=gates)):
         loss = families.run(model, families.arguments(name)).square().mean()
         loss.backward()
     return {n: p.grad for n, p in adapter.router.named_parameters() if p.grad is not None}
@@ -159,9 +160,10 @@ def test_gradients_reach_the_router_with_checkpointing_and_without(
     name: str, kv_gate: bool
 ) -> None:
     plain = router_gradients(name, kv_gate=kv_gate, checkpointing=False)
-    adapter = tiny.adapter(families.made(name))
-    # The first router serves blocks 0 and 1, the first of which keeps all and is not judged.
-    assert plain.keys() == dict(adapter.router.named_parameters()).keys()
+    names = dict(tiny.adapter(families.made(name)).router.named_parameters())
+    # The first router serves blocks 0 and 1, the first of which keeps all and is not judged; a
+    # third one has blocks alone that can't be pruned.
+    assert plain.keys() == {key for key in names if not key.startswith("groups.2.")}
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
     if not families.FAMILIES[name].recomputes:
         return
@@ -215,7 +217,9 @@ def test_another_resolution_runs_too(name: str) -> None:
     model, given = families.made(name), families.arguments(name)
     narrow = families.FAMILIES[name].narrow
     assert narrow is not None
-    attachment = attach(model, tiny.adapter(model).selector(), Schedule.uniform(0.5, num_blocks=4))
+    full = model_spec(model).full_blocks(model)
+    schedule = Schedule.uniform(0.5, num_blocks=4 + len(full), full_blocks=(0, *full))
+    attachment = attach(model, tiny.adapter(model).selector(), schedule)
     chosen: list[Tensor] = []
     attachment.observer = lambda block, found: chosen.append(found)
     with torch.no_grad():
@@ -231,6 +235,44 @@ def test_a_time_for_every_token_is_refused(name: str) -> None:
     given["timestep"] = given["timestep"][:, None].expand(-1, families.TOKENS)
     with pytest.raises(ValueError, match=r"a time for every token, \(2, 64\)"):
         families.run(model, given)
+
+
+def test_blocks_that_take_a_skip_keep_all_their_tokens() -> None:
+    """They change every token: what they reject would miss the skip."""
+    model = families.made("hunyuan-dit")
+    assert model_spec(model).full_blocks(model) == (4, 5)
+    assert tiny.adapter(model).config.full_blocks == (0, 4, 5)
+    with pytest.raises(ValueError, match=r"blocks \[4, 5\] of HunyuanDiT2DModel .* full_blocks"):
+        attach(model, tiny.adapter(model).selector(), Schedule.uniform(0.5, num_blocks=6))
+
+
+def test_prompts_of_two_lengths_are_refused_where_the_image_would_lie_elsewhere() -> None:
+    model, given = families.made("lumina2"), families.arguments("lumina2")
+    attached(model)
+    given["encoder_attention_mask"][0, 4:] = 0
+    with pytest.raises(ValueError, match="must be of one length"):
+        families.run(model, given)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([torch.zeros(4, 1, 16, 16), torch.zeros(4, 1, 8, 16)], "must be of one size"),
+        ([[torch.zeros(4, 1, 16, 16)]] * 2, "omni mode"),
+    ],
+)
+def test_z_image_says_what_it_cannot_serve(images: Any, message: str) -> None:
+    model, given = families.made("z-image"), families.arguments("z-image")
+    attached(model)
+    with pytest.raises(ValueError, match=message):
+        families.run(model, {**given, "x": images})
+
+
+def test_flux2_with_cached_keys_is_refused() -> None:
+    model, given = families.made("flux2-klein"), families.arguments("flux2-klein")
+    attached(model)
+    with pytest.raises(ValueError, match="kv_cache_mode"):
+        families.run(model, {**given, "kv_cache_mode": "extract", "num_ref_tokens": 8})
 
 
 def test_the_mean_of_a_text_leaves_padding_out() -> None:

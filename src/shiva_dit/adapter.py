@@ -117,7 +117,7 @@ class ShivaConfig:
             width=dims.width,
             time_dim=dims.time_dim,
             context_dim=dims.context_dim,
-            **{"num_groups": pairs, **options},
+            **{"num_groups": pairs, "full_blocks": (0, *spec.full_blocks(model)), **options},
         )
 
 

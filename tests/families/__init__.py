@@ -8,13 +8,19 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.models.families import model_spec
 from tests import tiny
-from tests.families import stills, videos
+from tests.families import newer_stills, stills, videos
 from tests.families.kit import TEXT, TOKENS, Family
 
 __all__ = ["FAMILIES", "TEXT", "TOKENS"]
 
-FAMILIES: dict[str, Family] = {**stills.FAMILIES, **videos.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **stills.FAMILIES,
+    **newer_stills.FAMILIES,
+    **videos.FAMILIES,
+}
 
 
 def made(name: str) -> Any:
@@ -47,9 +53,16 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
     return {name: pick(name, value) for name, value in given.items()}
 
 
+def schedule(model: nn.Module, counts: list[list[int]]) -> Schedule:
+    """Counts of the four blocks; further ones are those that can't be pruned."""
+    full = len(model_spec(model).full_blocks(model))
+    return tiny.from_counts([row + [TOKENS] * full for row in counts])
+
+
 def run(model: nn.Module, given: dict[str, Any]) -> Tensor:
     """One forward."""
-    return model(**given, return_dict=False)[0]
+    output = model(**given, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 def unsupported() -> SanaTransformer2DModel:

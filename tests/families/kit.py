@@ -26,9 +26,9 @@ class Family:
     text_inside: tuple[str, ...] = ()
     """Classes of its blocks in which text and image run through the same layers."""
     own_tokens: int = 0
-    """Tokens that the model puts before the text."""
+    """Tokens that the model adds to the text."""
     recomputes: bool = True
-    """Whether gradient checkpointing gives the model's own gradients."""
+    """Whether gradient checkpointing is there, and gives the model's own gradients."""
     rows: str | None = None
     """An argument of its blocks that holds a row per image token, if there is one."""
 

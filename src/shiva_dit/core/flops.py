@@ -71,12 +71,16 @@ class SharedBlockShape:
     """Multiply-adds of its modulations, per sample."""
     feed_forward: int | None = None
     """Multiply-adds of the feed-forward, per token; 8 D^2 by default."""
+    projections: int | None = None
+    """Multiply-adds of queries, keys, values and output, per token; 4 D^2 by default."""
 
     def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample: queries, keys, values and output take 4 D^2 a token."""
+        """FLOPs of one sample."""
         d2, tokens = self.width * self.width, image_tokens + self.text_tokens
         feed_forward = 8 * d2 if self.feed_forward is None else self.feed_forward
-        macs = self.modulation + tokens * (4 * d2 + feed_forward) + 2 * tokens**2 * self.width
+        projections = 4 * d2 if self.projections is None else self.projections
+        macs = self.modulation + tokens * (projections + feed_forward)
+        macs += 2 * tokens**2 * self.width
         return 2 * macs
 
 

@@ -80,6 +80,12 @@ class Attachment:
                 f"the schedule is for {schedule.num_blocks} blocks, "
                 f"{type(model).__name__} has {len(self.blocks)}: it was made for another model."
             )
+        asked = set(self.spec.full_blocks(model)).difference(schedule.full_blocks)
+        if asked:
+            raise ValueError(
+                f"blocks {sorted(asked)} of {type(model).__name__} change tokens that they "
+                "aren't given, so they can't be pruned: name them in the schedule's full_blocks."
+            )
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
         self.passes = Passes()

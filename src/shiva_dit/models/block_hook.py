@@ -150,7 +150,7 @@ class BlockHook(ModelHook):
         if state.observer is not None:
             state.observer(self.index, chosen)
         before = gather_tokens(x, chosen)  # (B, k, D)
-        changed = {self.spec.hidden: (self.place, _together(text, before))}
+        changed = {self.spec.hidden: (self.place, self._together(text, before))}
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
             if value is not None:
@@ -168,7 +168,7 @@ class BlockHook(ModelHook):
         new = scatter_tokens(rest, chosen, after)  # (B, N, D)
         if gates is not None:
             new = gates.leave(x, new, update)
-        new = _together(text, new)
+        new = self._together(text, new)
         return new if place is None else (*output[:place], new, *output[place + 1 :])
 
     def _apart(
@@ -177,8 +177,16 @@ class BlockHook(ModelHook):
         """Text, where a block holds it, and image."""
         if not self.spec.text_inside:
             return None, tokens
-        text = tokens.shape[1] - (state.num_tokens - rejected)
+        image = state.num_tokens - rejected
+        if self.spec.text_last:
+            return tokens[:, image:], tokens[:, :image]
+        text = tokens.shape[1] - image
         return tokens[:, :text], tokens[:, text:]
+
+    def _together(self, text: Tensor | None, image: Tensor) -> Tensor:
+        if text is None:
+            return image
+        return torch.cat([image, text] if self.spec.text_last else [text, image], dim=1)
 
     def _choose(self, x: Tensor, state: BlockState) -> Tensor:
         """The tokens that run, (B, k): by the scores, or another pass's."""
@@ -207,24 +215,26 @@ class BlockHook(ModelHook):
 
     def gate_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Torch hook on the block's value projections (KV gate); the text's values pass."""
-        del module, args
+        del module
         state = self.slot.state
         if state.gates is None:
             return output
-        text = output.shape[1] - state.k
+        if self.spec.values_fused:
+            width = args[0].shape[-1]
+            values = self._gate_image(state.gates, output[..., 2 * width : 3 * width], state.k)
+            return torch.cat([output[..., : 2 * width], values, output[..., 3 * width :]], dim=-1)
+        return self._gate_image(state.gates, output, state.k)
+
+    def _gate_image(self, gates: SelectionGates, values: Tensor, k: int) -> Tensor:
+        text = values.shape[1] - k
         if not text:
-            return state.gates.value(output)
+            return gates.value(values)
         if self.spec.values_of_text_last:
-            image, rest = output[:, : state.k], output[:, state.k :]
-            return torch.cat([state.gates.value(image), rest], dim=1)
-        return torch.cat([output[:, :text], state.gates.value(output[:, text:])], dim=1)
+            return torch.cat([gates.value(values[:, :k]), values[:, k:]], dim=1)
+        return torch.cat([values[:, :text], gates.value(values[:, text:])], dim=1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise RuntimeError(
             "a model with an adapter attached cannot be deep-copied: the copy would run the "
             "original's blocks. Call shiva_dit.remove(model) first, copy, and apply to both."
         )
-
-
-def _together(text: Tensor | None, image: Tensor) -> Tensor:
-    return image if text is None else torch.cat([text, image], dim=1)

@@ -104,11 +104,28 @@ def mask_after_text(
 
 
 def mask_before_text(
-    mask: Shaped[Tensor, "B 1 1 S"], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B 1 1 K"]:
-    """A mask of image and text (B, 1, 1, N + T), the image's entries first."""
+    mask: Shaped[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B ..."]:
+    """A mask of image and text, (B, N + T) or (B, 1, 1, N + T), the image's entries first."""
     image, text = mask[..., :num_tokens], mask[..., num_tokens:]
-    return torch.cat([image.gather(3, chosen[:, None, None]), text], dim=3)
+    index = chosen if mask.ndim == 2 else chosen[:, None, None]
+    return torch.cat([image.gather(-1, index), text], dim=-1)
+
+
+def rows_after_text(
+    table: Shaped[Tensor, "B S d"], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B K d"]:
+    """A rotary table by sample (B, T + N, d), the text's rows first: those stay."""
+    text = table.shape[1] - num_tokens
+    return torch.cat([table[:, :text], by_token(table[:, text:], chosen, num_tokens)], dim=1)
+
+
+def rows_before_text(
+    table: Shaped[Tensor, "B S d"], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B K d"]:
+    """A rotary table by sample (B, N + T, d), the image's rows first."""
+    image, text = table[:, :num_tokens], table[:, num_tokens:]
+    return torch.cat([by_token(image, chosen, num_tokens), text], dim=1)
 
 
 def by_token(

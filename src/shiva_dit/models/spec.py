@@ -27,12 +27,17 @@ class BlockSpec:
     """Argument that holds the image tokens, (B, N, D)."""
     text_inside: bool = False
     """Whether that argument holds the text's tokens too, before the image's."""
+    text_last: bool = False
+    """Whether these come after the image's instead."""
     output: int | None = None
     """Place of the image tokens in the returned tuple; None if the tensor itself is returned."""
     value_modules: tuple[str, ...] = ()
     """Value projections (for the KV gate); absent ones are skipped."""
     values_of_text_last: bool = False
     """Whether these, where they project the text too, have its tokens after the image's."""
+    values_fused: bool = False
+    """Whether these give queries and keys of the same width before the values, and perhaps more
+    after them."""
     rows: Mapping[str, Rows] = field(default_factory=dict)
     """Arguments that hold something per image token, and how the chosen rows are taken."""
 
@@ -83,8 +88,10 @@ class ModelSpec:
     """Argument whose "scale" multiplies all LoRAs of the model."""
     text_tokens: int
     """Text tokens T of the model's own pipelines, by default."""
-    tokens: Callable[[nn.Module, Tensor], int]
-    """Number of image tokens N for latents."""
+    full_blocks: Callable[[nn.Module], tuple[int, ...]] = lambda model: ()
+    """Blocks that can't be pruned, since they change tokens that they aren't given."""
+    tokens: Callable[[nn.Module, Any], int]
+    """Number of image tokens N for latents, as the model takes them."""
     dims: Callable[[nn.Module], ModelDims]
     """Widths of a model."""
     flops: Callable[[nn.Module, int, int], ModelFlops]

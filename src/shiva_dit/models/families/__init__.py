@@ -11,18 +11,23 @@ from shiva_dit.models.families import (
     cogview,
     dit,
     flux,
+    flux2,
+    hunyuan_dit,
     hunyuan_video,
     ltx,
+    lumina2,
     mochi,
     pixart,
     qwen_image,
     sd3,
     wan,
+    z_image,
 )
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
 FAMILIES = (
     *(sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview),
+    *(flux2, z_image, lumina2, hunyuan_dit),
     *(wan, ltx, cogvideox, hunyuan_video, mochi),
 )
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
