@@ -27,8 +27,8 @@ from shiva_dit.training.checkpoint import (
 from shiva_dit.training.data import Batch, ShuffledIndices, drop_captions
 from shiva_dit.training.interrupt import TrainingInterrupted
 from shiva_dit.training.objective import (
+    denoising_loss,
     distillation_loss,
-    flow_matching_loss,
     interpolate,
     logit_normal_density,
     squared_error,
@@ -602,7 +602,9 @@ def test_the_straight_path_and_its_velocity() -> None:
     ahead = interpolate(clean, noise, t + 1e-2)
     velocity = (ahead - x) / 1e-2
     # Float32: 1e-7 relative over a step of 1e-2.
-    assert flow_matching_loss(velocity, clean, noise) < 1e-8
+    assert denoising_loss(velocity, noise - clean) < 1e-8
+    with_variance = torch.cat([velocity, torch.full_like(velocity, 9.0)], dim=1)
+    assert denoising_loss(with_variance, noise - clean) < 1e-8
 
 
 def test_weights_by_time_keep_the_mean_and_favour_the_middle() -> None:

@@ -25,7 +25,7 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.attach import Attachment, GatedForward
 from shiva_dit.models.features import record_blocks
 from shiva_dit.training.data import TrainingData
-from shiva_dit.training.objective import interpolate
+from shiva_dit.training.paths import path_of
 
 ESTIMATORS: dict[str, EstimatorConfig] = {
     "paper": EstimatorConfig(kind="paper"),
@@ -98,6 +98,7 @@ def flips(
     data: TrainingData,
     config: FlipConfig | None = None,
     *,
+    scheduler: Any = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Run the flip test on a model with an adapter (or any selector) attached.
@@ -106,6 +107,8 @@ def flips(
         attachment: From `shiva_dit.models.attach.attachment_of(transformer)`.
         data: Samples with their conditioning.
         config: How much is flipped.
+        scheduler: That of the model's pipeline; needed where it is a diffusion schedule
+            (PixArt, DiT), not for flow matching.
         show_progress: Whether a bar counts samples and blocks.
 
     Returns:
@@ -115,7 +118,7 @@ def flips(
         differences. None stands where an estimator says nothing.
     """
     config = config or FlipConfig()
-    run = _FlipTest(attachment, data, config)
+    run = _FlipTest(attachment, data, config, scheduler)
     blocks = attachment.schedule.prunable_blocks
     total = config.images * len(blocks)
     bar = tqdm(total=total, desc="flips", unit="block", disable=not show_progress)
@@ -127,7 +130,14 @@ def flips(
 
 
 class _FlipTest:
-    def __init__(self, attachment: Attachment, data: TrainingData, config: FlipConfig) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        data: TrainingData,
+        config: FlipConfig,
+        scheduler: Any = None,
+    ) -> None:
+        self.path = path_of(attachment.spec, scheduler)
         self.attachment, self.data, self.config = attachment, data, config
         self.device = next(attachment.model.parameters()).device
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -164,10 +174,11 @@ class _FlipTest:
         times = torch.full((1,), t, device=self.device)
         spec = self.attachment.spec
         self.arguments = {
-            spec.sample: interpolate(batch.latents, noise, times),
-            spec.timestep: spec.timestep_at(times),
+            spec.sample: self.path.noisy(batch.latents, noise, times),
+            spec.timestep: self.path.timestep(times),
             **batch.conditioning,
         }
+        self.shared = {**batch.shared, "return_dict": False}
         num_tokens = spec.tokens(self.attachment.model, batch.latents)
         self.counts = self.attachment.table(num_tokens).row(t)
         blocks = self.attachment.schedule.prunable_blocks
@@ -178,8 +189,10 @@ class _FlipTest:
                 self.attachment.model, inputs=blocks, outputs=blocks, num_tokens=num_tokens
             ) as self.teacher,
         ):
-            dense = self.attachment.model(**self.arguments, return_dict=False)[0]
-        self.target = dense if self.config.loss == "output" else noise - batch.latents
+            output = self.attachment.model(**self.arguments, **self.shared)
+        self.target = self.path.prediction(output)
+        if self.config.loss == "diffusion":
+            self.target = self.path.target(batch.latents, noise, times)
 
     def _run(
         self,
@@ -205,7 +218,8 @@ class _FlipTest:
 
         arguments = {n: v.expand(copies, *v.shape[1:]) for n, v in self.arguments.items()}
         with self.attachment.gated(GatedForward(counts=counts or self.counts, gates=make)):
-            prediction = self.attachment.model(**arguments, return_dict=False)[0]
+            output = self.attachment.model(**arguments, **self.shared)
+        prediction = self.path.prediction(output)[:, : self.target.shape[1]]
         error = (prediction.float() - self.target.float()).square().flatten(1).mean(1)
         return error, gates
 

@@ -21,7 +21,7 @@ from shiva_dit.demo.judge import Judge, JudgeTraining, shift, train_judge
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.provenance import provenance, write_atomically, write_json
 from shiva_dit.training.data import ShuffledIndices, drop_captions
-from shiva_dit.training.objective import flow_matching_loss, interpolate
+from shiva_dit.training.objective import denoising_loss, interpolate
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -207,7 +207,7 @@ def _train_backbone(
             return_dict=False,
             **batch.conditioning,
         )[0]
-        loss = flow_matching_loss(prediction, batch.latents, noise)
+        loss = denoising_loss(prediction, noise - batch.latents)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
                 f"the loss is not finite at step {step}: lower learning_rate. Nothing was written."

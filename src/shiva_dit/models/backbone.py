@@ -16,8 +16,11 @@ PEFT_NAME = "shiva_dit"
 LORA_PREFIX = "transformer."
 # All linear layers of attention and feed-forward, in diffusers' names.
 LORA_TARGETS = re.compile(
-    r"(^|.*\.)(attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-    r"|ff(_context)?\.net\.(0\.proj|2))$"
+    r".*\.\d+\.("
+    r"(attn\d?|attention)\.(to_[qkv]|to_out(\.0)?|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)"
+    r"|(ff|ff_context|ffn|feed_forward)\.(net\.(0\.proj|2)|w[123]|out_projection"
+    r"|linear_([123]|in|out))"
+    r"|proj_(mlp|out))$"
 )
 
 
@@ -29,8 +32,13 @@ def add_lora(model: Any, settings: Mapping[str, Any]) -> None:
         settings: PEFT's `r`, `lora_alpha` and `use_dora`.
 
     Raises:
-        ValueError: If the model has none of these layers.
+        ValueError: If the model has none of these layers, or diffusers gives its class no LoRA.
     """
+    if not hasattr(model, "add_adapter"):
+        raise ValueError(
+            f"{type(model).__name__} takes no LoRA in this version of diffusers: train with "
+            'backbone="full" or "frozen".'
+        )
     active = _active(model)
     targets = [
         name

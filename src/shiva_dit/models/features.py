@@ -65,15 +65,17 @@ def _keep(
     output: Any,
 ) -> None:
     spec = block_spec(module)
-    text = 0
+    image = slice(None)
     if keep_input or spec.text_inside:
         by_name = spec.hidden in kwargs
         place = 0 if by_name else argument_place(module, spec.hidden)
         tokens = kwargs[spec.hidden] if by_name else args[place]
-        if spec.text_inside:
-            text = tokens.shape[1] - num_tokens
+        if spec.text_last:
+            image = slice(num_tokens)
+        elif spec.text_inside:
+            image = slice(tokens.shape[1] - num_tokens, None)
         if keep_input:
-            features.inputs[index] = tokens[:, text:]
+            features.inputs[index] = tokens[:, image]
     if keep_output:
         after = output if spec.output is None else output[spec.output]
-        features.outputs[index] = after[:, text:]
+        features.outputs[index] = after[:, image]

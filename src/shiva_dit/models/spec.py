@@ -76,6 +76,8 @@ class ModelSpec:
     """What the model calls pure noise, t = 1."""
     clean_timestep: float = 0.0
     """What it calls clean data, t = 0."""
+    diffusion: bool = False
+    """Whether its releases learned a diffusion schedule (DDPM) rather than flow matching."""
     time_embedder: str | None
     """Submodule whose output is the time embedding; None where none serves all blocks: routers
     then read sinusoids of t."""

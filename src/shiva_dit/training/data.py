@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,15 +16,19 @@ from torch import Tensor
 class Batch:
     """Clean latents and what the model is conditioned on."""
 
-    latents: Float[Tensor, "B C H W"]
-    """Clean samples x0, scaled as the model expects them."""
+    latents: Float[Tensor, "B ..."]
+    """Clean samples x0, scaled and laid out as the model takes them: (B, C, H, W), packed rows
+    (B, N, C), videos (B, C, F, H, W)."""
     conditioning: dict[str, Tensor]
     """Keyword arguments of the model's forward, batch first (text embeddings and the like)."""
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    """Further ones that are the same for all samples: position ids, rotary tables, sizes."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         moved = {name: value.to(device) for name, value in self.conditioning.items()}
-        return Batch(latents=self.latents.to(device), conditioning=moved)
+        shared = send_to_device(dict(self.shared), device)
+        return Batch(latents=self.latents.to(device), conditioning=moved, shared=shared)
 
 
 @runtime_checkable
@@ -62,7 +68,7 @@ def drop_captions(
         )
         for name, value in batch.conditioning.items()
     }
-    return Batch(latents=batch.latents, conditioning=conditioning)
+    return replace(batch, conditioning=conditioning)
 
 
 class ShuffledIndices:

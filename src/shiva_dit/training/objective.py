@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def interpolate(
-    clean: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], t: Float[Tensor, " B"]
-) -> Float[Tensor, "B C H W"]:
+    clean: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+) -> Float[Tensor, "B ..."]:
     """The straight path of flow matching: `(1 - t) x0 + t e`, with t in [0, 1] and 1 = noise."""
-    t = t.view(-1, 1, 1, 1)
+    t = t.view(-1, *[1] * (clean.ndim - 1))
     return (1.0 - t) * clean + t * noise
 
 
@@ -29,14 +29,22 @@ def squared_error(
     return error.mean() if weights is None else (weights * error).mean()
 
 
-def flow_matching_loss(
-    prediction: Float[Tensor, "B C H W"],
-    clean: Float[Tensor, "B C H W"],
-    noise: Float[Tensor, "B C H W"],
+def denoising_loss(
+    prediction: Float[Tensor, "B ..."],
+    target: Float[Tensor, "B ..."],
     weights: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared error of the predicted velocity against `e - x0` (L_diff of Eq. 14)."""
-    return squared_error(prediction, noise - clean, weights)
+    """Mean squared error of a prediction (L_diff of Eq. 14).
+
+    Args:
+        prediction: Of the model; with twice the channels (dim 1) where it learned the variance
+            too, which the second half then is.
+        target: Velocity, noise or clean samples, as the model's path has it.
+        weights: Weight of each sample; 1 by default.
+    """
+    if prediction.shape[1] == 2 * target.shape[1]:
+        prediction = prediction.chunk(2, dim=1)[0]
+    return squared_error(prediction, target, weights)
 
 
 def logit_normal_density(t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:

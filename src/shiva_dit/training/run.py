@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,14 @@ from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import LOG_FILE, Trainer
 
 
-def train(config: TrainConfig, model: nn.Module, data: TrainingData, *, resume: bool) -> Path:
+def train(
+    config: TrainConfig,
+    model: nn.Module,
+    data: TrainingData,
+    *,
+    resume: bool,
+    scheduler: Any = None,
+) -> Path:
     """Train by a recipe and write the adapter into `config.out`/adapter.
 
     Args:
@@ -20,13 +28,15 @@ def train(config: TrainConfig, model: nn.Module, data: TrainingData, *, resume: 
         model: The backbone, on its device.
         data: Training samples.
         resume: Go on from the last checkpoint in `config.out`.
+        scheduler: That of the model's pipeline; needed where it is a diffusion schedule
+            (PixArt, DiT), not for flow matching.
 
     Returns:
         The adapter's folder, for `shiva_dit.apply`.
 
     Raises:
         ValueError: If the folder holds another run and `resume` is false, or no checkpoint and
-            `resume` is true.
+            `resume` is true; if a diffusion model comes without its scheduler.
     """
     if config.method != "shiva":
         raise ValueError(
@@ -42,7 +52,7 @@ def train(config: TrainConfig, model: nn.Module, data: TrainingData, *, resume: 
                     f"{config.out} holds a run already ({path.name}): go on with it by --resume, "
                     "or train into another folder with out=..."
                 )
-    trainer = Trainer(config, model, data)
+    trainer = Trainer(config, model, data, scheduler)
     try:
         if resume:
             trainer.resume()

@@ -22,12 +22,12 @@ from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.training.data import Batch
 from shiva_dit.training.objective import (
+    denoising_loss,
     distillation_loss,
-    flow_matching_loss,
-    interpolate,
     logit_normal_density,
     squared_error,
 )
+from shiva_dit.training.paths import NoisePath
 from shiva_dit.training.plan import Part
 from shiva_dit.training.recipe import ShapeConfig, TrainConfig
 
@@ -41,16 +41,22 @@ class Student:
             backbone is tuned, or else the model itself without its LoRA and hooks.
         sample: One training sample, for shapes.
         generator: Source of selection noise, and of the random control's choices.
+        path: How clean samples become noise.
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, sample: Batch, generator: torch.Generator
+        self,
+        config: TrainConfig,
+        model: Any,
+        sample: Batch,
+        generator: torch.Generator,
+        path: NoisePath,
     ) -> None:
         if attachment_of(model) is not None:
             raise ValueError(
                 "the model has an adapter on: call shiva_dit.remove(model) before training."
             )
-        self.config, self.model, self.generator = config, model, generator
+        self.config, self.model, self.generator, self.path = config, model, generator, path
         self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
         self._was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
         self.device = next(model.parameters()).device
@@ -104,7 +110,7 @@ class Student:
         weights = self.config.loss
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         t = part.t.to(self.device)
-        arguments = self.arguments(interpolate(batch.latents, noise, t), t, batch)
+        arguments = self.arguments(self.path.noisy(batch.latents, noise, t), t, batch)
         teacher, taught = self.teach(arguments)
         forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
         with (
@@ -114,7 +120,7 @@ class Student:
             ) as student,
             self._autocast(),
         ):
-            prediction = self.model(**arguments)[0]
+            prediction = self.path.prediction(self.model(**arguments))
         by_time = None if weights.time_weighting == "uniform" else logit_normal_density(t)
         output = squared_error(prediction.detach(), taught)
         loss = weights.output * squared_error(prediction, taught, by_time)
@@ -123,9 +129,9 @@ class Student:
             [teacher.outputs[i] for i in self.distilled],
             by_time,
         )
-        loss = loss + weights.diffusion * flow_matching_loss(
-            prediction, batch.latents, noise, by_time
-        )
+        if weights.diffusion:
+            target = self.path.target(batch.latents, noise, t)
+            loss = loss + weights.diffusion * denoising_loss(prediction, target, by_time)
         return loss, output.item()
 
     def teach(self, arguments: dict[str, Any]) -> tuple[BlockFeatures, Tensor]:
@@ -141,7 +147,7 @@ class Student:
             ) as features,
             self._autocast(),
         ):
-            prediction = self.teacher(**arguments)[0]
+            prediction = self.path.prediction(self.teacher(**arguments))
         return features, prediction
 
     def close(self) -> None:
@@ -164,9 +170,10 @@ class Student:
         spec = self.attachment.spec
         return {
             spec.sample: noisy,
-            spec.timestep: spec.timestep_at(t),
+            spec.timestep: self.path.timestep(t),
             "return_dict": False,
             **batch.conditioning,
+            **batch.shared,
         }
 
     def _gates(

@@ -22,6 +22,7 @@ from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
+from shiva_dit.models.families import model_spec
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance, write_atomically
 from shiva_dit.training.checkpoint import (
@@ -34,6 +35,7 @@ from shiva_dit.training.data import ShuffledIndices, TrainingData, drop_captions
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt, uninterrupted
 from shiva_dit.training.optimization import Optimization
+from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.student import Student
@@ -78,9 +80,14 @@ class Trainer:
         config: The recipe.
         model: The backbone, a supported diffusers transformer, on its device.
         data: Training samples.
+        scheduler: That of the model's pipeline; needed where it is a diffusion schedule
+            (PixArt, DiT), not for flow matching.
     """
 
-    def __init__(self, config: TrainConfig, model: Any, data: TrainingData) -> None:
+    def __init__(
+        self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
+    ) -> None:
+        path = path_of(model_spec(model), scheduler)
         self.config, self.data = config, data
         self._fingerprint = fingerprint(model)
         self.step = 0
@@ -90,7 +97,7 @@ class Trainer:
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.student = Student(config, model, sample, self.generator)
+            self.student = Student(config, model, sample, self.generator, path)
         fit_updates(self.student, data)
         adapter = self.student.adapter
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)

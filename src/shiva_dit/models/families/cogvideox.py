@@ -70,6 +70,7 @@ MODELS = (
         sample="hidden_states",
         timestep="timestep",
         noise_timestep=1000.0,
+        diffusion=True,
         time_embedder="time_embedding",
         context=text_mean(),
         halves=doubled_latents,

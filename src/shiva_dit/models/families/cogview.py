@@ -77,6 +77,7 @@ MODELS = (
         _COGVIEW4,
         model_class="CogView3PlusTransformer2DModel",
         name="CogView3-Plus",
+        diffusion=True,
         halves=guidance_by_pipeline,
         lora_scale=None,
         text_tokens=224,

@@ -56,6 +56,7 @@ MODELS = (
         sample="hidden_states",
         timestep="timestep",
         noise_timestep=1000.0,
+        diffusion=True,
         time_embedder=None,
         context=_context,
         halves=_halves,

@@ -97,6 +97,7 @@ MODELS = (
         sample="hidden_states",
         timestep="timestep",
         noise_timestep=1000.0,
+        diffusion=True,
         time_embedder="time_extra_emb.timestep_embedder",
         context=_text,
         halves=guidance_by_pipeline,

@@ -58,6 +58,7 @@ MODELS = (
         sample="hidden_states",
         timestep="timestep",
         noise_timestep=1000.0,
+        diffusion=True,
         time_embedder="adaln_single.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
         halves=doubled_latents,

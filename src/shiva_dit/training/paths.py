@@ -1,0 +1,145 @@
+"""Noisy samples and what is to be predicted: flow matching, or a diffusion schedule (DDPM)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shiva_dit.models.spec import ModelSpec
+from shiva_dit.training.objective import interpolate
+
+
+class NoisePath(Protocol):
+    """From clean samples to noise, as a model learned it."""
+
+    def timestep(self, t: Float[Tensor, " B"]) -> Tensor:
+        """What the model calls times t in [0, 1], 1 for pure noise."""
+        ...
+
+    def noisy(
+        self, clean: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B ..."]:
+        """The samples at their times."""
+        ...
+
+    def target(
+        self, clean: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B ..."]:
+        """What the model should predict there."""
+        ...
+
+    def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
+        """What it did predict, in the target's sign, from what its forward returned."""
+        ...
+
+
+class FlowMatching:
+    """The straight path; models predict its velocity.
+
+    Args:
+        spec: Of the model, whose own time may run back.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def timestep(self, t: Float[Tensor, " B"]) -> Tensor:
+        """The model's own units."""
+        return self.spec.timestep_at(t)
+
+    def noisy(
+        self, clean: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B ..."]:
+        """`(1 - t) x0 + t e`."""
+        return interpolate(clean, noise, t)
+
+    def target(
+        self, clean: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B ..."]:
+        """The velocity `e - x0`."""
+        del t
+        return noise - clean
+
+    def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
+        """Turned round where the model's own time runs from noise to data: so does its velocity."""
+        found = output[0]
+        if isinstance(found, list):  # one sample each
+            found = torch.stack(found)
+        return found if self.spec.noise_timestep > self.spec.clean_timestep else -found
+
+
+class Diffusion:
+    """The path of a diffusion schedule, `sqrt(a_t) x0 + sqrt(1 - a_t) e`.
+
+    Args:
+        scheduler: A scheduler of diffusers with `alphas_cumprod`; its `prediction_type` says what
+            the model predicts.
+
+    Raises:
+        ValueError: If that is none of "epsilon", "v_prediction" and "sample".
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.alphas: Float[Tensor, " T"] = scheduler.alphas_cumprod
+        self.predicts: str = scheduler.config.prediction_type
+        if self.predicts not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                "the scheduler's prediction_type must be epsilon, v_prediction or sample, got "
+                f"{self.predicts!r}."
+            )
+
+    def timestep(self, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The step of the schedule, a whole number from 0 to T - 1."""
+        return (t * len(self.alphas)).floor().clamp(max=len(self.alphas) - 1)
+
+    def noisy(
+        self, clean: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B ..."]:
+        """At the schedule's step."""
+        signal, spread = self._shares(clean, t)
+        return signal * clean + spread * noise
+
+    def target(
+        self, clean: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B ..."]:
+        """The noise, `sqrt(a_t) e - sqrt(1 - a_t) x0`, or the clean samples."""
+        if self.predicts == "epsilon":
+            return noise
+        if self.predicts == "sample":
+            return clean
+        signal, spread = self._shares(clean, t)
+        return signal * noise - spread * clean
+
+    def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
+        """With the variance's channels, where the model learned those as well."""
+        return output[0]
+
+    def _shares(
+        self, clean: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> tuple[Tensor, Tensor]:
+        alphas = self.alphas.to(clean)[self.timestep(t).long()]
+        alphas = alphas.view(-1, *[1] * (clean.ndim - 1))
+        return alphas.sqrt(), (1.0 - alphas).sqrt()
+
+
+def path_of(spec: ModelSpec, scheduler: Any = None) -> NoisePath:
+    """The path of a model: its scheduler's, or flow matching.
+
+    Args:
+        spec: Of the model.
+        scheduler: Its pipeline's; not needed for flow matching.
+
+    Raises:
+        ValueError: If the model learned a diffusion schedule and none is given.
+    """
+    if scheduler is not None and hasattr(scheduler, "alphas_cumprod"):
+        return Diffusion(scheduler)
+    if scheduler is None and spec.diffusion:
+        raise ValueError(
+            f"{spec.model_class} learned to remove noise on a diffusion schedule, which is its "
+            "scheduler's: pass scheduler=pipe.scheduler."
+        )
+    return FlowMatching(spec)

@@ -1,0 +1,146 @@
+"""Training works on every family: on real classes, built small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from shiva_dit.models.families import MODELS, model_spec
+from shiva_dit.models.spec import ModelSpec
+from shiva_dit.training.data import Batch
+from shiva_dit.training.paths import Diffusion, FlowMatching, path_of
+from shiva_dit.training.recipe import OptimizerConfig, PolicyConfig, TrainConfig
+from shiva_dit.training.trainer import Trainer
+from tests import families
+
+SHARED = "img_ids", "txt_ids", "image_rotary_emb"
+
+
+class FamilyData:
+    """Two samples: what the tiny model of a family is called with elsewhere."""
+
+    def __init__(self, name: str, spec: ModelSpec) -> None:
+        given = families.arguments(name)
+        del given[spec.timestep]
+        for key, value in given.items():
+            if isinstance(value, list) and isinstance(value[0], Tensor):
+                given[key] = pad_sequence(value, batch_first=True)
+        self.latents = given.pop(spec.sample)
+        self.conditioning = {
+            key: value
+            for key, value in given.items()
+            if isinstance(value, Tensor) and key not in SHARED
+        }
+        self.shared = {k: v for k, v in given.items() if k not in self.conditioning}
+
+    def __len__(self) -> int:
+        return 2
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        del generator
+        conditioning = {name: value[indices] for name, value in self.conditioning.items()}
+        return Batch(latents=self.latents[indices], conditioning=conditioning, shared=self.shared)
+
+    def unconditional(self) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.conditioning.items()}
+
+
+def trainer_for(name: str, out: Path, **changes: Any) -> Trainer:
+    model = families.made(name)
+    spec = model_spec(model)
+    config = TrainConfig(
+        out=out,
+        keep_ratio=0.5,
+        warmup_steps=1,
+        policy_steps=1,
+        joint_steps=2,
+        batch_size=2,
+        micro_batches=1,
+        checkpoint_every=100,
+        policy=PolicyConfig(num_bins=8),
+        optimizer=OptimizerConfig(router=1e-2, policy=1e-2, backbone=1e-3, warmup_steps=1),
+        **changes,
+    )
+    scheduler = DDPMScheduler() if spec.diffusion else None
+    return Trainer(config, model, FamilyData(name, spec), scheduler)
+
+
+@pytest.mark.parametrize("name", tuple(families.FAMILIES))
+def test_every_family_is_trained(name: str, tmp_path: Path) -> None:
+    """Router, policy and a LoRA on every block move (all weights where there is no LoRA)."""
+    backbone = "lora" if hasattr(families.made(name), "add_adapter") else "full"
+    trainer = trainer_for(name, tmp_path, backbone=backbone)
+    student = trainer.student
+    before = {
+        part: {key: value.detach().clone() for key, value in parameters.items()}
+        for part, parameters in trainer.optimization.parts.items()
+    }
+    blocks = student.attachment.blocks
+    for block in blocks:
+        layers = sum(hasattr(module, "lora_A") for module in block.modules())
+        # Flux.2's single blocks have two linear layers in all.
+        least = 2 if type(block).__name__ == "Flux2SingleTransformerBlock" else 5
+        assert layers >= least or backbone == "full"
+    trained = trainer.run()
+    assert trained.adapter is not None
+    for part in ("router", "policy", "backbone"):
+        after = trainer.optimization.parts[part]
+        assert any(not torch.equal(before[part][key], after[key]) for key in after), part
+        assert all(torch.isfinite(value).all() for value in after.values()), part
+    trainer.close()
+
+
+def test_a_lora_where_diffusers_has_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"PixArtTransformer2DModel takes no LoRA .* backbone="):
+        trainer_for("pixart-sigma", tmp_path, backbone="lora")
+
+
+def test_time_that_runs_back_turns_the_velocity_round() -> None:
+    clean, noise = torch.zeros(2, 3), torch.ones(2, 3)
+    t = torch.tensor([0.25, 1.0])
+    forth, back = (
+        FlowMatching(MODELS["FluxTransformer2DModel"]),
+        path_of(MODELS["Lumina2Transformer2DModel"]),
+    )
+    for path in (forth, back):
+        assert torch.equal(path.noisy(clean, noise, t), t[:, None].expand(-1, 3))
+        assert torch.equal(path.target(clean, noise, t), torch.ones(2, 3))
+    assert forth.timestep(t).tolist() == [0.25, 1.0]
+    assert back.timestep(t).tolist() == [0.75, 0.0]
+    assert torch.equal(forth.prediction((noise,)), noise)
+    assert torch.equal(back.prediction(([noise[0], noise[1]],)), -noise)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_diffusion_schedule_is_the_schedulers_own(kind: str) -> None:
+    scheduler = CogVideoXDDIMScheduler(prediction_type=kind)
+    path = path_of(MODELS["CogVideoXTransformer3DModel"], scheduler)
+    assert isinstance(path, Diffusion)
+    clean, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    t = torch.tensor([0.3, 1.0])
+    steps = path.timestep(t)
+    assert steps.tolist() == [300.0, 999.0]
+    noisy = path.noisy(clean, noise, t)
+    expected = scheduler.add_noise(clean, noise, steps.long())
+    assert (noisy - expected).abs().max() <= 1e-6  # float32, another order of operations
+    targets = {
+        "epsilon": noise,
+        "sample": clean,
+        "v_prediction": DDPMScheduler.get_velocity(scheduler, clean, noise, steps.long()),
+    }
+    assert (path.target(clean, noise, t) - targets[kind]).abs().max() <= 1e-6
+
+
+def test_a_diffusion_model_needs_its_scheduler(tmp_path: Path) -> None:
+    model = families.made("pixart-sigma")
+    spec = model_spec(model)
+    with pytest.raises(ValueError, match=r"pass scheduler=pipe\.scheduler"):
+        Trainer(TrainConfig(out=tmp_path), model, FamilyData("pixart-sigma", spec))
+    with pytest.raises(ValueError, match="prediction_type must be"):
+        path_of(spec, DDPMScheduler(prediction_type="flow_prediction"))
