@@ -28,6 +28,7 @@ from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.neighbours import refuse_neighbours, register_innermost, unregister
 from shiva_dit.models.spec import bind, given
 from shiva_dit.modules.context import time_features
 from shiva_dit.modules.updates import RejectedUpdates
@@ -88,11 +89,14 @@ class Attachment:
             )
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
+        refuse_neighbours(model, model.modules())
         self.passes = Passes()
         self.hooks = [
             BlockHook(self, selector, updates, block, index, self.passes)
             for index, block in enumerate(self.blocks)
         ]
+        # Where hooks that come later are looked for: they are put on all blocks.
+        self._watched = [m for b in (self.blocks[0], self.blocks[-1]) for m in b.modules()]
         self._slots = {id(b): h.slot for b, h in zip(self.blocks, self.hooks, strict=True)}
         try:
             self._register(gate_values)
@@ -102,9 +106,9 @@ class Attachment:
 
     def _register(self, gate_values: bool) -> None:
         for block, hook in zip(self.blocks, self.hooks, strict=True):
-            registry = HookRegistry.check_if_exists_or_initialize(block)
+            HookRegistry.check_if_exists_or_initialize(block)
             self._undo.append(partial(_unregister, block))
-            registry.register_hook(hook, HOOK_NAME)
+            register_innermost(block, hook, HOOK_NAME)
         if gate_values:
             self._undo += self._gate_values()
         registers: list[Callable[[], Any]] = [
@@ -205,6 +209,7 @@ class Attachment:
         self._forget()  # an interrupted forward (Ctrl-C) leaves its state: torch skips the hook
         if not self.enabled:
             return
+        refuse_neighbours(model, self._watched)
         if self.backbone is not None:
             self.backbone.keep_on()
         arguments = bind(model, args, kwargs)
@@ -351,7 +356,8 @@ def _restore_compiled(block: nn.Module, before: Callable[..., Any] | None) -> No
 
 def _unregister(block: nn.Module) -> None:
     registry: HookRegistry = block._diffusers_hook  # type: ignore[assignment]
-    registry.remove_hook(HOOK_NAME, recurse=False)
+    if HOOK_NAME in registry.hooks:
+        unregister(registry, HOOK_NAME)
     if registry.hooks:
         return
     # The registry leaves itself and the bound forward behind as instance attributes.
