@@ -13,8 +13,6 @@ import shiva_dit
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.methods.norm import NormSelector
-from shiva_dit.models import block_hook as seam
 from shiva_dit.models.attach import Attachment, GatedForward, attach
 from shiva_dit.models.families import MODELS, block_spec, model_spec
 from shiva_dit.models.spec import mean_text
@@ -48,24 +46,6 @@ def test_ratio_one_is_the_bare_model_to_the_bit(name: str) -> None:
     assert not torch.equal(pruned, bare)
 
 
-def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block gathers all tokens, in an order of chance that differs by sample."""
-    generator = torch.Generator().manual_seed(4)
-
-    def permutation(scores: Tensor, k: int) -> Tensor:
-        assert k == scores.shape[1] == families.TOKENS
-        return torch.rand(scores.shape, generator=generator).argsort(dim=-1)
-
-    attachment = attach(model, NormSelector(), families.schedule(model, [[families.TOKENS] * 4]))
-
-    def force(module: nn.Module, args: Any) -> None:
-        for hook in attachment.hooks[:4]:
-            hook.slot.state.dense = False
-
-    monkeypatch.setattr(seam, "select_top_k", permutation)
-    model.register_forward_pre_hook(force)
-
-
 @every
 @pytest.mark.parametrize("batch", [1, 2])
 def test_gathering_all_tokens_in_any_order_changes_nothing(
@@ -74,7 +54,7 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
     model, given = families.made(name), families.arguments(name, batch)
     with torch.no_grad():
         bare = families.run(model, given)
-        force_permutation(model, monkeypatch)
+        families.force_permutation(model, monkeypatch)
         permuted = families.run(model, given)
     assert (permuted - bare).norm() <= 2e-6 * bare.norm()
 
@@ -88,7 +68,7 @@ def test_rows_that_stay_behind_are_noticed(
     model, given = families.made(name), families.arguments(name, batch)
     with torch.no_grad():
         bare = families.run(model, given)
-        force_permutation(model, monkeypatch)
+        families.force_permutation(model, monkeypatch)
         for block in model_spec(model).blocks(model):
             block._diffusers_hook.get_hook("shiva_dit").rows = []
         permuted = families.run(model, given)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.norm import NormSelector
+from shiva_dit.models import block_hook as seam
+from shiva_dit.models.attach import attach
 from shiva_dit.models.families import model_spec
 from tests import tiny
 from tests.families import newer_stills, stills, videos
@@ -57,6 +61,24 @@ def schedule(model: nn.Module, counts: list[list[int]]) -> Schedule:
     """Counts of the four blocks; further ones are those that can't be pruned."""
     full = len(model_spec(model).full_blocks(model))
     return tiny.from_counts([row + [TOKENS] * full for row in counts])
+
+
+def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block gathers all tokens, in an order of chance that differs by sample."""
+    generator = torch.Generator().manual_seed(4)
+
+    def permutation(scores: Tensor, k: int) -> Tensor:
+        assert k == scores.shape[1] == TOKENS
+        return torch.rand(scores.shape, generator=generator).argsort(dim=-1)
+
+    attachment = attach(model, NormSelector(), schedule(model, [[TOKENS] * 4]))
+
+    def force(module: nn.Module, args: Any) -> None:
+        for hook in attachment.hooks[:4]:
+            hook.slot.state.dense = False
+
+    monkeypatch.setattr(seam, "select_top_k", permutation)
+    model.register_forward_pre_hook(force)
 
 
 def run(model: nn.Module, given: dict[str, Any]) -> Tensor:

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from shiva_dit.config import from_dict
+from shiva_dit.experiments.compare import Comparison
+
 BY_SEED = "_by_seed"
 SCHEDULES = "schedules"
 
@@ -26,7 +29,10 @@ def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if any(not record.keys() >= {"config", "rows", "runs_at"} for record in records):
         raise ValueError("one of these is no record of a comparison (`shiva-dit compare`).")
     first = records[0]
-    plain = [{**record["config"], "seeds": None} for record in records]
+    # Read as recipes are: what a record was written without counts as its default.
+    plain = [
+        from_dict(Comparison, {**record["config"], "seeds": [0]}, "a record") for record in records
+    ]
     names = [[row["method"] for row in record["rows"]] for record in records]
     for record, config, methods in zip(records[1:], plain[1:], names[1:], strict=True):
         if config != plain[0] or methods != names[0]:

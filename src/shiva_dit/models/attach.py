@@ -25,7 +25,7 @@ from shiva_dit.core.schedule import KeepTable, Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.backbone import TunedBackbone
-from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes
+from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.neighbours import refuse_neighbours, register_innermost, unregister
@@ -46,7 +46,7 @@ class GatedForward:
     """Makes the gates of a block; None trains nothing there."""
 
 
-class Attachment:
+class Attachment(Uncopied):
     """A selector on a model. Made by `attach`; `detach` takes it off again."""
 
     def __init__(

@@ -99,7 +99,23 @@ class Slot:
         self.state = BlockState(k=0, dense=True)
 
 
-class BlockHook(ModelHook):
+class Uncopied:
+    """Belongs to one running model: neither copied nor pickled with it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise RuntimeError(
+            "a model with an adapter attached cannot be deep-copied: the copy would run the "
+            "original's blocks. Call shiva_dit.remove(model) first, copy, and apply to both."
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError(
+            "a model with an adapter attached cannot be pickled: use its save_pretrained and the "
+            "adapter's, or call shiva_dit.remove(model) first, and apply again where it is loaded."
+        )
+
+
+class BlockHook(Uncopied, ModelHook):
     """Gather, run, scatter around one block.
 
     Args:
@@ -232,9 +248,3 @@ class BlockHook(ModelHook):
         if self.spec.values_of_text_last:
             return torch.cat([gates.value(values[:, :k]), values[:, k:]], dim=1)
         return torch.cat([values[:, :text], gates.value(values[:, text:])], dim=1)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise RuntimeError(
-            "a model with an adapter attached cannot be deep-copied: the copy would run the "
-            "original's blocks. Call shiva_dit.remove(model) first, copy, and apply to both."
-        )
