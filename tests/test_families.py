@@ -90,7 +90,8 @@ def test_exactly_k_tokens_run_in_every_block(name: str) -> None:
             seen.append(output.shape[1] - (text if inside else 0))
 
         module.register_forward_hook(count)
-    for t, counts in zip(TIMES, COUNTS, strict=True):
+    least = model_spec(model).least_tokens
+    for t, counts in zip(TIMES, families.at_least(COUNTS, least), strict=True):
         seen.clear()
         with torch.no_grad():
             families.run(model, families.arguments(name, t=t))
@@ -187,7 +188,7 @@ def test_flops_are_what_the_counter_counts(name: str) -> None:
     with torch.no_grad(), counter:
         families.run(model, given)
     spec = model_spec(model)
-    text = 0 if name == "dit" else families.TEXT
+    text = families.FAMILIES[name].text
     assert spec.flops(model, families.TOKENS, text).dense() == counter.get_total_flops()
 
 
@@ -224,6 +225,13 @@ def test_blocks_that_take_a_skip_keep_all_their_tokens() -> None:
     assert tiny.adapter(model).config.full_blocks == (0, 4, 5)
     with pytest.raises(ValueError, match=r"blocks \[4, 5\] of HunyuanDiT2DModel .* full_blocks"):
         attach(model, tiny.adapter(model).selector(), Schedule.uniform(0.5, num_blocks=6))
+
+
+def test_fewer_tokens_than_a_block_takes_are_refused() -> None:
+    model = families.made("allegro")
+    attach(model, tiny.adapter(model).selector(), tiny.from_counts([[64, 33, 1, 48]]))
+    with pytest.raises(ValueError, match=r"run on 2 tokens at least, .* keeps 1: .* multiple=2"):
+        families.run(model, families.arguments("allegro"))
 
 
 def test_prompts_of_two_lengths_are_refused_where_the_image_would_lie_elsewhere() -> None:

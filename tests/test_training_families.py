@@ -19,7 +19,7 @@ from shiva_dit.training.recipe import OptimizerConfig, PolicyConfig, TrainConfig
 from shiva_dit.training.trainer import Trainer
 from tests import families
 
-SHARED = "img_ids", "txt_ids", "image_rotary_emb"
+SHARED = "img_ids", "txt_ids", "position_ids", "image_rotary_emb"
 
 
 class FamilyData:

@@ -49,7 +49,7 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
     def pick(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: pick(key, inner) for key, inner in value.items()}
-        shared = "img_ids", "txt_ids", "image_rotary_emb"
+        shared = "img_ids", "txt_ids", "position_ids", "image_rotary_emb"
         if value is None or isinstance(value, int) or name in shared:
             return value
         return value[index : index + 1]
@@ -57,10 +57,16 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
     return {name: pick(name, value) for name, value in given.items()}
 
 
+def at_least(counts: list[list[int]], least: int) -> list[list[int]]:
+    """The counts, with more tokens where these are too few."""
+    return [[max(k, least) for k in row] for row in counts]
+
+
 def schedule(model: nn.Module, counts: list[list[int]]) -> Schedule:
-    """Counts of the four blocks; further ones are those that can't be pruned."""
-    full = len(model_spec(model).full_blocks(model))
-    return tiny.from_counts([row + [TOKENS] * full for row in counts])
+    """Counts of the four blocks, as the model takes them; further ones can't be pruned."""
+    spec = model_spec(model)
+    full = len(spec.full_blocks(model))
+    return tiny.from_counts([row + [TOKENS] * full for row in at_least(counts, spec.least_tokens)])
 
 
 def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

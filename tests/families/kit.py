@@ -29,6 +29,8 @@ class Family:
     """Tokens that the model adds to the text."""
     recomputes: bool = True
     """Whether gradient checkpointing is there, and gives the model's own gradients."""
+    text: int = TEXT
+    """Text tokens that FLOPs are asked for."""
     rows: str | None = None
     """An argument of its blocks that holds a row per image token, if there is one."""
 

@@ -258,7 +258,7 @@ FAMILIES: dict[str, Family] = {
         arguments=lambda batch, t: _pixart_arguments(batch, t, sigma=False),
         narrow=narrow_latents,
     ),
-    "dit": Family(build=_dit, arguments=_dit_arguments, narrow=None),
+    "dit": Family(build=_dit, arguments=_dit_arguments, narrow=None, text=0),
     "qwen-image": Family(
         build=lambda: _qwen(edit=False),
         arguments=_qwen_arguments,

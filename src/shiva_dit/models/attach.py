@@ -227,6 +227,12 @@ class Attachment(Uncopied):
         share = False
         if gated is None:
             counts = self._row(num_tokens, timestep)
+            if min(counts) < self.spec.least_tokens:
+                raise ValueError(
+                    f"blocks of {type(model).__name__} run on {self.spec.least_tokens} tokens at "
+                    f"least, and the schedule keeps {min(counts)}: apply with "
+                    f"multiple={self.spec.least_tokens}."
+                )
             share = self.shares_halves is not None and self.shares_halves(arguments)
         else:
             counts = gated.counts
@@ -300,7 +306,7 @@ class Attachment(Uncopied):
     ) -> None:
         del module, args
         if self._context is not None:  # some models append times of their own: ours come first
-            self._condition(output[: len(self._context)])
+            self._condition(output[: len(self._context)].flatten(1))  # (B, Dt) or (B, 1, Dt)
 
     def _condition(self, time: Tensor) -> None:
         """Compute what routers and updates read beside tokens."""

@@ -47,8 +47,9 @@ class Passes(StateManager):
 
     @property
     def name(self) -> str | None:
-        """Name of the running pass, if the pipeline says it."""
-        return None if self._context is None else self._context.name
+        """Name of the running pass, if the pipeline says it: "cond" and "uncond" among others."""
+        name = None if self._context is None else self._context.name
+        return name and name.removeprefix("pred_")
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Forget pass and lead."""

@@ -21,7 +21,8 @@ class SnapshotCheckpoint:
 
     def __call__(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The block through the wrapped function; other modules as they are."""
-        slot = self.slots.get(id(module))
+        block = getattr(module, "__self__", module)  # some models hand its `__call__` over
+        slot = self.slots.get(id(block))
         if slot is None:
             return self.original(module, *args, **kwargs)
         return self.original(_WithState(module, slot), *args, **kwargs)

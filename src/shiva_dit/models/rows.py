@@ -65,6 +65,21 @@ def of_batch_one(
     return tuple(table[0][chosen] for table in tables)
 
 
+def of_pairs(
+    mask: Shaped[Tensor, "1 1 N N"], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B 1 k k"]:
+    """A mask over pairs of image tokens, one for all samples."""
+    del num_tokens
+    return mask[0, 0][chosen[:, :, None], chosen[:, None, :]][:, None]
+
+
+def of_heads(
+    table: Shaped[Tensor, "B 1 N ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B 1 k ..."]:
+    """A rotary table by sample with a dimension for the heads."""
+    return by_token(table[:, 0], chosen, num_tokens)[:, None]
+
+
 def of_each(
     tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
 ) -> tuple[Tensor, ...]:
@@ -96,11 +111,13 @@ def key_bias(
 
 
 def mask_after_text(
-    mask: Shaped[Tensor, "B S"], chosen: Int[Tensor, "B k"], num_tokens: int
+    mask: Shaped[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
 ) -> Shaped[Tensor, "B ..."]:
-    """A mask of text and image (B, T + N), the text's entries first: those stay."""
-    text = mask.shape[1] - num_tokens
-    return torch.cat([mask[:, :text], mask[:, text:].gather(1, chosen)], dim=1)
+    """A mask of text and image, (B, T + N) or (B, 1, 1, T + N), the text's entries first."""
+    start = mask.shape[-1] - num_tokens
+    text, image = mask[..., :start], mask[..., start:]
+    index = chosen if mask.ndim == 2 else chosen[:, None, None]
+    return torch.cat([text, image.gather(-1, index)], dim=-1)
 
 
 def mask_before_text(

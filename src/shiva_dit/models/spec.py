@@ -92,6 +92,8 @@ class ModelSpec:
     """Text tokens T of the model's own pipelines, by default."""
     full_blocks: Callable[[nn.Module], tuple[int, ...]] = lambda model: ()
     """Blocks that can't be pruned, since they change tokens that they aren't given."""
+    least_tokens: int = 1
+    """Fewest image tokens that a block can run on."""
     tokens: Callable[[nn.Module, Any], int]
     """Number of image tokens N for latents, as the model takes them."""
     dims: Callable[[nn.Module], ModelDims]

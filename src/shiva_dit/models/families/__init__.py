@@ -5,19 +5,23 @@ from __future__ import annotations
 from torch import nn
 
 from shiva_dit.models.families import (
+    allegro,
     auraflow,
     chroma,
     cogvideox,
     cogview,
     dit,
+    easyanimate,
     flux,
     flux2,
     hunyuan_dit,
     hunyuan_video,
+    krea2,
     ltx,
-    lumina2,
+    lumina,
     mochi,
     pixart,
+    prx,
     qwen_image,
     sd3,
     wan,
@@ -27,8 +31,8 @@ from shiva_dit.models.spec import BlockSpec, ModelSpec
 
 FAMILIES = (
     *(sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview),
-    *(flux2, z_image, lumina2, hunyuan_dit),
-    *(wan, ltx, cogvideox, hunyuan_video, mochi),
+    *(flux2, z_image, lumina, hunyuan_dit, prx, krea2),
+    *(wan, ltx, cogvideox, hunyuan_video, mochi, allegro, easyanimate),
 )
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
 MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}

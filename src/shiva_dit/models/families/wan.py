@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, ChronoEdit: video, cross attention, rotary tables with a batch of one."""
+"""Wan and its kin: video, cross attention, rotary tables with a batch of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
-from shiva_dit.models.rows import by_token, of_batch_one
+from shiva_dit.models.rows import by_token, of_batch_one, of_pairs
 from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, text_mean
 
 
@@ -42,7 +42,15 @@ def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
     macs = num_tokens * width * patch * (config.in_channels + config.out_channels)
     macs += text_tokens * (config.text_dim * width + width * width)
     macs += config.freq_dim * width + width * width + 6 * width * width
-    return ModelFlops(blocks=(block,) * len(model.blocks), constant=2 * macs, num_tokens=num_tokens)
+    if getattr(config, "inject_sample_info", False):  # SkyReels embeds the frame rate
+        macs += width * width + width * 6 * width
+    constant = 2 * macs
+    if hasattr(model, "vace_blocks"):  # they read what blocks never touch, so they stay whole
+        sides = len(model.vace_blocks)
+        projections = (1 + sides) * num_tokens * width * width
+        embedding = num_tokens * width * patch * config.vace_in_channels
+        constant += sides * block.flops(num_tokens) + 2 * (projections + embedding)
+    return ModelFlops(blocks=(block,) * len(model.blocks), constant=constant, num_tokens=num_tokens)
 
 
 BLOCKS = (
@@ -50,6 +58,11 @@ BLOCKS = (
         block_class="WanTransformerBlock",
         value_modules=("attn1.to_v",),
         rows={"rotary_emb": of_batch_one, "temb": by_token},
+    ),
+    BlockSpec(
+        block_class="SkyReelsV2TransformerBlock",
+        value_modules=("attn1.to_v",),
+        rows={"rotary_emb": of_batch_one, "temb": by_token, "attention_mask": of_pairs},
     ),
 )
 
@@ -73,4 +86,6 @@ _WAN = ModelSpec(
 MODELS = (
     _WAN,
     replace(_WAN, model_class="ChronoEditTransformer3DModel", name="ChronoEdit"),
+    replace(_WAN, model_class="WanVACETransformer3DModel", name="Wan VACE"),
+    replace(_WAN, model_class="SkyReelsV2Transformer3DModel", name="SkyReels V2"),
 )
