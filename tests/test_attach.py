@@ -498,14 +498,17 @@ def test_a_schedule_of_another_depth_is_refused() -> None:
     assert tiny.footprint(model) == before
 
 
-def test_an_unsupported_model_is_refused_with_the_supported_ones() -> None:
+def test_an_unsupported_model_is_refused_with_the_reason() -> None:
     sana = families.unsupported()
-    message = r"SanaTransformer2DModel is not supported\. Supported: .*, SD3Transformer2DModel"
+    message = "SanaTransformer2DModel can't be served: its feed-forward is a convolution"
     for call in (attachment_of, lambda m: attach(m, NormSelector(), tiny.from_counts(COUNTS))):
         with pytest.raises(ValueError, match=message):
             call(sana)
     with pytest.raises(ValueError, match="class SanaTransformerBlock are not supported"):
         block_spec(sana.transformer_blocks[0])
+    message = r"Linear is not supported\. Supported: .*, SD3Transformer2DModel"
+    with pytest.raises(ValueError, match=message):
+        attachment_of(nn.Linear(1, 1))
 
 
 def test_a_block_without_the_expected_argument_is_refused() -> None:

@@ -188,6 +188,9 @@ class SupportedModel:
     """What routers read of the prompt, beside the tokens."""
     guidance: str
     """How its pipelines run the two passes of guidance: "one batch" or "in turn"."""
+    learned_by: str
+    """How its releases were trained: "flow matching", or by a "diffusion schedule", which training
+    an adapter then needs."""
 
 
 def supported() -> tuple[SupportedModel, ...]:
@@ -198,6 +201,7 @@ def supported() -> tuple[SupportedModel, ...]:
             model_class=spec.model_class,
             context=spec.context_is,
             guidance="in turn" if spec.halves is None else "one batch",
+            learned_by="diffusion schedule" if spec.diffusion else "flow matching",
         )
         for spec in MODELS.values()
     )

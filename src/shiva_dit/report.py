@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shiva_dit.api import supported
+from shiva_dit.models.families.refused import REFUSED
 
 _BLOCK = re.compile(
     r"(<!-- table (?P<kind>\w+)(?:: (?P<record>\S+))? -->\n)(?P<body>.*?)(<!-- end table -->)", re.S
@@ -20,7 +21,8 @@ def render(text: str, folder: Path) -> str:
     """A document with all its tables written anew.
 
     A table stands between `<!-- table KIND: RECORD -->` and `<!-- end table -->`; RECORD is a path
-    relative to the document. The table `models` has none: it says what is supported.
+    relative to the document. The tables `models` and `refused` have none: they say what the code
+    supports.
 
     Args:
         text: The document.
@@ -40,11 +42,11 @@ def render(text: str, folder: Path) -> str:
 
     def replace(match: re.Match[str]) -> str:
         kind = match["kind"]
-        if kind == "models":
-            return f"{match[1]}{models_table()}\n{match[5]}"
+        if kind in PLAIN_TABLES:
+            return f"{match[1]}{PLAIN_TABLES[kind]()}\n{match[5]}"
         if kind not in TABLES or match["record"] is None:
-            known = ", ".join(TABLES)
-            raise ValueError(f"there is no table {kind!r} of a record; known: {known}, models.")
+            known = ", ".join((*TABLES, *PLAIN_TABLES))
+            raise ValueError(f"there is no table {kind!r} of a record; known: {known}.")
         path = folder / match["record"]
         if not path.is_file():
             raise ValueError(f"the record {path} is missing.")
@@ -54,11 +56,17 @@ def render(text: str, folder: Path) -> str:
     return _BLOCK.sub(replace, text)
 
 
+def refused_table() -> str:
+    """Models that can't be served, and why, as Markdown."""
+    return markdown_rows([["class", "why not"], *([f"`{n}`", w] for n, w in REFUSED.items())])
+
+
 def models_table() -> str:
     """The supported models, as Markdown."""
-    rows = [["model", "class", "guidance", "context of the router"]]
+    rows = [["model", "class", "guidance", "context of the router", "learned by"]]
     for model in supported():
-        rows.append([model.name, f"`{model.model_class}`", model.guidance, model.context])
+        name = f"`{model.model_class}`"
+        rows.append([model.name, name, model.guidance, model.context, model.learned_by])
     return markdown_rows(rows)
 
 
@@ -299,6 +307,7 @@ def speed_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+PLAIN_TABLES: dict[str, Callable[[], str]] = {"models": models_table, "refused": refused_table}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "captions": caption_table,
     **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},

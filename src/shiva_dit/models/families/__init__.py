@@ -27,6 +27,7 @@ from shiva_dit.models.families import (
     wan,
     z_image,
 )
+from shiva_dit.models.families.refused import REFUSED
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
 FAMILIES = (
@@ -42,11 +43,13 @@ def model_spec(model: nn.Module) -> ModelSpec:
     """The spec of a model.
 
     Raises:
-        ValueError: If its class is not supported; the error lists those that are.
+        ValueError: If its class is not supported; the error says why, or lists those that are.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in MODELS:
             return MODELS[cls.__name__]
+        if cls.__name__ in REFUSED:
+            raise ValueError(f"{type(model).__name__} can't be served: {REFUSED[cls.__name__]}.")
     raise ValueError(
         f"{type(model).__name__} is not supported. Supported: {', '.join(sorted(MODELS))}. "
         "Pass the transformer of a pipeline, or the pipeline itself."
