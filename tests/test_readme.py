@@ -10,6 +10,8 @@ from diffusers import StableDiffusion3Pipeline
 
 import shiva_dit
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.demo.base import shipped_adapter
+from shiva_dit.demo.tasks import load_task
 from shiva_dit.models.attach import attachment_of
 from tests import tiny
 
@@ -55,3 +57,14 @@ def test_the_example_runs_as_written(
     assert not torch.equal(pruned, expected)
     assert "kept on average 50.0%" in capsys.readouterr().out
     assert attachment_of(model) is None
+
+
+def test_the_guides_first_example_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the adapter that ships in the place of the one that the command before it trains."""
+    guide = (README.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", guide, re.S)
+    assert code is not None
+    assert "runs/digits/adapter" in code[1]
+    shipped = shipped_adapter(load_task("digits"))
+    exec(code[1].replace("runs/digits/adapter", str(shipped)), {})
+    assert "SD3Transformer2DModel" in capsys.readouterr().out

@@ -67,20 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=_positive, default=2, help="methods run at a time")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
-    add = command("train", _train, "train an adapter by a recipe")
-    add("recipe", type=Path, help="a TOML file, such as recipes/digits.toml")
-    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--threads", type=_positive, help="threads; all cores by default, results depend on it")
-    add("--device", default="cpu", help="where it is trained, such as cuda")
-    add("--base", type=Path, help="folder of the task's backbone; the shipped one by default")
-
-    add = command("train-base", _train_base, "train a demo task's backbone and its judge")
-    add("--recipe", type=Path, help="such as recipes/scenes-base.toml; the digits' by default")
-    add("--out", type=Path, required=True, help="folder for weights and record")
-    add("--threads", type=_positive, default=1, help="threads; results depend on it")
-    add("--device", default="cpu", help="where it is trained, such as cuda")
-    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    _add_training(command)
 
     add = command("compare", _compare, "train and judge many recipes side by side")
     add("recipe", type=Path, help="such as recipes/compare-estimators-digits.toml")
@@ -109,6 +96,32 @@ def _parser() -> argparse.ArgumentParser:
     add = command("report", _report, "write tables and plots of documents from records")
     add("documents", nargs="+", type=Path, help="Markdown files")
     return parser
+
+
+def _add_training(command: Callable[..., Any]) -> None:
+    add = command("train", _train, "train an adapter by a recipe")
+    add("recipe", type=Path, help="a TOML file, such as recipes/digits.toml")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--threads", type=_positive, help="threads; all cores by default, results depend on it")
+    add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("--base", type=Path, help="folder of the task's backbone; the shipped one by default")
+    add("--data", type=Path, help="pictures that `encode` made, instead of the recipe's task")
+    add("--pipeline", help="folder or Hub id of the pipeline whose transformer learns from --data")
+
+    add = command("encode", _encode, "encode a folder of pictures and captions for training")
+    add("images", type=Path, help="pictures, each with a text file of the same name")
+    add("--pipeline", required=True, help="folder or Hub id of a Stable Diffusion 3 pipeline")
+    add("--out", type=Path, required=True, help="folder to fill, or to go on in")
+    add("--size", type=_positive, default=1024, help="side of the pictures in pixels")
+    add("--device", default="cpu", help="where the encoders run, such as cuda")
+
+    add = command("train-base", _train_base, "train a demo task's backbone and its judge")
+    add("--recipe", type=Path, help="such as recipes/scenes-base.toml; the digits' by default")
+    add("--out", type=Path, required=True, help="folder for weights and record")
+    add("--threads", type=_positive, default=1, help="threads; results depend on it")
+    add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
 
 def _positive(text: str) -> int:
@@ -158,14 +171,39 @@ def _train(options: argparse.Namespace) -> int:
         words += ["--threads", str(options.threads)]
     words += ["--device", options.device] if options.device != "cpu" else []
     words += ["--base", str(options.base)] if options.base is not None else []
+    words += ["--data", str(options.data)] if options.data is not None else []
+    words += ["--pipeline", options.pipeline] if options.pipeline is not None else []
     again = shlex.join(words)
-    model: Any = load_backbone(task, options.base or ASSETS)
+    if (options.data is None) != (options.pipeline is None):
+        raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
+    data: Any = task
+    if options.data is None:
+        model: Any = load_backbone(task, options.base or ASSETS)
+    else:
+        from diffusers import AutoModel
+
+        from shiva_dit.training.folder import FolderData
+
+        data = FolderData(options.data)
+        model = AutoModel.from_pretrained(options.pipeline, subfolder="transformer")
     model.to(usable_device(options.device))
     try:
-        print(train(recipe, model, task, resume=options.resume))
+        print(train(recipe, model, data, resume=options.resume))
     except TrainingInterrupted as stop:
         print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
         return 130
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from diffusers import DiffusionPipeline
+
+    from shiva_dit.demo.base import usable_device
+    from shiva_dit.training.folder import encode_folder
+
+    pipe = DiffusionPipeline.from_pretrained(options.pipeline, transformer=None)
+    pipe.to(usable_device(options.device))
+    print(encode_folder(pipe, options.images, options.out, size=options.size))
     return 0
 
 
