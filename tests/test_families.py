@@ -208,6 +208,33 @@ def test_another_resolution_runs_too(name: str) -> None:
     assert [found.shape[1] for found in chosen] == [16] * 3
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if families.FAMILIES[n].narrow is families.narrow_latents]
+)
+def test_odd_grids_run_too(name: str) -> None:
+    """Sides of 7 and 5 patches, in videos 3 frames of 3 by 3: all tokens as bare, and a third."""
+    model, given = families.made(name), families.arguments(name)
+    latents = given["hidden_states"]
+    odd = latents[..., :14, :10] if latents.ndim == 4 else latents[..., :6, :6]
+    frames = 2 if name == "skyreels-causal" else 3  # that one takes frames by twos
+    if latents.ndim == 5:
+        odd = odd.narrow(2, 0, frames)
+    given["hidden_states"] = odd
+    full = model_spec(model).full_blocks(model)
+    num_tokens = 35 if latents.ndim == 4 else frames * 9
+    with torch.no_grad():
+        bare = families.run(model, given)
+        for ratio in (1.0, 1 / 3):
+            schedule = Schedule.uniform(ratio, num_blocks=4 + len(full), full_blocks=(0, *full))
+            attachment = attach(model, tiny.adapter(model).selector(), schedule)
+            chosen: list[Tensor] = []
+            attachment.observer = lambda block, found, seen=chosen: seen.append(found)
+            found = families.run(model, given)
+            assert torch.isfinite(found).all()
+            assert torch.equal(found, bare) == (ratio == 1.0)
+    assert sum(tokens.shape[1] for tokens in chosen) == num_tokens  # a third in three blocks
+
+
 @pytest.mark.parametrize("name", ["wan", "ltx"])
 def test_a_time_for_every_token_is_refused(name: str) -> None:
     """Image to video keeps the first frame at time 0: one k can't fit both."""

@@ -15,6 +15,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     FluxPipeline,
     LTXPipeline,
     MochiPipeline,
@@ -360,8 +361,8 @@ def test_a_lead_is_gone_after_an_error_and_after_the_pipeline() -> None:
     assert attachment.passes.lead is None
 
 
-def test_images_can_be_changed_too() -> None:
-    """Image to image: the pipeline names no passes, so that each chooses for itself."""
+def flux_with_pictures(kind: Any) -> tuple[Any, Tensor]:
+    """A Flux pipeline that starts from pictures, and two of them."""
     made = Flux()
     vae = AutoencoderKL(
         latent_channels=1,
@@ -372,9 +373,14 @@ def test_images_can_be_changed_too() -> None:
         shift_factor=0.0,
     )
     tiny.randomize(vae, seed=5)
-    made.pipe = FluxImg2ImgPipeline(**{**made.pipe.components, "vae": vae.eval()})
+    made.pipe = kind(**{**made.pipe.components, "vae": vae.eval()})
     made.pipe.set_progress_bar_config(disable=True)
-    image = text(2, 3, 128, 128, seed=6).clamp(-1, 1)
+    return made, text(2, 3, 128, 128, seed=6).clamp(-1, 1)
+
+
+def test_images_can_be_changed_too() -> None:
+    """Image to image: the pipeline names no passes, so that each chooses for itself."""
+    made, image = flux_with_pictures(FluxImg2ImgPipeline)
     bare = made(True, image=image, strength=0.5)
     with calls_of(applied(made)) as calls:
         pruned = made(True, image=image, strength=0.5)
@@ -382,3 +388,23 @@ def test_images_can_be_changed_too() -> None:
     assert torch.isfinite(pruned).all()
     assert not torch.equal(pruned, bare)
     assert any(not torch.equal(calls[0][b], calls[1][b]) for b in calls[0])
+
+
+def test_a_part_of_an_image_can_be_painted_anew() -> None:
+    """Inpainting: at ratio 1 to the bit; what the mask leaves alone stays, pruned or not."""
+    made, image = flux_with_pictures(FluxInpaintPipeline)
+    mask = torch.zeros(2, 1, 128, 128)
+    mask[..., 64:] = 1.0
+
+    def paint() -> Tensor:
+        return made(False, image=image, mask_image=mask, strength=0.75)
+
+    bare = paint()
+    model = made.pipe.transformer
+    shiva_dit.apply(made.pipe, tiny.adapter(model), keep_ratio=1.0)
+    assert torch.equal(paint(), bare)
+    applied(made)
+    pruned = paint()
+    kept = (torch.arange(64) % 8 < 4).expand(2, -1)  # packed latents, left half of each row
+    assert torch.equal(pruned[kept], bare[kept])
+    assert not torch.equal(pruned, bare)

@@ -16,9 +16,9 @@ from shiva_dit.models.attach import attach
 from shiva_dit.models.families import model_spec
 from tests import tiny
 from tests.families import newer_stills, stills, videos
-from tests.families.kit import TEXT, TOKENS, Family
+from tests.families.kit import TEXT, TOKENS, Family, narrow_latents
 
-__all__ = ["FAMILIES", "TEXT", "TOKENS"]
+__all__ = ["FAMILIES", "TEXT", "TOKENS", "narrow_latents"]
 
 FAMILIES: dict[str, Family] = {
     **stills.FAMILIES,
