@@ -94,11 +94,10 @@ def test_a_pipeline_runs_unmodified(kind: str, guidance: float) -> None:
     "options",
     [
         {},
-        {"num_images_per_prompt": 3},
         {"num_inference_steps": 1},
         {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0},
     ],
-    ids=["plain", "several images", "one step", "skip-layer guidance"],
+    ids=["plain", "one step", "skip-layer guidance"],
 )
 def test_ratio_one_gives_the_same_images(
     kind: str, guidance: float, options: dict[str, Any]
@@ -106,7 +105,6 @@ def test_ratio_one_gives_the_same_images(
     model = tiny.sd3(kind)
     pipe = tiny.pipeline(model)
     dense = tiny.generate(pipe, guidance, **options)
-    assert len(dense) == 2 * options.get("num_images_per_prompt", 1)
     shiva_dit.apply(pipe, adapter_for(model), keep_ratio=1.0)
     assert torch.equal(tiny.generate(pipe, guidance, **options), dense)
     shiva_dit.apply(pipe, adapter_for(model))

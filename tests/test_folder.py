@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -181,10 +182,23 @@ def test_from_pictures_to_an_adapter_on_the_command_line(
     assert cli.main(["train", str(recipe), *short, *out, "--data", str(data), *words]) == 0
     assert str(tmp_path / "run" / "adapter") in capsys.readouterr().out
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
-    shiva_dit.apply(pipe, tmp_path / "run" / "adapter")
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a picture", num_inference_steps=2, height=SIDE, width=SIDE).images[0]
-    assert image.size == (SIDE, SIDE)
+
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "num_images_per_prompt": 2, "output_type": "pt"}
+        return pipe("a picture", height=SIDE, width=SIDE, generator=generator, **options).images
+
+    dense = draw()
+    shiva_dit.apply(pipe, tmp_path / "run" / "adapter")
+    pruned = draw()
+    assert pruned.shape == (2, 3, SIDE, SIDE)
+    assert torch.isfinite(pruned).all()
+    assert not torch.equal(pruned, dense)
+    shiva_dit.remove(pipe)
+    assert torch.equal(draw(), dense)
+    shiva_dit.apply(pipe, tiny.adapter(pipe.transformer), keep_ratio=1.0)
+    assert torch.equal(draw(), dense)
 
 
 def test_data_and_pipeline_go_together(capsys: pytest.CaptureFixture[str]) -> None:
