@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
@@ -90,7 +90,7 @@ def flat_rows(indices: Int[Tensor, "B k"], num_tokens: int) -> Int[Tensor, " B*k
     return (indices + offsets[:, None]).flatten()
 
 
-def gather_tokens(x: Float[Tensor, "B N D"], indices: Int[Tensor, "B k"]) -> Float[Tensor, "B k D"]:
+def gather_tokens(x: Shaped[Tensor, "B N D"], indices: Int[Tensor, "B k"]) -> Shaped[Tensor, "B k D"]:
     """The chosen tokens of each sample, in the order of the indices.
 
     >>> gather_tokens(torch.arange(6.0).view(1, 3, 2), torch.tensor([[0, 2]]))

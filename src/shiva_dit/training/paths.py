@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from shiva_dit.models.spec import ModelSpec
 from shiva_dit.training.objective import interpolate
 
 
+@runtime_checkable
 class NoisePath(Protocol):
     """From clean samples to noise, as a model learned it."""
 

@@ -21,8 +21,12 @@ def _padded(tokens: int) -> int:
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 
-def _tokens(model: Any, sample: Sequence[Float[Tensor, "C F H W"]]) -> int:
-    """Image tokens, padding included.
+def _tokens(model: Any, sample: Sequence[Any] | Tensor) -> int:
+    """Image tokens of pictures (C, F, H, W), padding included.
+
+    Args:
+        model: The transformer.
+        sample: A list of them as pipelines pass it, or a batch.
 
     Raises:
         ValueError: If images differ in size, or others are there to go by (omni mode).
