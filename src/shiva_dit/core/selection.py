@@ -90,7 +90,9 @@ def flat_rows(indices: Int[Tensor, "B k"], num_tokens: int) -> Int[Tensor, " B*k
     return (indices + offsets[:, None]).flatten()
 
 
-def gather_tokens(x: Shaped[Tensor, "B N D"], indices: Int[Tensor, "B k"]) -> Shaped[Tensor, "B k D"]:
+def gather_tokens(
+    x: Shaped[Tensor, "B N D"], indices: Int[Tensor, "B k"]
+) -> Shaped[Tensor, "B k D"]:
     """The chosen tokens of each sample, in the order of the indices.
 
     >>> gather_tokens(torch.arange(6.0).view(1, 3, 2), torch.tensor([[0, 2]]))
