@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 # Shape annotations are enforced at run time, save in the tests that compile: it breaks the graph.
-COMPILED := tests/test_compile.py tests/test_readme.py
+COMPILED := tests/test_compile.py tests/test_composition.py tests/test_readme.py
 SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=,$(COMPILED))
 
 .PHONY: quickstart test check fix report results-estimators install clean

@@ -34,11 +34,6 @@ def add_lora(model: Any, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the model has none of these layers, or diffusers gives its class no LoRA.
     """
-    if not hasattr(model, "add_adapter"):
-        raise ValueError(
-            f"{type(model).__name__} takes no LoRA in this version of diffusers: train with "
-            'backbone="full" or "frozen".'
-        )
     active = _active(model)
     targets = [
         name
@@ -49,6 +44,11 @@ def add_lora(model: Any, settings: Mapping[str, Any]) -> None:
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no linear layers in attention to put a LoRA on."
+        )
+    if not hasattr(model, "add_adapter"):
+        raise ValueError(
+            f"{type(model).__name__} takes no LoRA in this version of diffusers: train with "
+            'backbone="full" or "frozen".'
         )
     with _same_flags(model):
         model.add_adapter(LoraConfig(target_modules=targets, **settings), adapter_name=PEFT_NAME)
