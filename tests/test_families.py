@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.attach import Attachment, GatedForward, attach
 from shiva_dit.models.families import MODELS, block_spec, model_spec
 from shiva_dit.models.spec import mean_text
+from shiva_dit.report import markdown_rows
 from tests import families, tiny
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 NAMES = tuple(families.FAMILIES)
 every = pytest.mark.parametrize("name", NAMES)
 ROWS = [name for name in NAMES if families.FAMILIES[name].rows]
@@ -298,3 +301,36 @@ def test_the_mean_of_a_text_leaves_padding_out() -> None:
         assert mean_text(text, padding).tolist() == [[2.0], [3.0]]
     assert mean_text(text, torch.zeros(2, 3)).tolist() == [[0.0], [0.0]]
     assert mean_text(text, None)[1].tolist() == [3.0]
+
+
+# --- the document -------------------------------------------------------------------------------
+
+
+def tested() -> str:
+    """A row for every class: what was built of it, and which of the tests above it had."""
+    rows: dict[str, list[str]] = {}
+    for name in NAMES:
+        family, model = families.FAMILIES[name], families.FAMILIES[name].build()
+        spec = model_spec(model)
+        row = rows.setdefault(spec.model_class, [f"`{spec.model_class}`", "", "no", "no", "no"])
+        row[1] += f", {name}" if row[1] else name
+        row[2] = "yes" if family.rows else row[2]
+        row[3] = "yes" if family.recomputes else row[3]
+        row[4] = "yes" if hasattr(model, "add_adapter") else row[4]
+    head = ["class", "built small as", "rows to gather", "gradient checkpointing", "LoRA trained"]
+    return markdown_rows([head, *rows.values()])
+
+
+def document() -> str:
+    """docs/models.md with the table of what is tested."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    start, end = "<!-- tested -->\n", "<!-- end tested -->"
+    return f"{text.split(start)[0]}{start}{tested()}\n{end}{text.split(end)[1]}"
+
+
+def test_the_document_says_what_is_tested() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == document(), "run `python -m tests.test_families`"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(), encoding="utf-8")

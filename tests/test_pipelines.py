@@ -382,6 +382,8 @@ def test_images_can_be_changed_too() -> None:
     """Image to image: the pipeline names no passes, so that each chooses for itself."""
     made, image = flux_with_pictures(FluxImg2ImgPipeline)
     bare = made(True, image=image, strength=0.5)
+    shiva_dit.apply(made.pipe, tiny.adapter(made.pipe.transformer), keep_ratio=1.0)
+    assert torch.equal(made(True, image=image, strength=0.5), bare)
     with calls_of(applied(made)) as calls:
         pruned = made(True, image=image, strength=0.5)
     assert len(calls) == 2 * STEPS // 2
