@@ -156,6 +156,27 @@ def test_loras_are_swapped_while_applied() -> None:
     assert torch.equal(case.run(), second)
 
 
+@cells("LoRA, hot-swapped in place", "works", "as with the other from the start, to the bit")
+def test_a_lora_is_hot_swapped_while_applied(tmp_path: Path) -> None:
+    case, (bare, pruned) = Case(), with_lora("mine")
+    donor: Any = tiny.sd3()
+    add_lora(donor, "mine", seed=11)
+    donor.save_lora_adapter(tmp_path, adapter_name="mine")
+    add_lora(case.model, "mine", seed=12)
+    case.apply()
+    assert not torch.equal(case.run(), pruned)
+    case.model.load_lora_adapter(
+        tmp_path,
+        adapter_name="mine",
+        prefix=None,
+        hotswap=True,
+        weight_name="pytorch_lora_weights.safetensors",
+    )
+    assert torch.equal(case.run(), pruned)
+    shiva_dit.remove(case.model)
+    assert torch.equal(case.run(), bare)
+
+
 @cells("LoRA, fused and unfused again", "works", "fused as unfused, within 1e-5", order=True)
 def test_a_fused_lora(first: bool) -> None:
     case, (bare, pruned) = Case(), with_lora("mine")
