@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# All GPU timings in one call: benchmarks/gpu.sh OUT [WHEELS]
+# All GPU timings in one call of at most nine minutes:
+#   benchmarks/gpu.sh OUT [WHEELS]      records into OUT
+#   benchmarks/gpu.sh --tiny OUT        the same commands on a tiny model and a CPU, to try them
 # Needs a Python >= 3.11 with torch >= 2.11, transformers, accelerate, peft and jaxtyping. WHEELS is
 # a folder with what is missing there (diffusers), as wheels; nothing is downloaded.
 set -uo pipefail
-out=${1:?usage: benchmarks/gpu.sh OUT [WHEELS]}
+tiny=
+if [ "${1:-}" = --tiny ]; then tiny=1; shift; fi
+out=${1:?usage: benchmarks/gpu.sh [--tiny] OUT [WHEELS]}
 here=$(cd "$(dirname "$0")/.." && pwd)
 path=$here/src
 if [ -n "${2:-}" ]; then
@@ -13,8 +17,19 @@ if [ -n "${2:-}" ]; then
 fi
 export PYTHONPATH=$path HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 status=0
-for batch in 1 4; do
-  mkdir -p "$out/batch$batch"
-  timeout 270 python3 "$here/benchmarks/gpu.py" --out "$out/batch$batch" --batch $batch || status=$?
-done
+time_it() {  # seconds at most, then what `shiva-dit benchmark` takes
+  local limit=$1
+  shift
+  timeout "$limit" python3 -m shiva_dit.cli benchmark "$@" --out "$out" || status=$?
+}
+if [ -n "$tiny" ]; then
+  small="--eager --dtype float32 --repeats 2 --threads 1"
+  for batch in 1 4; do time_it 60 sd3-tiny $small --batch "$batch"; done
+  time_it 60 sd3-tiny $small --size 256
+  exit $status
+fi
+time_it 130 sd35-medium --device cuda --batch 1 --repeats 7
+time_it 150 sd35-medium --device cuda --batch 4 --repeats 5 --forwards 14
+time_it 120 flux-dev --device cuda --keep 0.8 0.6 --repeats 5 --forwards 7
+time_it 130 flux-dev --device cuda --keep 0.8 0.6 --size 2048 --repeats 3 --forwards 2
 exit $status

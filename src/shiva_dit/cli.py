@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for record and plot; runs/<what> by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")
 
+    _add_benchmark(command)
+
     command("doctor", _doctor, "say what is installed, and what it is enough for")
 
     add = command("report", _report, "write tables and plots of documents from records")
@@ -122,6 +124,32 @@ def _add_training(command: Callable[..., Any]) -> None:
     add("--threads", type=_positive, default=1, help="threads; results depend on it")
     add("--device", default="cpu", help="where it is trained, such as cuda")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+
+
+def _add_benchmark(command: Callable[..., Any]) -> None:
+    add = command("benchmark", _benchmark, "time a dense transformer against its pruned selves")
+    add("model", help="such as sd35-medium, flux-dev, sd3-small; a wrong name lists all")
+    add("--keep", type=float, nargs="*", default=[0.8, 0.6, 0.4], help="mean share of tokens kept")
+    add("--adapter", help="folder or Hub id, timed with its schedule; else equal ratios")
+    add("--size", type=_size, metavar="WxH", help="pixels, such as 1024 or 832x480")
+    add("--text-tokens", type=_positive, help="those of the model's pipelines by default")
+    add("--batch", type=_positive, default=1, help="samples per forward")
+    add("--steps", type=_positive, default=28, help="steps of a sampling")
+    add("--forwards", type=_positive, help="steps timed together; all by default, one on a CPU")
+    add("--multiple", type=_positive, default=1, help="tokens kept are a multiple of this")
+    add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
+    add("--eager", action="store_true", help="compile neither arm")
+    add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
+    add("--device", default="cpu", help="such as cuda")
+    add("--threads", type=_positive, help="threads on a CPU; all cores by default")
+    add("--out", type=Path, default=Path("runs"), help="folder for the record")
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = [_positive(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"expected one side or WIDTHxHEIGHT, got {text!r}")
+    return sides[0], sides[-1]
 
 
 def _positive(text: str) -> int:
@@ -276,6 +304,34 @@ def _inspect(options: argparse.Namespace) -> int:
 
     config = from_dict(FlipConfig, with_overrides({}, options.overrides))
     print(run_flips(options.task, options.adapter, options.random, config, out))
+    return 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    _use_threads(options.threads)
+    from shiva_dit.benchmark.run import BenchmarkConfig, run_benchmark, save_record
+    from shiva_dit.demo.base import usable_device
+    from shiva_dit.report import benchmark_note, benchmark_rows, plain_rows
+
+    usable_device(options.device)
+    config = BenchmarkConfig(
+        model=options.model,
+        keep=tuple(options.keep),
+        adapter=options.adapter,
+        size=options.size,
+        text_tokens=options.text_tokens,
+        batch=options.batch,
+        steps=options.steps,
+        forwards=options.forwards,
+        multiple=options.multiple,
+        dtype=options.dtype,
+        mode="eager" if options.eager else "compiled",
+        repeats=options.repeats,
+        device=options.device,
+    )
+    record = run_benchmark(config)
+    path = save_record(record, options.out)
+    print(f"{plain_rows(benchmark_rows(record))}\n\n{benchmark_note(record)}\n\nRecord: {path}")
     return 0
 
 

@@ -58,6 +58,23 @@ def _device_name() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
+def hardware_name(record: dict[str, Any]) -> str:
+    """Short name of the hardware in a `provenance`, for names of files.
+
+    >>> hardware_name({"device": "AMD EPYC 7B13, 2 cores"})
+    'epyc-2-cores'
+    >>> hardware_name({"device": "NVIDIA H200"})
+    'nvidia-h200'
+    """
+    words = re.sub(r"\(R\)|\(TM\)", " ", record["device"])
+    model, _, cores = words.partition(", ")
+    if not cores:
+        return "-".join(model.lower().split())
+    known = re.search(r"EPYC|Xeon|Ryzen|Core|Apple|Neoverse", model)
+    name = known[0] if known else model
+    return "-".join(f"{name} {cores}".lower().split())
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(

@@ -7,9 +7,12 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from shiva_dit.api import supported
+from shiva_dit.benchmark.parts import PARTS
+from shiva_dit.benchmark.timing import quartiles
 from shiva_dit.models.families.refused import REFUSED
 
 _BLOCK = re.compile(
@@ -307,8 +310,61 @@ def speed_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def benchmark_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a benchmark's table."""
+    on_cpu = record["rows"][0]["cpu_ms"] is not None
+    steps = record["config"]["steps"]
+    head = ["arm", "FLOPs", "ms per forward (quartiles)", "speed-up", "by FLOPs", "efficiency"]
+    head += ["efficiency, CPU time"] if on_cpu else ["peak, GiB"]
+    head += ["images/s", f"dense steps in the time of {steps}", *PARTS]
+    rows = [head]
+    dense = record["rows"][0]
+    for row in record["rows"]:
+        low, high = quartiles(row["latency_ms"])
+        cells = [
+            row["arm"],
+            f"{row['flops'] / dense['flops']:.3f}",
+            f"{median(row['latency_ms']):.1f} ({low:.1f} to {high:.1f})",
+            f"{row['speed_up']:.2f}",
+            f"{row['ideal_speed_up']:.2f}",
+            f"{row['efficiency']:.2f}",
+        ]
+        if on_cpu:
+            cells.append(f"{row['speed_up_cpu'] / row['ideal_speed_up']:.2f}")
+        else:
+            cells.append(f"{row['memory_peak_mib'] / 1024:.2f}")
+        cells += [f"{row['images_per_second']:.3g}", f"{row['dense_steps_at_equal_time']:.1f}"]
+        parts = row.get("parts_ms")
+        whole = median(dense["latency_ms"])
+        cells += [f"{parts[part] / whole:.1%}" if parts else "-" for part in PARTS]
+        rows.append(cells)
+    return rows
+
+
+def benchmark_note(record: dict[str, Any]) -> str:
+    """What must be known to read a benchmark's table."""
+    config, where = record["config"], record["provenance"]
+    threads = f", {where['threads']} threads" if record["rows"][0]["cpu_ms"] is not None else ""
+    adapter = config["adapter"]
+    schedule = "equal ratios in all blocks but the first" if adapter is None else f"by {adapter}"
+    return (
+        f"{config['model']}: {record['image_tokens']:,} image and {record['text_tokens']} text "
+        f"tokens, batch {config['batch']}, {config['dtype']}, all arms {config['mode']}, "
+        f"{record['pruned_blocks']} of {record['blocks']} blocks pruned, {schedule}; "
+        f"{where['device']}{threads}; medians of {config['repeats']} interleaved rounds. The "
+        "transformer alone, one forward per step. Parts are timed each by itself, as shares of the "
+        "dense forward."
+    )
+
+
+def benchmark_table(record: dict[str, Any]) -> str:
+    """A benchmark's table, as Markdown."""
+    return f"{markdown_rows(benchmark_rows(record))}\n\n{benchmark_note(record)}"
+
+
 PLAIN_TABLES: dict[str, Callable[[], str]] = {"models": models_table, "refused": refused_table}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "benchmark": benchmark_table,
     "captions": caption_table,
     **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},
     "flips": flips_table,

@@ -66,6 +66,8 @@ class Attachment(Uncopied):
         self.multiple = multiple
         self.shares_halves = shares_halves
         self.enabled = True
+        self.always_select = False
+        """Select, gather and scatter also where a block keeps all its tokens: what that costs."""
         self.observer: Callable[[int, Tensor], None] | None = None
         """Told each pruned block's index and the tokens chosen, (B, k); for maps and tests."""
         self.backbone: TunedBackbone | None = None
@@ -76,17 +78,7 @@ class Attachment(Uncopied):
         self._context: Tensor | None = None
         self._tables: dict[int, KeepTable] = {}
         self._undo: list[Callable[[], object]] = []
-        if schedule.num_blocks != len(self.blocks):
-            raise ValueError(
-                f"the schedule is for {schedule.num_blocks} blocks, "
-                f"{type(model).__name__} has {len(self.blocks)}: it was made for another model."
-            )
-        asked = set(self.spec.full_blocks(model)).difference(schedule.full_blocks)
-        if asked:
-            raise ValueError(
-                f"blocks {sorted(asked)} of {type(model).__name__} change tokens that they "
-                "aren't given, so they can't be pruned: name them in the schedule's full_blocks."
-            )
+        self._check_schedule(schedule)
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
         refuse_neighbours(model, model.modules())
@@ -134,6 +126,26 @@ class Attachment(Uncopied):
         while self._undo:
             self._undo.pop()()
         _forget_registries(self.model)
+
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Keep other ratios from the next forward on."""
+        self._check_schedule(schedule)
+        self.schedule = schedule
+        self._tables.clear()
+
+    def _check_schedule(self, schedule: Schedule) -> None:
+        name = type(self.model).__name__
+        if schedule.num_blocks != len(self.blocks):
+            raise ValueError(
+                f"the schedule is for {schedule.num_blocks} blocks, {name} has "
+                f"{len(self.blocks)}: it was made for another model."
+            )
+        asked = set(self.spec.full_blocks(self.model)).difference(schedule.full_blocks)
+        if asked:
+            raise ValueError(
+                f"blocks {sorted(asked)} of {name} change tokens that they aren't given, so they "
+                "can't be pruned: name them in the schedule's full_blocks."
+            )
 
     def table(self, num_tokens: int) -> KeepTable:
         """The integers executed for N image tokens."""
@@ -240,11 +252,12 @@ class Attachment(Uncopied):
         led = self.passes.led(len(sample), tuple(counts))
         for hook, k in zip(self.hooks, counts, strict=True):
             # In training a block that happens to keep all its tokens is judged too (Eq. 24).
-            judged = gated is not None and hook.index in self.schedule.prunable_blocks
-            gates = gated.gates(hook.index) if gated is not None and judged else None
+            prunable = hook.index in self.schedule.prunable_blocks
+            gates = gated.gates(hook.index) if gated is not None and prunable else None
+            selects = gates is not None or (prunable and self.always_select)
             hook.slot.state = BlockState(
                 k=DynamicInt(k),
-                dense=k >= num_tokens and gates is None,
+                dense=k >= num_tokens and not selects,
                 num_tokens=num_tokens,
                 share_halves=share,
                 gates=gates,

@@ -1,0 +1,1 @@
+"""What pruning is worth in time: dense against pruned, interleaved, on models of real size."""

@@ -1,0 +1,298 @@
+"""The benchmark: one dense model against its pruned selves, in one process, and its record."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from shiva_dit import api
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.benchmark.parts import time_parts
+from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
+from shiva_dit.benchmark.workloads import Grid, Workload, workload
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.provenance import hardware_name, provenance, write_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DENSE, FORCED, ADAPTER = "dense", "all tokens, selected", "adapter"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkConfig:
+    """What is timed, and how."""
+
+    model: str
+    """A name of `WORKLOADS`."""
+    keep: tuple[float, ...] = (0.8, 0.6, 0.4)
+    """Mean keep ratios in (0, 1): one arm each, besides the dense one and the adapter's own."""
+    adapter: str | None = None
+    """Folder or Hub id; an untrained one with equal ratios in all blocks but the first where none
+    is given. Time does not depend on what was learned, but for the schedule."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels; the model's own by default."""
+    text_tokens: int | None = None
+    """T; the pipelines' own by default."""
+    batch: int = 1
+    """Samples per forward. With guidance in one batch an image takes two."""
+    steps: int = 28
+    """Steps of a sampling, evenly over t: every forward timed is one of these."""
+    forwards: int | None = None
+    """Forwards per time taken, spread evenly over the steps; by default all of these, or one on a
+    CPU where each keeps equally many tokens: there one is long enough to be timed alone."""
+    multiple: int = 1
+    """k is a multiple of this."""
+    dtype: str = "bfloat16"
+    """One of `DTYPES`."""
+    mode: Literal["eager", "compiled"] = "compiled"
+    """Both arms as they are, or compiled block by block."""
+    repeats: int = 15
+    """Rounds; each times every arm once."""
+    device: str = "cuda"
+    """Where it runs."""
+
+    def __post_init__(self) -> None:
+        if not all(0.0 < keep < 1.0 for keep in self.keep):
+            raise ValueError(f"keep ratios must lie in (0, 1), got {self.keep}: the share KEPT.")
+        if not self.keep and self.adapter is None:
+            raise ValueError("nothing to time: give a keep ratio or an adapter.")
+        for name in ("batch", "steps", "multiple", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("text_tokens", "forwards"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+
+
+def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
+    """Time a dense model against its pruned selves.
+
+    All arms are one model in one process: the adapter is switched off for the dense one, so that
+    weights, attention kernel and compile mode are the same. The arms take turns.
+
+    Args:
+        config: What is timed.
+
+    Returns:
+        A plain record: per arm all times in ms per forward, speed-up, the speed-up that FLOPs alone
+        would give, efficiency (their quotient), memory, and what the selection's parts take.
+
+    Raises:
+        ValueError: If the model is unknown, the size no whole tokens, or the adapter another
+            model's.
+    """
+    load = workload(config.model)
+    grid = load.grid(config.size)
+    device = torch.device(config.device)
+    model = load.build(grid, DTYPES[config.dtype], device)
+    adapter = _adapter(config, model, device)
+    api.apply(model, adapter, multiple=config.multiple)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    try:
+        bench = _Bench(config, load, grid, attachment)
+        with torch.no_grad():
+            return bench.run()
+    finally:
+        api.remove(model)
+
+
+def _adapter(config: BenchmarkConfig, model: Any, device: torch.device) -> ShivaAdapter:
+    if config.adapter is not None:
+        return ShivaAdapter.from_pretrained(config.adapter).to(device)
+    torch.manual_seed(1)
+    return ShivaAdapter(ShivaConfig.for_model(model)).to(device)
+
+
+class _Bench:
+    """One model with its arms."""
+
+    def __init__(
+        self, config: BenchmarkConfig, load: Workload, grid: Grid, attachment: Attachment
+    ) -> None:
+        self.config, self.attachment = config, attachment
+        self.model: Any = attachment.model
+        self.device = torch.device(config.device)
+        self.num_tokens = load.num_tokens(grid)
+        self.text_tokens = load.text_tokens if config.text_tokens is None else config.text_tokens
+        self.inputs = load.inputs(
+            self.model, config.batch, grid, self.text_tokens, DTYPES[config.dtype]
+        )
+        self.times = [(step + 0.5) / config.steps for step in reversed(range(config.steps))]
+        self.schedules = self._schedules()
+
+    def _schedules(self) -> dict[str, Schedule]:
+        adapter: ShivaAdapter = self.attachment.adapter
+        config = adapter.config
+        uniform = partial(
+            Schedule.uniform, num_blocks=config.num_blocks, full_blocks=config.full_blocks
+        )
+        found = {FORCED: uniform(1.0)}
+        for keep in self.config.keep:
+            if self.config.adapter is None:
+                found[f"keep {keep:g}"] = uniform(keep)
+            else:
+                found[f"keep {keep:g}"] = adapter.policy.schedule(keep, config.num_bins)
+        if self.config.adapter is not None:
+            found[ADAPTER] = adapter.schedule
+        return found
+
+    @contextmanager
+    def arm(self, name: str) -> Iterator[None]:
+        """Within: the model runs as this arm."""
+        attachment = self.attachment
+        if name == DENSE:
+            with api.disabled(self.model):
+                yield
+            return
+        attachment.use_schedule(self.schedules[name])
+        attachment.always_select = name == FORCED
+        try:
+            yield
+        finally:
+            attachment.always_select = False
+
+    def forwards(self, steps: list[float]) -> None:
+        """One forward at each of these times."""
+        spec = self.attachment.spec
+        for t in steps:
+            time = spec.clean_timestep + t * (spec.noise_timestep - spec.clean_timestep)
+            timestep = torch.full((self.config.batch,), time, device=self.device)
+            self.model(**self.inputs, **{spec.timestep: timestep}, return_dict=False)
+
+    def run(self) -> dict[str, Any]:
+        """Warm up, time, and put together."""
+        config = self.config
+        if config.mode == "compiled":
+            api.compile(self.model)
+        names = [DENSE, *self.schedules]
+        steps = self._timed_steps()
+
+        def call(name: str) -> None:
+            with self.arm(name):
+                self.forwards(steps)
+
+        calls = {name: partial(call, name) for name in names}
+        for _ in range(2):  # the second round meets every symbolic size once more
+            for name in tqdm(names, desc="warm up", leave=False, disable=not sys.stderr.isatty()):
+                calls[name]()
+        gc.collect()
+        samples = interleaved(calls, repeats=config.repeats, device=self.device)
+        for found in samples.values():
+            found.latency_ms = [value / len(steps) for value in found.latency_ms]
+            if found.cpu_ms is not None:
+                found.cpu_ms = [value / len(steps) for value in found.cpu_ms]
+        peaks = {name: peak_mib(call, self.device) for name, call in calls.items()}
+        rows = [self._row(name, samples[name], samples[DENSE], peaks[name]) for name in names]
+        for row in rows:
+            if row["arm"] not in (DENSE, FORCED):
+                row["parts_ms"] = self._parts(row["arm"])
+        return {
+            "what": f"speed-{config.model}",
+            "config": asdict(config),
+            "model": dict(self.model.config),
+            "image_tokens": self.num_tokens,
+            "text_tokens": self.text_tokens,
+            "forwards_per_time": len(steps),
+            "pruned_blocks": len(self.schedules[FORCED].prunable_blocks),
+            "blocks": self.schedules[FORCED].num_blocks,
+            "rows": rows,
+            "provenance": provenance(),
+        }
+
+    def _timed_steps(self) -> list[float]:
+        """Times of the forwards that are timed together."""
+        rows = [{self._table(n).row(t) for t in self.times} for n in self.schedules]
+        alike = all(len(row) == 1 for row in rows)
+        count = self.config.forwards
+        if count is None:
+            count = 1 if alike and self.device.type == "cpu" else len(self.times)
+        if count < len(self.times) and not alike:
+            raise ValueError(
+                "forwards can't be fewer than steps here: the schedule keeps another number of "
+                "tokens at other steps, and each counts."
+            )
+        return [self.times[place * len(self.times) // count] for place in range(count)]
+
+    def _row(
+        self, name: str, samples: Samples, dense: Samples, peak: float | None
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "arm": name,
+            **asdict(samples),
+            "memory_peak_mib": peak,
+            "images_per_second": self.config.batch / (samples.median_ms / 1000) / self.config.steps,
+            "speed_up": dense.median_ms / samples.median_ms,
+            # Steps that the dense model does in the time of so many pruned ones.
+            "dense_steps_at_equal_time": self.config.steps * samples.median_ms / dense.median_ms,
+        }
+        cpu, dense_cpu = samples.median_cpu_ms, dense.median_cpu_ms
+        row["speed_up_cpu"] = None if cpu is None or dense_cpu is None else dense_cpu / cpu
+        flops = self.attachment.spec.flops(self.model, self.num_tokens, self.text_tokens).dense()
+        row["flops"], row["keep_ratio"], row["ideal_speed_up"] = flops, 1.0, 1.0
+        if name not in (DENSE, FORCED):
+            table = self._table(name)
+            counts = [table.row(t) for t in self.times]
+            each = [self.attachment.flops(self.num_tokens, self.text_tokens, c) for c in counts]
+            row["flops"] = round(sum(each) / len(each))
+            row["keep_ratio"] = table.mean_keep_ratio_at(self.times)
+            row["distinct_rows"] = len(set(counts))
+            row["ideal_speed_up"] = flops / row["flops"]
+        row["efficiency"] = row["speed_up"] / row["ideal_speed_up"]
+        return row
+
+    def _table(self, name: str) -> Any:
+        return self.schedules[name].for_tokens(self.num_tokens, multiple=self.config.multiple)
+
+    def _parts(self, name: str) -> dict[str, float]:
+        """What the parts of the selection take in one forward, each by itself, in ms."""
+        table = self._table(name)
+        kept = [k for t in self.times for k in table.row(t) if k < self.num_tokens]
+        blocks = len(kept) / len(self.times)
+        with self.arm(name):
+            found = time_parts(
+                self.attachment,
+                partial(self.forwards, self.times[:1]),
+                k=round(sum(kept) / len(kept)),
+                repeats=self.config.repeats,
+                compiled=self.config.mode == "compiled",
+            )
+        return {part: blocks * ms for part, ms in found.items()}
+
+
+def record_path(record: dict[str, Any], folder: Path) -> Path:
+    """Where a record of the benchmark belongs: what, how, on what, when."""
+    config = record["config"]
+    width, height = config["size"] or workload(config["model"]).size
+    size = f"{width}" if width == height else f"{width}x{height}"
+    tokens = [record["what"], size, f"batch{config['batch']}", config["dtype"], config["mode"]]
+    if torch.device(config["device"]).type == "cpu":
+        tokens.append(f"{record['provenance']['threads']}thread")
+    stamp = datetime.date.today().isoformat()
+    return folder / f"{'-'.join(tokens)}--{hardware_name(record['provenance'])}--{stamp}.json"
+
+
+def save_record(record: dict[str, Any], folder: Path) -> Path:
+    """Write a record into a folder; one of the same name is never overwritten.
+
+    Raises:
+        ValueError: If one is there.
+    """
+    path = record_path(record, folder)
+    if path.exists():
+        raise ValueError(f"{path} is there already: move it away, or write to another folder.")
+    write_json(path, record)
+    return path

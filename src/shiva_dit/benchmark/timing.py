@@ -1,0 +1,104 @@
+"""Calls timed in turn, so that what else the machine does meets all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(slots=True)
+class Samples:
+    """Times of one thing, in milliseconds per call."""
+
+    latency_ms: list[float] = field(default_factory=list)
+    """On the wall's clock; on a GPU, on its own."""
+    cpu_ms: list[float] | None = None
+    """Of all threads of the process; None on a GPU, which they only feed."""
+
+    @property
+    def median_ms(self) -> float:
+        """Median latency."""
+        return statistics.median(self.latency_ms)
+
+    @property
+    def median_cpu_ms(self) -> float | None:
+        """Median CPU time."""
+        return None if self.cpu_ms is None else statistics.median(self.cpu_ms)
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device, calls: int = 1
+) -> dict[str, Samples]:
+    """Time several things in turn; the first of a round changes from round to round.
+
+    Args:
+        arms: What is timed, by name, warmed up.
+        repeats: Rounds, at least 1.
+        device: Where it runs. CUDA is timed by its own events.
+        calls: Calls in a row per time taken; times are per call.
+
+    >>> found = interleaved({"nothing": lambda: None}, repeats=3, device=torch.device("cpu"))
+    >>> len(found["nothing"].latency_ms)
+    3
+    """
+    names = list(arms)
+    on_cpu = device.type == "cpu"
+    found = {name: Samples(cpu_ms=[] if on_cpu else None) for name in names}
+    take = _on_cpu if on_cpu else _on_cuda
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            wall, cpu = take(arms[name], calls)
+            samples = found[name]
+            samples.latency_ms.append(wall)
+            if samples.cpu_ms is not None:
+                samples.cpu_ms.append(cpu)
+    return found
+
+
+def _on_cpu(call: Callable[[], object], calls: int) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        call()
+    return (
+        1000 * (time.perf_counter() - wall) / calls,
+        1000 * (time.process_time() - cpu) / calls,
+    )
+
+
+def _on_cuda(call: Callable[[], object], calls: int) -> tuple[float, float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls, 0.0
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile; the value itself where there is one alone.
+
+    >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])
+    (2.0, 4.0)
+    """
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Most memory that tensors hold during a call, in MiB; None where torch doesn't count it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20

@@ -1,0 +1,241 @@
+"""The benchmark: real configurations, arms in turn, records and tables."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import shiva_dit
+from shiva_dit.benchmark.run import (
+    ADAPTER,
+    DENSE,
+    FORCED,
+    BenchmarkConfig,
+    record_path,
+    run_benchmark,
+    save_record,
+)
+from shiva_dit.benchmark.timing import interleaved, peak_mib
+from shiva_dit.benchmark.workloads import WORKLOADS, workload
+from shiva_dit.cli import main
+from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.families import model_spec
+from shiva_dit.report import benchmark_rows, benchmark_table
+from tests import tiny
+
+META = torch.device("meta")
+# Millions of parameters and 10^12 FLOPs at the sizes that the models are known by: parameters as
+# published (Wan's name rounds its own), FLOPs by torch's counter.
+KNOWN = {
+    "sd35-medium": (2243.17, 11.250, 4096),
+    "sd3-medium": (2028.33, 8.904, 4096),
+    "flux-dev": (11901.41, 74.385, 4096),
+    "pixart-sigma": (610.86, 6.634, 4096),
+    "dit-xl-2": (749.83, 1.049, 1024),
+    "wan-1.3b": (1419.00, 283.002, 32760),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_configurations_are_the_real_ones(name: str) -> None:
+    parameters, flops, num_tokens = KNOWN[name]
+    load = workload(name)
+    grid = load.grid()
+    model = load.build(grid, torch.bfloat16, META)
+    spec = model_spec(model)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert load.num_tokens(grid) == num_tokens
+    inputs = load.inputs(model, 1, grid, load.text_tokens, torch.bfloat16)
+    inputs[spec.timestep] = torch.full((1,), 1.0, device=META)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs, return_dict=False)
+    assert counter.get_total_flops() / 1e12 == pytest.approx(flops, abs=0.0005)
+    ours = spec.flops(model, num_tokens, load.text_tokens).dense()
+    assert ours == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_other_sizes_and_batches_run_pruned(name: str) -> None:
+    load = workload(name)
+    grid = load.grid((512, 512))
+    model = load.build(grid, torch.bfloat16, META)
+    spec, num_tokens = model_spec(model), load.num_tokens(grid)
+    blocks = spec.blocks(model)
+    kept: dict[int, int] = {}
+    adapter = shiva_dit.ShivaAdapter(shiva_dit.ShivaConfig.for_model(model)).to(META)
+    schedule = shiva_dit.Schedule.uniform(0.6, num_blocks=len(blocks))
+    attachment = attach(model, adapter.selector(), schedule)
+    attachment.observer = lambda block, chosen: kept.update({block: chosen.shape[1]})
+    inputs = load.inputs(model, 2, grid, 32, torch.bfloat16)
+    inputs[spec.timestep] = torch.full((2,), 1.0, device=META)
+    with torch.no_grad():
+        (output,) = model(**inputs, return_dict=False)
+    assert output.shape[0] == 2
+    counts = attachment.table(num_tokens).counts[0]
+    assert kept == {block: k for block, k in enumerate(counts) if block > 0}
+
+
+def test_wrong_names_and_sizes_say_what_is_right() -> None:
+    with pytest.raises(ValueError, match="Did you mean sd35-medium"):
+        workload("sd35-medum")
+    with pytest.raises(ValueError, match="multiples of 16 pixels, got 1000x1024"):
+        workload("flux-dev").grid((1000, 1024))
+    load = workload("dit-xl-2")
+    with pytest.raises(ValueError, match="for squares"):
+        load.build(load.grid((256, 512)), torch.float32, META)
+
+
+def test_arms_take_turns_and_times_are_per_call() -> None:
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    arms = {"a": lambda: call("a", 0.02), "b": lambda: call("b", 0.0), "c": lambda: call("c", 0.0)}
+    found = interleaved(arms, repeats=3, device=torch.device("cpu"), calls=2)
+    assert "".join(order) == "aabbccbbccaaccaabb"
+    assert all(20.0 <= value < 40.0 for value in found["a"].latency_ms)
+    # Asleep it needs no CPU: the two clocks are told apart.
+    assert found["a"].cpu_ms is not None
+    assert max(found["a"].cpu_ms) < 10.0
+    assert peak_mib(lambda: None, torch.device("cpu")) is None
+
+
+SMALL: dict[str, Any] = {
+    "model": "sd3-tiny",
+    "dtype": "float32",
+    "mode": "eager",
+    "device": "cpu",
+    "repeats": 3,
+}
+
+
+def test_a_record_holds_every_arm_and_its_table() -> None:
+    record = run_benchmark(BenchmarkConfig(**SMALL, keep=(0.5,)))
+    dense, forced, half = record["rows"]
+    assert [row["arm"] for row in record["rows"]] == [DENSE, FORCED, "keep 0.5"]
+    assert all(len(row["latency_ms"]) == len(row["cpu_ms"]) == 3 for row in record["rows"])
+    assert dense["speed_up"] == dense["efficiency"] == 1.0
+    assert dense["flops"] == forced["flops"] == WORKLOADS_FLOPS
+    assert half["keep_ratio"] == 0.5
+    assert half["efficiency"] == pytest.approx(half["speed_up"] * half["flops"] / dense["flops"])
+    assert half["dense_steps_at_equal_time"] == pytest.approx(28 / half["speed_up"])
+    assert set(half["parts_ms"]) == {"router", "selection", "gather", "scatter"}
+    assert min(half["parts_ms"].values()) > 0
+    table = benchmark_table(json.loads(json.dumps(record)))
+    assert "| keep 0.5 |" in table
+    assert "64 image and 7 text tokens, batch 1, float32, all arms eager" in table
+
+
+WORKLOADS_FLOPS = 7_671_680  # by torch's counter
+
+
+def test_forced_selection_keeps_all_tokens_and_dense_selects_none() -> None:
+    """The dense arm pays nothing, the forced one all of the selection."""
+    load = workload("sd3-tiny")
+    model = load.build(load.grid(), torch.float32, torch.device("cpu"))
+    tiny.randomize(model, seed=0)
+    adapter = shiva_dit.ShivaAdapter(shiva_dit.ShivaConfig.for_model(model))
+    inputs = load.inputs(model, 1, load.grid(), 7, torch.float32)
+    inputs["timestep"] = torch.tensor([500.0])
+    with torch.no_grad():
+        (dense,) = model(**inputs, return_dict=False)
+        shiva_dit.apply(model, adapter, keep_ratio=1.0)
+        attachment = attachment_of(model)
+        assert attachment is not None
+        seen: dict[int, int] = {}
+        attachment.observer = lambda block, chosen: seen.update({block: chosen.shape[1]})
+        model(**inputs, return_dict=False)
+        assert seen == {}
+        attachment.always_select = True
+        (forced,) = model(**inputs, return_dict=False)
+    assert seen == {1: 64, 2: 64}
+    assert torch.equal(forced, dense)  # all tokens, in their order
+
+
+def test_an_adapter_is_timed_by_its_own_schedule(tmp_path: Path) -> None:
+    load = workload("sd3-tiny")
+    model = load.build(load.grid(), torch.float32, torch.device("cpu"))
+    config = shiva_dit.ShivaConfig.for_model(model, num_bins=4)
+    schedule = tiny.from_counts([[64, 8, 16], [64, 16, 24], [64, 32, 40], [64, 48, 56]])
+    shiva_dit.ShivaAdapter(config, schedule).save_pretrained(tmp_path)
+    record = run_benchmark(BenchmarkConfig(**SMALL, keep=(), adapter=str(tmp_path), steps=8))
+    (row,) = [row for row in record["rows"] if row["arm"] == ADAPTER]
+    assert row["distinct_rows"] == 4
+    assert row["keep_ratio"] == pytest.approx(30 / 64)
+    # The rows differ, so that all steps are timed, not one for all.
+    assert record["forwards_per_time"] == 8
+    with pytest.raises(ValueError, match="another number of tokens at other steps"):
+        run_benchmark(BenchmarkConfig(**SMALL, keep=(), adapter=str(tmp_path), steps=8, forwards=2))
+
+
+def test_records_are_named_by_what_they_hold_and_never_overwritten(tmp_path: Path) -> None:
+    record = run_benchmark(BenchmarkConfig(**SMALL | {"repeats": 1}, keep=(0.5,)))
+    path = save_record(record, tmp_path)
+    assert path.name.startswith("speed-sd3-tiny-128-batch1-float32-eager-1thread--")
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"][2]["arm"] == "keep 0.5"
+    with pytest.raises(ValueError, match="is there already"):
+        save_record(record, tmp_path)
+    record["config"]["size"] = [832, 480]
+    assert "sd3-tiny-832x480-" in record_path(record, tmp_path).name
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"keep": (1.5,)}, "the share KEPT"),
+        ({"keep": ()}, "nothing to time"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"forwards": 0}, "forwards must be at least 1"),
+        ({"text_tokens": 0}, "text_tokens must be at least 1"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+    ],
+)
+def test_bad_settings_are_errors(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BenchmarkConfig(**SMALL | changed)
+
+
+def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["benchmark", "sd3-tiny", "--eager", "--dtype", "float32", "--repeats", "2"]
+    assert main([*arguments, "--keep", "0.4", "--size", "64x128", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "32 image and 7 text tokens" in printed
+    (file,) = tmp_path.iterdir()
+    assert str(file) in printed
+    rows = benchmark_rows(json.loads(file.read_text(encoding="utf-8")))
+    assert [row[0] for row in rows] == ["arm", DENSE, FORCED, "keep 0.4"]
+    assert main(["benchmark", "no-such-model"]) == 2
+    assert "known: sd35-medium" in capsys.readouterr().err
+
+
+def test_the_script_for_a_gpu_writes_its_records(tmp_path: Path) -> None:
+    """On a CPU it times a tiny model, by the same commands."""
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(script), "--tiny", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert [name.split("--")[0] for name in names] == [
+        "speed-sd3-tiny-128-batch1-float32-eager-1thread",
+        "speed-sd3-tiny-128-batch4-float32-eager-1thread",
+        "speed-sd3-tiny-256-batch1-float32-eager-1thread",
+    ]
+
+
+def test_all_workloads_have_a_line_for_people() -> None:
+    assert all(load.about and load.name == name for name, load in WORKLOADS.items())
