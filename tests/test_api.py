@@ -256,6 +256,20 @@ def test_a_multiple_replaces_the_adapters() -> None:
     assert [list(row) for row in table.counts] == COUNTS
 
 
+def test_segments_merge_time() -> None:
+    model = tiny.sd3()
+    shiva_dit.apply(model, adapter_for(model), segments=1)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    table = attachment.table(64)
+    assert table.num_bins == len(COUNTS)
+    (row,) = set(table.counts)  # each block's mean over time
+    for k, column in zip(row, zip(*COUNTS, strict=True), strict=True):
+        assert abs(k - sum(column) / len(column)) < 1
+    with pytest.raises(ValueError, match="segments must be at least 1, got 0"):
+        shiva_dit.apply(model, adapter_for(model), segments=0)
+
+
 def test_a_folder_can_be_applied(tmp_path: Any) -> None:
     model = tiny.sd3()
     shiva_dit.apply(model, adapter_for(model))

@@ -14,7 +14,8 @@ from torch import Tensor
 import shiva_dit
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.estimators import RejectedUpdate
-from shiva_dit.core.schedule import Schedule, nearest_bin
+from shiva_dit.core.keep_table import nearest_bin
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.features import record_blocks
 from shiva_dit.modules.policy import AdaptiveRatioPolicy

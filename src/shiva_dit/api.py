@@ -33,6 +33,7 @@ def apply(
     schedule: Schedule | None = None,
     keep_ratio: float | None = None,
     multiple: int | None = None,
+    segments: int | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> T:
@@ -54,6 +55,8 @@ def apply(
         schedule: Keep ratios to use instead of the adapter's.
         keep_ratio: Mean keep ratio in (0, 1] to move the adapter's policy to; 1 keeps all tokens.
         multiple: Round the number of tokens kept to a multiple of this; the adapter's by default.
+        segments: At most so many different numbers of tokens per block over time
+            (`Schedule.for_tokens`): few shapes, for CUDA graphs. As many as time bins by default.
         revision: Branch, tag or commit, for a Hub id.
         token: For private repositories on the Hub.
 
@@ -86,6 +89,7 @@ def apply(
             schedule or adapter.schedule,
             updates=adapter.updates,
             multiple=adapter.config.multiple if multiple is None else multiple,
+            segments=segments,
             shares_halves=None if model is target else _halves(model, target),
         )
     except BaseException:

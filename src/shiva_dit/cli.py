@@ -137,6 +137,7 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add("--steps", type=_positive, default=28, help="steps of a sampling")
     add("--forwards", type=_positive, help="steps timed together; all by default, one on a CPU")
     add("--multiple", type=_positive, default=1, help="tokens kept are a multiple of this")
+    add("--segments", type=_positive, help="at most so many different rows of a schedule")
     add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
     add("--eager", action="store_true", help="compile neither arm")
     add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
@@ -324,6 +325,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         steps=options.steps,
         forwards=options.forwards,
         multiple=options.multiple,
+        segments=options.segments,
         dtype=options.dtype,
         mode="eager" if options.eager else "compiled",
         repeats=options.repeats,

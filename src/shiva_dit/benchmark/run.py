@@ -52,6 +52,8 @@ class BenchmarkConfig:
     CPU where each keeps equally many tokens: there one is long enough to be timed alone."""
     multiple: int = 1
     """k is a multiple of this."""
+    segments: int | None = None
+    """At most so many different rows of a schedule."""
     dtype: str = "bfloat16"
     """One of `DTYPES`."""
     mode: Literal["eager", "compiled"] = "compiled"
@@ -69,7 +71,7 @@ class BenchmarkConfig:
         for name in ("batch", "steps", "multiple", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("text_tokens", "forwards"):
+        for name in ("text_tokens", "forwards", "segments"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -99,7 +101,7 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     device = torch.device(config.device)
     model = load.build(grid, DTYPES[config.dtype], device)
     adapter = _adapter(config, model, device)
-    api.apply(model, adapter, multiple=config.multiple)
+    api.apply(model, adapter, multiple=config.multiple, segments=config.segments)
     attachment = attachment_of(model)
     assert attachment is not None
     try:
@@ -255,7 +257,10 @@ class _Bench:
         return row
 
     def _table(self, name: str) -> Any:
-        return self.schedules[name].for_tokens(self.num_tokens, multiple=self.config.multiple)
+        config = self.config
+        return self.schedules[name].for_tokens(
+            self.num_tokens, multiple=config.multiple, segments=config.segments
+        )
 
     def _parts(self, name: str) -> dict[str, float]:
         """What the parts of the selection take in one forward, each by itself, in ms."""

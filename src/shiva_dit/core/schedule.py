@@ -10,19 +10,10 @@ from typing import Literal
 
 import torch
 
+from shiva_dit.core.keep_table import KeepTable, merged_bins, rounded_counts
+
 MEAN_TOLERANCE = 1e-3
 """How far the mean of executed counts may lie from the ratios', as a share of it."""
-
-
-def nearest_bin(t: float, num_bins: int) -> int:
-    """The bin of a time among `num_bins` equal bins of [0, 1]; the nearest centre, never equality.
-
-    >>> nearest_bin(0.0, 4), nearest_bin(0.49, 4), nearest_bin(1.0, 4)
-    (0, 1, 3)
-    """
-    if not 0.0 <= t <= 1.0 + 1e-6:
-        raise ValueError(f"t must lie in [0, 1] (1 = pure noise), got {t}.")
-    return min(int(t * num_bins), num_bins - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +82,9 @@ class Schedule:
         values = [row[b] for row in self.ratios for b in self.prunable_blocks]
         return math.fsum(values) / len(values) if values else 1.0
 
-    def for_tokens(self, num_tokens: int, *, multiple: int = 1) -> KeepTable:
+    def for_tokens(
+        self, num_tokens: int, *, multiple: int = 1, segments: int | None = None
+    ) -> KeepTable:
         """The integers that are executed for N tokens, with the mean ratio kept.
 
         Rounding each ratio down would spend less than was asked for (by multiple / 2N on average),
@@ -102,6 +95,11 @@ class Schedule:
         Args:
             num_tokens: N, at least 1.
             multiple: k is a multiple of this, or N. Kernels like 64 or 128.
+            segments: At most so many different rows: neighbouring time bins share one, each
+                block its mean, where that changes the ratios least (sum of squares). No bin is
+                split then, so that few entries and a large multiple can miss the mean by more
+                than is said below: by `multiple * longest segment / (2 N bins blocks)` at most.
+                `KeepTable.mean_keep_ratio` says what is executed.
 
         Returns:
             A table whose mean ratio is within 0.1% of the schedule's (where that is at least
@@ -114,6 +112,8 @@ class Schedule:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
+        if segments is not None and segments < 1:
+            raise ValueError(f"segments must be at least 1, got {segments}.")
         wanted = self.mean_keep_ratio
         lowest = min(multiple, num_tokens)
         if multiple > 1 and lowest > wanted * num_tokens * (1.0 + MEAN_TOLERANCE):
@@ -122,34 +122,36 @@ class Schedule:
                 f"tokens, more than the mean of {wanted:.4g} asked for: use a multiple of at most "
                 f"{max(1, int(wanted * num_tokens))}."
             )
-        table = self._rounded(num_tokens, multiple, 1)
+        if segments is not None:
+            return self._table(num_tokens, multiple, merged_bins(self.ratios, segments))
+        table = self._table(num_tokens, multiple, [1] * self.num_bins)
         reachable = lowest <= wanted * num_tokens  # if not, k = 1 is as near as it gets
         if reachable and abs(table.mean_keep_ratio - wanted) > MEAN_TOLERANCE * wanted:
             # The mean of n entries misses by half a step at most: multiple / (2 n N).
             entries = len(self.prunable_blocks) * self.num_bins
             needed = multiple / (2 * MEAN_TOLERANCE * wanted * num_tokens * entries)
-            table = self._rounded(num_tokens, multiple, math.ceil(needed))
+            parts = math.ceil(needed)
+            split = Schedule(
+                ratios=tuple(row for row in self.ratios for _ in range(parts)),
+                full_blocks=self.full_blocks,
+            )
+            table = split._table(num_tokens, multiple, [1] * split.num_bins)
         return table
 
-    def _rounded(self, num_tokens: int, multiple: int, parts: int) -> KeepTable:
-        """The table with each time bin split into `parts`."""
-        ratios = [row for row in self.ratios for _ in range(parts)]
-        counts = [[num_tokens] * self.num_blocks for _ in ratios]
-        lowest = min(multiple, num_tokens)
-        cells: list[tuple[float, int, int, int]] = []
-        remainder = 0.0
-        for place, block in enumerate(self.prunable_blocks):
-            for bin_index, row in enumerate(ratios):
-                exact = row[block] * num_tokens
-                low = max(lowest, int((exact + 1e-6) // multiple) * multiple)
-                low = min(low, num_tokens)
-                counts[bin_index][block] = low
-                remainder += exact - low
-                cells.append((round(low - exact, 6), place, bin_index, block))
-        remainder = _raise_counts(counts, sorted(cells), remainder, num_tokens, multiple)
-        _lower_counts(counts, sorted(cells, reverse=True), remainder, multiple, lowest)
+    def _table(self, num_tokens: int, multiple: int, lengths: Sequence[int]) -> KeepTable:
+        """The integers, equal within each run of so many time bins."""
+        means, start = [], 0
+        for length in lengths:
+            rows = self.ratios[start : start + length]
+            means.append([math.fsum(column) / length for column in zip(*rows, strict=True)])
+            start += length
+        rounded = rounded_counts(means, lengths, self.prunable_blocks, num_tokens, multiple)
         return KeepTable(
-            counts=tuple(tuple(row) for row in counts),
+            counts=tuple(
+                tuple(row)
+                for row, length in zip(rounded, lengths, strict=True)
+                for _ in range(length)
+            ),
             num_tokens=num_tokens,
             prunable_blocks=self.prunable_blocks,
         )
@@ -180,81 +182,6 @@ class Schedule:
         """A schedule from nested lists (bins, then blocks)."""
         rows = tuple(tuple(float(ratio) for ratio in row) for row in ratios)
         return cls(ratios=rows, full_blocks=tuple(int(block) for block in full_blocks))
-
-
-def _raise_counts(
-    counts: list[list[int]],
-    cells: list[tuple[float, int, int, int]],
-    remainder: float,
-    num_tokens: int,
-    multiple: int,
-) -> float:
-    """Give tokens back, the most rounded-down entries first; returns what could not be given."""
-    progress = True
-    while progress:
-        progress = False
-        for _, _, bin_index, block in cells:
-            current = counts[bin_index][block]
-            step = min(multiple, num_tokens - current)
-            if step and remainder >= step / 2:
-                counts[bin_index][block] = current + step
-                remainder -= step
-                progress = True
-    return remainder
-
-
-def _lower_counts(
-    counts: list[list[int]],
-    cells: list[tuple[float, int, int, int]],
-    remainder: float,
-    multiple: int,
-    lowest: int,
-) -> None:
-    """Take tokens away where the lower bound on k has put the sum above the target."""
-    progress = True
-    while progress:
-        progress = False
-        for _, _, bin_index, block in cells:
-            current = counts[bin_index][block]
-            step = current % multiple or multiple
-            if current - step >= lowest and -remainder > step / 2:
-                counts[bin_index][block] = current - step
-                remainder += step
-                progress = True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KeepTable:
-    """Tokens kept at each (time bin, block) for one number of tokens: static, known beforehand."""
-
-    counts: tuple[tuple[int, ...], ...]
-    """k in [1, N] of each (time bin, block)."""
-    num_tokens: int
-    """N."""
-    prunable_blocks: tuple[int, ...]
-    """Blocks that count for the mean."""
-
-    @property
-    def num_bins(self) -> int:
-        """Time bins: the schedule's, or several for each of them."""
-        return len(self.counts)
-
-    def row(self, t: float) -> tuple[int, ...]:
-        """Tokens kept, k, of every block at time t in [0, 1], by the nearest bin."""
-        return self.counts[nearest_bin(t, len(self.counts))]
-
-    @property
-    def mean_keep_ratio(self) -> float:
-        """Mean of k / N over all bins and prunable blocks."""
-        return self._mean(self.counts)
-
-    def mean_keep_ratio_at(self, times: Iterable[float]) -> float:
-        """Mean of k / N over the given steps' times in [0, 1] and all prunable blocks."""
-        return self._mean([self.row(t) for t in times])
-
-    def _mean(self, rows: Sequence[Sequence[int]]) -> float:
-        values = [row[block] for row in rows for block in self.prunable_blocks]
-        return sum(values) / (len(values) * self.num_tokens) if values else 1.0
 
 
 def anneal(start: float, end: float, progress: float) -> float:

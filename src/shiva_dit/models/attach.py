@@ -21,7 +21,8 @@ from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 from torch.fx.experimental.sym_node import DynamicInt
 
-from shiva_dit.core.schedule import KeepTable, Schedule
+from shiva_dit.core.keep_table import KeepTable
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.backbone import TunedBackbone
@@ -57,13 +58,14 @@ class Attachment(Uncopied):
         *,
         updates: RejectedUpdates | None = None,
         multiple: int = 1,
+        segments: int | None = None,
         shares_halves: Callable[[Mapping[str, Any]], bool] | None = None,
         gate_values: bool = False,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector, self.schedule = model, selector, schedule
         self.updates = updates
-        self.multiple = multiple
+        self.multiple, self.segments = multiple, segments
         self.shares_halves = shares_halves
         self.enabled = True
         self.always_select = False
@@ -81,6 +83,8 @@ class Attachment(Uncopied):
         self._check_schedule(schedule)
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
+        if segments is not None and segments < 1:
+            raise ValueError(f"segments must be at least 1, got {segments}.")
         refuse_neighbours(model, model.modules())
         self.passes = Passes()
         self.hooks = [
@@ -150,7 +154,9 @@ class Attachment(Uncopied):
     def table(self, num_tokens: int) -> KeepTable:
         """The integers executed for N image tokens."""
         if num_tokens not in self._tables:
-            self._tables[num_tokens] = self.schedule.for_tokens(num_tokens, multiple=self.multiple)
+            self._tables[num_tokens] = self.schedule.for_tokens(
+                num_tokens, multiple=self.multiple, segments=self.segments
+            )
         return self._tables[num_tokens]
 
     @property
@@ -410,8 +416,9 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         selector: Scores the tokens of each block; any device.
         schedule: Keep ratios for the model's blocks.
         **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
-            multiple of this), `shares_halves` (a function that says of a call's arguments whether
-            they hold both halves of guidance), `gate_values` (training with the KV gate).
+            multiple of this), `segments` (at most so many different rows over time),
+            `shares_halves` (a function that says of a call's arguments whether they hold both
+            halves of guidance), `gate_values` (training with the KV gate).
 
     Raises:
         ValueError: If the model is not supported or the schedule is another model's.

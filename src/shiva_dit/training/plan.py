@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.core.budget import BudgetController, logit_normal, stratified, stratified_ratios
-from shiva_dit.core.schedule import Schedule, anchor_shift, nearest_bin
+from shiva_dit.core.keep_table import nearest_bin
+from shiva_dit.core.schedule import Schedule, anchor_shift
 from shiva_dit.core.selection import keep_count
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.recipe import StageName, TrainConfig
