@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attach, attachment_of
 from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
+from shiva_dit.models.clock import Clock, ListedTimes, SchedulerTimes
 from shiva_dit.models.families import MODELS, model_spec
 
 logger = logging.getLogger("shiva_dit")
@@ -34,6 +35,7 @@ def apply(
     keep_ratio: float | None = None,
     multiple: int | None = None,
     segments: int | None = None,
+    timesteps: Sequence[float] | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> T:
@@ -57,6 +59,9 @@ def apply(
         multiple: Round the number of tokens kept to a multiple of this; the adapter's by default.
         segments: At most so many different numbers of tokens per block over time
             (`Schedule.for_tokens`): few shapes, for CUDA graphs. As many as time bins by default.
+        timesteps: What the model will be called with, one entry per call, in its own units; then
+            from the start again. On a GPU, calls then need not wait for the device to say what
+            time it is. A pipeline needs none: its scheduler says so after a run's first step.
         revision: Branch, tag or commit, for a Hub id.
         token: For private repositories on the Hub.
 
@@ -95,6 +100,7 @@ def apply(
     except BaseException:
         backbone.restore()
         raise
+    attachment.clock = _clock(attachment, target, timesteps)
     attachment.backbone = backbone
     attachment.adapter = adapter
     logger.info(
@@ -105,6 +111,15 @@ def apply(
         100 * attachment.schedule.mean_keep_ratio,
     )
     return target
+
+
+def _clock(attachment: Attachment, target: Any, timesteps: Sequence[float] | None) -> Clock | None:
+    """Who knows a call's time, beside the call."""
+    if timesteps is not None:
+        return Clock(ListedTimes([float(attachment.spec.time(step)) for step in timesteps]))
+    if attachment.model is not target and hasattr(target, "scheduler"):
+        return Clock(SchedulerTimes(target))
+    return None
 
 
 def _check_weights(adapter: ShivaAdapter) -> None:

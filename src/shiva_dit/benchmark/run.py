@@ -171,8 +171,7 @@ class _Bench:
         """One forward at each of these times."""
         spec = self.attachment.spec
         for t in steps:
-            time = spec.clean_timestep + t * (spec.noise_timestep - spec.clean_timestep)
-            timestep = torch.full((self.config.batch,), time, device=self.device)
+            timestep = spec.timestep_at(torch.full((self.config.batch,), t, device=self.device))
             self.model(**self.inputs, **{spec.timestep: timestep}, return_dict=False)
 
     def run(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
+from shiva_dit.models.clock import Clock
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.neighbours import refuse_neighbours, register_innermost, unregister
 from shiva_dit.models.spec import bind, given
@@ -72,6 +73,8 @@ class Attachment(Uncopied):
         """Select, gather and scatter also where a block keeps all its tokens: what that costs."""
         self.observer: Callable[[int, Tensor], None] | None = None
         """Told each pruned block's index and the tokens chosen, (B, k); for maps and tests."""
+        self.clock: Clock | None = None
+        """Knows times without reading them."""
         self.backbone: TunedBackbone | None = None
         self.adapter: Any = None
         self.blocks = self.spec.blocks(model)
@@ -306,10 +309,15 @@ class Attachment(Uncopied):
                 raise ValueError(f"k must lie in [1, N] = [1, {num_tokens}], got {k}.")
 
     def _row(self, num_tokens: int, timestep: Tensor | float) -> tuple[int, ...]:
-        """Every block's k: the one host read of the time per step, none if it doesn't matter."""
+        """Every block's k, by the time; that is read from the device if nobody else knows it."""
         table = self.table(num_tokens)
-        if table.num_bins == 1:
+        if len(set(table.counts)) == 1:
             return table.counts[0]
+        clock = self.clock if isinstance(timestep, Tensor) else None
+        if clock is not None and isinstance(timestep, Tensor):
+            told = clock.time(self.spec.time(timestep))
+            if told is not None:
+                return table.row(told)
         steps = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
         times = [self.spec.time(step) for step in steps]
         rows = {table.row(t) for t in times}
@@ -318,6 +326,8 @@ class Attachment(Uncopied):
                 f"the samples of one forward must share their time bin, so that they keep equally "
                 f"many tokens; got times {sorted(set(times))}. Split the batch by timestep."
             )
+        if clock is not None:
+            clock.learn(times[0])
         return rows.pop()
 
     def _after_time_embedding(
