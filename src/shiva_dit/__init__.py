@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shiva_dit.adapter import ShivaAdapter, ShivaConfig
-    from shiva_dit.api import apply, compile, disabled, remove, summary, supported
+    from shiva_dit.api import apply, compile, cuda_graphs, disabled, remove, summary, supported
     from shiva_dit.core.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "ShivaConfig",
     "apply",
     "compile",
+    "cuda_graphs",
     "disabled",
     "remove",
     "summary",
@@ -31,7 +32,8 @@ _HOMES = {
     "ShivaAdapter": "shiva_dit.adapter",
     "ShivaConfig": "shiva_dit.adapter",
     **dict.fromkeys(
-        ("apply", "compile", "disabled", "remove", "summary", "supported"), "shiva_dit.api"
+        ("apply", "compile", "cuda_graphs", "disabled", "remove", "summary", "supported"),
+        "shiva_dit.api",
     ),
 }
 

@@ -19,6 +19,7 @@ from shiva_dit.models.attach import Attachment, attach, attachment_of
 from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
 from shiva_dit.models.clock import Clock, ListedTimes, SchedulerTimes
 from shiva_dit.models.families import MODELS, model_spec
+from shiva_dit.models.graphs import CudaRecorder
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -192,6 +193,32 @@ def compile(target: T, **options: Any) -> T:
         # All blocks count as one for dynamo: dense and pruned, guided and not, each batch size.
         defaults["recompile_limit"] = RECOMPILE_LIMIT
     attachment.compile(**{**defaults, **options})
+    return target
+
+
+def cuda_graphs(target: T, *, limit: int = 64) -> T:
+    """Capture forwards as CUDA graphs and replay them: launching kernels then costs nothing.
+
+    One graph for each different row of token counts, shape of the arguments and set of weights;
+    what comes for the first time runs as usual, and so do training and whatever watches the
+    blocks. All graphs share one pool of memory. `apply(..., segments=, multiple=)` makes rows few.
+    Compile first, if at all. Until `remove`.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached, on a CUDA device.
+        limit: Graphs at most; what comes beyond them runs as usual.
+
+    Raises:
+        ValueError: If no adapter is attached, the model isn't on a CUDA device, or something on
+            it (offloading, caches) does what a replay would pass over.
+    """
+    attachment = _attached(target)
+    device = next(attachment.model.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(
+            f"CUDA graphs need the model on a CUDA device, it is on {device}: move it there first."
+        )
+    attachment.use_graphs(CudaRecorder(), limit)
     return target
 
 

@@ -30,6 +30,7 @@ from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes, Unc
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.clock import Clock
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
 from shiva_dit.models.neighbours import refuse_neighbours, register_innermost, unregister
 from shiva_dit.models.spec import bind, given
 from shiva_dit.modules.context import time_features
@@ -75,6 +76,8 @@ class Attachment(Uncopied):
         """Told each pruned block's index and the tokens chosen, (B, k); for maps and tests."""
         self.clock: Clock | None = None
         """Knows times without reading them."""
+        self.graphs: GraphRunner | None = None
+        """Replays forwards."""
         self.backbone: TunedBackbone | None = None
         self.adapter: Any = None
         self.blocks = self.spec.blocks(model)
@@ -165,10 +168,11 @@ class Attachment(Uncopied):
     @property
     def num_parameters(self) -> int:
         """Parameters of the selector and of what rejected tokens get."""
-        return sum(p.numel() for module in self._learned for p in module.parameters())
+        return sum(p.numel() for module in self.learned for p in module.parameters())
 
     @property
-    def _learned(self) -> list[nn.Module]:
+    def learned(self) -> list[nn.Module]:
+        """What the adapter brings: selector and, where there are any, updates."""
         return [self.selector] if self.updates is None else [self.selector, self.updates]
 
     def flops(self, num_tokens: int, text_tokens: int, counts: Sequence[int]) -> int:
@@ -221,6 +225,21 @@ class Attachment(Uncopied):
             block.compile(**options)
             self._undo.append(partial(_restore_compiled, block, before))
 
+    def use_graphs(self, recorder: Recorder, limit: int) -> None:
+        """Capture forwards and replay them, until `detach`."""
+        if self.graphs is None:
+            self.graphs = put_on(self, recorder, limit)
+            self._undo.append(self._stop_graphs)
+
+    def _stop_graphs(self) -> None:
+        self.graphs = None
+        _unregister(self.model, GRAPHS)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks into the forwards, which a replay would not let them."""
+        return self._gated is not None or self.observer is not None
+
     # --- hooks ------------------------------------------------------------------------------
 
     def _before_model(
@@ -242,7 +261,6 @@ class Attachment(Uncopied):
                 f"{type(model).__name__} was called with a time for every token, "
                 f"{tuple(timestep.shape)}: what a block keeps depends on one time per sample."
             )
-        self._context = self.spec.context(model, arguments)
         self._refuse_lora_scale(arguments)
         gated = self._gated
         share = False
@@ -274,11 +292,26 @@ class Attachment(Uncopied):
                 chosen=led.get(hook.index),
                 observer=self.observer,
             )
-        if self.spec.time_embedder is None:
-            times = self.spec.time(torch.as_tensor(timestep, device=sample.device))
-            self._condition(time_features(times.float().expand(sample.shape[0])))
+        if self.graphs is None:
+            self.read_context(args, kwargs)
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             self._snapshot_checkpoints(model)
+
+    def read_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Text and, where the model has no embedder for all blocks, time, as routers read them.
+
+        The part of `_before_model` that computes on the device: graphs capture it with the forward.
+        """
+        if not self.enabled:
+            return
+        arguments = bind(self.model, args, kwargs)
+        self._context = self.spec.context(self.model, arguments)
+        if self.spec.time_embedder is None:
+            sample, step = arguments[self.spec.sample], arguments[self.spec.timestep]
+            if not isinstance(step, Tensor):
+                step = torch.full((), step, device=sample.device)
+            times = self.spec.time(step.to(sample.device)).float()
+            self._condition(time_features(times.expand(len(sample))))
 
     def _enter_thread(self) -> None:
         """One forward at a time: its state lies in the blocks' slots."""
@@ -341,7 +374,7 @@ class Attachment(Uncopied):
         """Compute what routers and updates read beside tokens."""
         if self._context is None:
             return
-        for module in self._learned:
+        for module in self.learned:
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device != time.device:
                 module.to(time.device)
@@ -389,10 +422,10 @@ def _restore_compiled(block: nn.Module, before: Callable[..., Any] | None) -> No
         block._compiled_call_impl = before
 
 
-def _unregister(block: nn.Module) -> None:
+def _unregister(block: nn.Module, name: str = HOOK_NAME) -> None:
     registry: HookRegistry = block._diffusers_hook  # type: ignore[assignment]
-    if HOOK_NAME in registry.hooks:
-        unregister(registry, HOOK_NAME)
+    if name in registry.hooks:
+        unregister(registry, name)
     if registry.hooks:
         return
     # The registry leaves itself and the bound forward behind as instance attributes.

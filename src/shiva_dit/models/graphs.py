@@ -1,0 +1,249 @@
+"""Forwards captured once as CUDA graphs, and replayed: no launch costs, however small the blocks.
+
+A graph holds fixed addresses and a fixed course. So there is one for each combination of what could
+change either: shapes and plain values of the arguments, the numbers of tokens kept, and where the
+weights lie. A combination is run as usual when it first comes, captured when it comes again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
+
+logger = logging.getLogger("shiva_dit")
+GRAPHS = "shiva_dit_graphs"
+Call = Callable[[], Any]
+
+
+class Recorder(Protocol):
+    """Captures calls. Apart from the runner, so that its bookkeeping can be tested anywhere."""
+
+    def record(self, call: Call) -> tuple[Call, Any]:
+        """Capture a call: what replays it, and what it returned, which each replay fills anew."""
+        ...
+
+
+class CudaRecorder:
+    """Captures on the current device; all graphs share one memory pool."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def record(self, call: Call) -> tuple[Call, Any]:
+        """Capture a call that has run before, so that nothing is compiled or tuned in it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = call()
+        return graph.replay, output
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One graph."""
+
+    replay: Call
+    inputs: list[Tensor]
+    """Where it reads arguments, and the tokens that another pass has chosen."""
+    output: Any
+    """Where it writes what the model returns, and the tokens chosen by block."""
+
+
+class GraphRunner(Uncopied, ModelHook):
+    """Stands in the place of a model's forward; see the module.
+
+    Args:
+        owner: The attachment.
+        recorder: What captures.
+        limit: Graphs at most; combinations beyond them run as usual.
+    """
+
+    def __init__(self, owner: Any, recorder: Recorder, limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}.")
+        super().__init__()
+        self.owner, self.recorder, self.limit = owner, recorder, limit
+        self.graphs: dict[Hashable, Captured] = {}
+        self.replays = 0
+        self._seen: set[Hashable] = set()
+        self._inputs: dict[Hashable, list[Tensor]] = {}
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, or its replay."""
+        forward = self.fn_ref.original_forward
+        assert forward is not None
+        leaves, tree = tree_flatten((args, kwargs))
+        hooks: list[BlockHook] = self.owner.hooks
+        led = [h.slot.state.chosen for h in hooks if h.slot.state.chosen is not None]
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [*(leaves[place] for place in places), *led]
+        if torch.is_grad_enabled() or self.owner.is_watched or _has_watchers(self.owner):
+            return self._plain(forward, args, kwargs)
+        values = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        layout = (str(tree), tuple(places), tuple(map(_shape, tensors)), _modes())
+        key = (layout, _hashable(values), tuple(map(_course, hooks)), fingerprint(self.owner))
+        found = self.graphs.get(key)
+        if found is None and key not in self._seen:
+            self._seen.add(key)
+            return self._plain(forward, args, kwargs)
+        if found is None:
+            if not self._has_room(key):
+                return self._plain(forward, args, kwargs)
+            inputs = self._inputs.setdefault(layout, [tensor.clone() for tensor in tensors])
+            _fill(inputs, tensors)
+            found = self._capture(forward, inputs, leaves, places, tree)
+            self.graphs[key] = found
+        _fill(found.inputs, tensors)
+        found.replay()
+        self.replays += 1
+        output, chosen = tree_map(_cloned, found.output)
+        for index, tokens in chosen.items():
+            hooks[index].slot.state.chosen = tokens
+        return output
+
+    def _plain(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.owner.read_context(args, kwargs)
+        return forward(*args, **kwargs)
+
+    def _capture(
+        self,
+        forward: Callable[..., Any],
+        inputs: list[Tensor],
+        leaves: list[Any],
+        places: list[int],
+        tree: TreeSpec,
+    ) -> Captured:
+        hooks: list[BlockHook] = self.owner.hooks
+        held = list(leaves)
+        for place, tensor in zip(places, inputs, strict=False):
+            held[place] = tensor
+        args, kwargs = tree_unflatten(held, tree)
+        led = iter(inputs[len(places) :])
+        for hook in hooks:
+            if hook.slot.state.chosen is not None:
+                hook.slot.state.chosen = next(led)
+
+        def call() -> Any:
+            output = self._plain(forward, args, kwargs)
+            states = {hook.index: hook.slot.state for hook in hooks}
+            return output, {i: s.chosen for i, s in states.items() if s.leads and not s.dense}
+
+        replay, output = self.recorder.record(call)
+        logger.debug("shiva_dit: forward %d captured", len(self.graphs) + 1)
+        return Captured(replay, inputs, output)
+
+    def _has_room(self, key: tuple[Hashable, ...]) -> bool:
+        """Whether one more graph may be captured; those of other weights make room."""
+        if len(self.graphs) >= self.limit:
+            for other in [other for other in self.graphs if other[-1] != key[-1]]:  # type: ignore[index]
+                del self.graphs[other]
+        return len(self.graphs) < self.limit
+
+
+def put_on(owner: Any, recorder: Recorder, limit: int) -> GraphRunner:
+    """Let an attachment's model run by graphs, until it is detached."""
+    runner = GraphRunner(owner, recorder, limit)
+    _refuse(owner.model)
+    registry = HookRegistry.check_if_exists_or_initialize(owner.model)
+    registry.register_hook(runner, GRAPHS)
+    return runner
+
+
+def fingerprint(owner: Any) -> Hashable:
+    """Where the weights lie, and how LoRAs are mixed: a graph is right as long as this stays.
+
+    Weights that are changed in place are read anew by each replay.
+
+    Raises:
+        ValueError: If hooks have been put on the model that a replay would pass over.
+    """
+    _refuse(owner.model)
+    found: list[Hashable] = []
+    for module in _modules(owner):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((tensor.data_ptr(), tensor.dtype, tensor.shape))
+        found.append(id(module.__dict__.get("_compiled_call_impl")))
+        scaling = module.__dict__.get("scaling")  # a LoRA's layer
+        if isinstance(scaling, dict):
+            layer: Any = module
+            found.append(tuple(sorted(scaling.items())))
+            found.append((tuple(layer.active_adapters), layer.disable_adapters, layer.merged))
+    return hash(tuple(found))
+
+
+def _has_watchers(owner: Any) -> bool:
+    """Whether torch hooks of others lie inside the model: they would miss the replays."""
+    embedder = owner.spec.time_embedder
+    own = None if embedder is None else owner.model.get_submodule(embedder)
+    for module in owner.model.modules():
+        count = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        if count > (module is own) and module is not owner.model:
+            return True
+    return False
+
+
+def _modes() -> Hashable:
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.is_inference_mode_enabled(), autocast
+
+
+def _modules(owner: Any) -> Iterator[nn.Module]:
+    yield from owner.model.modules()
+    for module in owner.learned:
+        yield from module.modules()
+
+
+def _refuse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        known = {"shiva_dit", GRAPHS}
+        strange = [] if registry is None else [n for n in registry.hooks if n not in known]
+        if strange or "_hf_hook" in module.__dict__:
+            what = f"the hook {strange[0]!r}" if strange else "offloading"
+            raise ValueError(
+                f"CUDA graphs and {what} don't go together (found on {name or 'the model'}): what "
+                "it does in each forward would not be done in a replay. Switch it off, or apply "
+                "the adapter anew without cuda_graphs."
+            )
+
+
+def _course(hook: BlockHook) -> Hashable:
+    """What a block's state says of the course of a forward."""
+    state: BlockState = hook.slot.state
+    return (
+        int(state.k),
+        state.dense,
+        state.share_halves,
+        state.leads,
+        state.chosen is not None,
+        state.num_tokens,
+    )
+
+
+def _shape(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
+
+
+def _hashable(values: tuple[Any, ...]) -> Hashable:
+    """Plain values as they are, objects by identity."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(value if isinstance(value, plain) else id(value) for value in values)
+
+
+def _fill(inputs: list[Tensor], tensors: list[Tensor]) -> None:
+    for held, tensor in zip(inputs, tensors, strict=True):
+        if held is not tensor:
+            held.copy_(tensor)
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
