@@ -8,7 +8,7 @@ weights lie. A combination is run as usual when it first comes, captured when it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
+from shiva_dit.models.fingerprint import Fingerprint
 
 logger = logging.getLogger("shiva_dit")
 GRAPHS = "shiva_dit_graphs"
@@ -73,6 +74,8 @@ class GraphRunner(Uncopied, ModelHook):
         self.owner, self.recorder, self.limit = owner, recorder, limit
         self.graphs: dict[Hashable, Captured] = {}
         self.replays = 0
+        self._fingerprint = Fingerprint([owner.model, *owner.learned], self._look_round)
+        self._is_watched = False
         self._seen: set[Hashable] = set()
         self._inputs: dict[Hashable, list[Tensor]] = {}
 
@@ -85,11 +88,12 @@ class GraphRunner(Uncopied, ModelHook):
         led = [h.slot.state.chosen for h in hooks if h.slot.state.chosen is not None]
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [*(leaves[place] for place in places), *led]
-        if torch.is_grad_enabled() or self.owner.is_watched or _has_watchers(self.owner):
+        weights = self._fingerprint.value()
+        if torch.is_grad_enabled() or self.owner.is_watched or self._is_watched:
             return self._plain(forward, args, kwargs)
         values = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         layout = (str(tree), tuple(places), tuple(map(_shape, tensors)), _modes())
-        key = (layout, _hashable(values), tuple(map(_course, hooks)), fingerprint(self.owner))
+        key = (layout, _hashable(values), tuple(map(_course, hooks)), weights)
         found = self.graphs.get(key)
         if found is None and key not in self._seen:
             self._seen.add(key)
@@ -140,6 +144,20 @@ class GraphRunner(Uncopied, ModelHook):
         logger.debug("shiva_dit: forward %d captured", len(self.graphs) + 1)
         return Captured(replay, inputs, output)
 
+    def _look_round(self, modules: list[nn.Module]) -> None:
+        """After a change: what must not be there, and whether torch hooks of others lie inside.
+
+        These would miss the replays, so that forwards run as usual while they are on.
+        """
+        model, embedder = self.owner.model, self.owner.spec.time_embedder
+        own = None if embedder is None else model.get_submodule(embedder)
+        self._is_watched = False
+        for module in modules:
+            _refuse(module)
+            count = len(module._forward_hooks) + len(module._forward_pre_hooks)
+            if module is not model and count > (module is own):
+                self._is_watched = True
+
     def _has_room(self, key: tuple[Hashable, ...]) -> bool:
         """Whether one more graph may be captured; those of other weights make room."""
         if len(self.graphs) >= self.limit:
@@ -151,69 +169,30 @@ class GraphRunner(Uncopied, ModelHook):
 def put_on(owner: Any, recorder: Recorder, limit: int) -> GraphRunner:
     """Let an attachment's model run by graphs, until it is detached."""
     runner = GraphRunner(owner, recorder, limit)
-    _refuse(owner.model)
+    for module in owner.model.modules():
+        _refuse(module)
     registry = HookRegistry.check_if_exists_or_initialize(owner.model)
     registry.register_hook(runner, GRAPHS)
     return runner
 
 
-def fingerprint(owner: Any) -> Hashable:
-    """Where the weights lie, and how LoRAs are mixed: a graph is right as long as this stays.
-
-    Weights that are changed in place are read anew by each replay.
-
-    Raises:
-        ValueError: If hooks have been put on the model that a replay would pass over.
-    """
-    _refuse(owner.model)
-    found: list[Hashable] = []
-    for module in _modules(owner):
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found.append((tensor.data_ptr(), tensor.dtype, tensor.shape))
-        found.append(id(module.__dict__.get("_compiled_call_impl")))
-        scaling = module.__dict__.get("scaling")  # a LoRA's layer
-        if isinstance(scaling, dict):
-            layer: Any = module
-            found.append(tuple(sorted(scaling.items())))
-            found.append((tuple(layer.active_adapters), layer.disable_adapters, layer.merged))
-    return hash(tuple(found))
-
-
-def _has_watchers(owner: Any) -> bool:
-    """Whether torch hooks of others lie inside the model: they would miss the replays."""
-    embedder = owner.spec.time_embedder
-    own = None if embedder is None else owner.model.get_submodule(embedder)
-    for module in owner.model.modules():
-        count = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        if count > (module is own) and module is not owner.model:
-            return True
-    return False
+def _refuse(module: nn.Module) -> None:
+    """Raise where a hook does something in each forward that a replay would pass over."""
+    registry = module.__dict__.get("_diffusers_hook")
+    known = {"shiva_dit", GRAPHS}
+    strange = [] if registry is None else [name for name in registry.hooks if name not in known]
+    if strange or "_hf_hook" in module.__dict__:
+        what = f"the hook {strange[0]!r}" if strange else "offloading"
+        raise ValueError(
+            f"CUDA graphs and {what} don't go together (found on a {type(module).__name__}): what "
+            "it does in each forward would not be done in a replay. Switch it off, or apply the "
+            "adapter anew without cuda_graphs."
+        )
 
 
 def _modes() -> Hashable:
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     return torch.is_inference_mode_enabled(), autocast
-
-
-def _modules(owner: Any) -> Iterator[nn.Module]:
-    yield from owner.model.modules()
-    for module in owner.learned:
-        yield from module.modules()
-
-
-def _refuse(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        registry = module.__dict__.get("_diffusers_hook")
-        known = {"shiva_dit", GRAPHS}
-        strange = [] if registry is None else [n for n in registry.hooks if n not in known]
-        if strange or "_hf_hook" in module.__dict__:
-            what = f"the hook {strange[0]!r}" if strange else "offloading"
-            raise ValueError(
-                f"CUDA graphs and {what} don't go together (found on {name or 'the model'}): what "
-                "it does in each forward would not be done in a replay. Switch it off, or apply "
-                "the adapter anew without cuda_graphs."
-            )
 
 
 def _course(hook: BlockHook) -> Hashable:
