@@ -785,3 +785,70 @@ def test_fused_projections_are_refused_by_the_value_gate() -> None:
     with pytest.raises(RuntimeError, match="without calling its value projection"):
         training.forward(attachment, COUNTS[0])
     assert keeps_nothing(attachment)
+
+
+# --- blocks that share their scores ------------------------------------------------------------
+
+
+@contextmanager
+def scorings(attachment: Attachment) -> Iterator[list[int]]:
+    """Within: the blocks whose routers run."""
+    seen: list[int] = []
+    before = [hook.scores for hook in attachment.hooks]
+    for hook, scores in zip(attachment.hooks, before, strict=True):
+
+        def counting(x: Any, condition: Any, scores: Any = scores, block: int = hook.index) -> Any:
+            seen.append(block)
+            return scores(x, condition)
+
+        hook.scores = counting
+    try:
+        yield seen
+    finally:
+        for hook, scores in zip(attachment.hooks, before, strict=True):
+            hook.scores = scores
+
+
+def test_a_pair_of_blocks_shares_the_scores_of_its_first() -> None:
+    """Equal numbers of tokens are the same tokens, fewer are some of them."""
+    model = tiny.sd3(num_layers=6)
+    rows = [[64, 20, 20, 30, 10, 12]]
+    attachment = shiva(model, rows, select_every=2)
+    with scorings(attachment) as scored, chosen_tokens(attachment) as seen:
+        tiny.run(model, tiny.inputs())
+    assert scored == [1, 3, 5]
+    chosen = dict(seen)
+    assert torch.equal(chosen[1], chosen[2])
+    assert chosen[4].shape == (2, 10)
+    for few, many in zip(chosen[4].tolist(), chosen[3].tolist(), strict=True):
+        assert set(few) < set(many)
+    alone = shiva(model, rows)
+    with chosen_tokens(alone) as seen:
+        tiny.run(model, tiny.inputs())
+    by_itself = dict(seen)
+    assert torch.equal(by_itself[1], chosen[1])
+    assert not torch.equal(by_itself[2], chosen[2])
+
+
+def test_a_block_whose_leader_did_not_run_or_kept_all_scores_by_itself() -> None:
+    model = tiny.sd3(num_layers=6)
+    attachment = shiva(model, [[64, 20, 20, 64, 10, 12], [64] * 3 + [30] * 3], select_every=2)
+    with scorings(attachment) as scored, torch.no_grad():
+        model(**tiny.inputs(t=0.1), skip_layers=[1])
+    assert scored == [2, 4, 5]
+    assert attachment._leader(4, (64, 20, 20, 64, 10, 12), 64) is None
+
+
+def test_flops_count_a_shared_router_once() -> None:
+    model = tiny.sd3(num_layers=6)
+    counts = [64, 20, 20, 30, 10, 12]
+    single, paired = (
+        shiva(model, [counts], select_every=every).flops(64, 7, counts) for every in (1, 2)
+    )
+    selector = tiny.adapter(model).selector()
+    assert single - paired == 2 * selector.flops(64)
+
+
+def test_select_every_is_positive() -> None:
+    with pytest.raises(ValueError, match="select_every must be at least 1, got 0"):
+        shiva(tiny.sd3(), select_every=0)

@@ -86,6 +86,16 @@ def test_a_whole_schedule_takes_few_graphs_at_any_depth_and_equals_eager(
     assert tiny.footprint(compiled.model) == compiled.before
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_sharing_scores_costs_two_graphs_more_at_most(kind: str) -> None:
+    """Blocks that leave scores and blocks that take them: six graphs where there are two kinds."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = Compiled(kind, 8, many_rows(8), counter, select_every=2)
+    found = compiled.results()
+    assert all(torch.equal(a, b) for a, b in zip(found, compiled.eager, strict=True))
+    assert counter.frame_count <= GRAPHS[kind] + 2
+
+
 @pytest.mark.parametrize(
     ("edge", "more"),
     [

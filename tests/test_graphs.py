@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import shiva_dit
 from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.models.block_hook import BlockState
 from shiva_dit.models.graphs import GRAPHS, GraphRunner
 from tests import families, tiny
 from tests.test_pipelines import Flux, PixArt
@@ -34,7 +35,7 @@ class Again:
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
         slots = [hook.slot for hook in self.attachment.hooks]
-        states = [replace(slot.state) for slot in slots]
+        states = _copies([slot.state for slot in slots])
         self.captured += 1
         output = call()
         held = tree_leaves(output)
@@ -45,8 +46,8 @@ class Again:
 
         def again() -> None:
             running = [slot.state for slot in slots]
-            for slot, state in zip(slots, states, strict=True):
-                slot.state = replace(state)
+            for slot, state in zip(slots, _copies(states), strict=True):
+                slot.state = state
             new = call()
             for slot, state in zip(slots, running, strict=True):
                 slot.state = state
@@ -55,6 +56,15 @@ class Again:
                     leaf.copy_(value)
 
         return again, output
+
+
+def _copies(states: list[BlockState]) -> list[BlockState]:
+    """Copies that follow each other as the originals do."""
+    made = [replace(state) for state in states]
+    for state in made:
+        if state.follows is not None:
+            state.follows = made[next(i for i, s in enumerate(states) if s is state.follows)]
+    return made
 
 
 def with_graphs(target: Any, limit: int = 64, **options: Any) -> tuple[GraphRunner, Again]:
@@ -71,14 +81,16 @@ def with_graphs(target: Any, limit: int = 64, **options: Any) -> tuple[GraphRunn
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
-def test_replays_equal_forwards_to_the_bit(kind: str, rejected: Any) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"rejected": "low_rank"}, {"select_every": 2}], ids=lambda o: "".join(o)
+)
+def test_replays_equal_forwards_to_the_bit(kind: str, options: dict[str, Any]) -> None:
     """One graph per row; each comes from its second forward on, and reads what it is given."""
     model = tiny.sd3(kind)
-    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts(ROWS), rejected=rejected))
+    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts(ROWS), **options))
     cases = [tiny.inputs(t=t, seed=seed) for seed in range(4) for t in TIMES]
     expected = [tiny.run(model, case) for case in cases]
-    graphs, recorder = with_graphs(model, rejected=rejected)
+    graphs, recorder = with_graphs(model, **options)
     found = [tiny.run(model, case) for case in cases]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert recorder.captured == len(graphs.graphs) == 3

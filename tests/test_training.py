@@ -39,6 +39,7 @@ from shiva_dit.training.recipe import (
     EstimatorConfig,
     OptimizerConfig,
     PolicyConfig,
+    RouterConfig,
     StageName,
     TrainConfig,
 )
@@ -150,6 +151,22 @@ def test_every_estimator_moves_router_and_policy(
     result = trainer.train_step()
     assert changed(before, trainer) == {"router", "policy", "backbone"}
     assert result["loss"] > 0
+
+
+def test_shared_scores_learn_from_all_blocks_that_use_them(tmp_path: Path) -> None:
+    """Only the first block's router is asked, and learns."""
+    moved = []
+    for every in (1, 3):
+        router = RouterConfig(hidden=8, num_groups=4, noise_std=0.0, select_every=every)
+        config = recipe(tmp_path, router=router, warmup_steps=1, policy_steps=0, joint_steps=0)
+        trainer = Trainer(config, tiny.sd3(), TinyData())
+        adapter = trainer.student.adapter
+        assert adapter.config.select_every == every
+        weights = [group.score.weight for group in adapter.router.groups]
+        before = [weight.clone() for weight in weights]
+        trainer.train_step()
+        moved.append([not torch.equal(a, b) for a, b in zip(weights, before, strict=True)])
+    assert moved == [[False, True, True, True], [False, True, False, False]]
 
 
 @pytest.mark.parametrize("rejected", ["identity", "low_rank"])
@@ -379,10 +396,12 @@ def test_the_teacher_is_the_unpruned_model_before_training(tmp_path: Path, backb
     assert trainer.student.attachment.enabled
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("select_every", [1, 2])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, select_every: int) -> None:
     losses = []
     for on in (False, True):
-        config = recipe(tmp_path, gradient_checkpointing=on)
+        router = RouterConfig(hidden=8, select_every=select_every)
+        config = recipe(tmp_path, gradient_checkpointing=on, router=router)
         trainer = Trainer(config, tiny.sd3(), TinyData())
         losses.append([trainer.train_step()["loss"] for _ in range(6)])
         trainer.close()

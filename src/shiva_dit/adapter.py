@@ -65,6 +65,8 @@ class ShivaConfig:
     """Target of the mean keep ratio over time and prunable blocks, in (0, 1)."""
     multiple: int = 1
     """The number of tokens kept is a multiple of this, or all."""
+    select_every: int = 1
+    """So many prunable blocks in a row share the scores of their first."""
     num_bins: int = 64
     """Time bins of the schedule."""
     rejected: RejectedKind = "identity"
@@ -96,6 +98,8 @@ class ShivaConfig:
             raise ValueError(f"keep_ratio must lie in (0, 1), got {self.keep_ratio}.")
         if self.multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {self.multiple}.")
+        if self.select_every < 1:
+            raise ValueError(f"select_every must be at least 1, got {self.select_every}.")
         for block in self.full_blocks:
             if not 0 <= block < self.num_blocks:
                 raise ValueError(f"full_blocks: there is no block {block} among {self.num_blocks}.")

@@ -36,6 +36,7 @@ def apply(
     keep_ratio: float | None = None,
     multiple: int | None = None,
     segments: int | None = None,
+    select_every: int | None = None,
     timesteps: Sequence[float] | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -60,6 +61,8 @@ def apply(
         multiple: Round the number of tokens kept to a multiple of this; the adapter's by default.
         segments: At most so many different numbers of tokens per block over time
             (`Schedule.for_tokens`): few shapes, for CUDA graphs. As many as time bins by default.
+        select_every: So many prunable blocks in a row share the scores of their first: 2 halves
+            what choosing costs. The adapter's by default.
         timesteps: What the model will be called with, one entry per call, in its own units; then
             from the start again. On a GPU, calls then need not wait for the device to say what
             time it is. A pipeline needs none: its scheduler says so after a run's first step.
@@ -96,6 +99,7 @@ def apply(
             updates=adapter.updates,
             multiple=adapter.config.multiple if multiple is None else multiple,
             segments=segments,
+            select_every=adapter.config.select_every if select_every is None else select_every,
             shares_halves=None if model is target else _halves(model, target),
         )
     except BaseException:

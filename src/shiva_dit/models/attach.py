@@ -61,13 +61,14 @@ class Attachment(Uncopied):
         updates: RejectedUpdates | None = None,
         multiple: int = 1,
         segments: int | None = None,
+        select_every: int = 1,
         shares_halves: Callable[[Mapping[str, Any]], bool] | None = None,
         gate_values: bool = False,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector, self.schedule = model, selector, schedule
         self.updates = updates
-        self.multiple, self.segments = multiple, segments
+        self.multiple, self.segments, self.select_every = multiple, segments, select_every
         self.shares_halves = shares_halves
         self.enabled = True
         self.always_select = False
@@ -89,6 +90,8 @@ class Attachment(Uncopied):
         self._check_schedule(schedule)
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
+        if select_every < 1:
+            raise ValueError(f"select_every must be at least 1, got {select_every}.")
         if segments is not None and segments < 1:
             raise ValueError(f"segments must be at least 1, got {segments}.")
         refuse_neighbours(model, model.modules())
@@ -183,10 +186,20 @@ class Attachment(Uncopied):
             text_tokens: Text tokens T.
             counts: k of every block (a row of `table`).
         """
-        extra = self.selector.flops(num_tokens)
-        if self.updates is not None:
-            extra += self.updates.flops(num_tokens)
-        return self.spec.flops(self.model, num_tokens, text_tokens).pruned(counts, extra)
+        update = 0 if self.updates is None else self.updates.flops(num_tokens)
+        total = self.spec.flops(self.model, num_tokens, text_tokens).pruned(counts, update)
+        pruned = [block for block, k in enumerate(counts) if k < num_tokens]
+        scoring = sum(self._leader(block, counts, num_tokens) is None for block in pruned)
+        return total + scoring * self.selector.flops(num_tokens)
+
+    def _leader(self, block: int, counts: Sequence[int], num_tokens: int) -> int | None:
+        """The block whose scores another one uses; None where it scores by itself."""
+        prunable = self.schedule.prunable_blocks
+        if self.select_every == 1 or block not in prunable:
+            return None
+        place = prunable.index(block)
+        first = prunable[place - place % self.select_every]
+        return first if first != block and counts[first] < num_tokens else None
 
     @contextmanager
     def gated(self, forward: GatedForward) -> Iterator[None]:
@@ -277,12 +290,13 @@ class Attachment(Uncopied):
             counts = gated.counts
             self._check_counts(counts, num_tokens)
         led = self.passes.led(len(sample), tuple(counts))
+        states: list[BlockState] = []
         for hook, k in zip(self.hooks, counts, strict=True):
             # In training a block that happens to keep all its tokens is judged too (Eq. 24).
             prunable = hook.index in self.schedule.prunable_blocks
             gates = gated.gates(hook.index) if gated is not None and prunable else None
             selects = gates is not None or (prunable and self.always_select)
-            hook.slot.state = BlockState(
+            state = hook.slot.state = BlockState(
                 k=DynamicInt(k),
                 dense=k >= num_tokens and not selects,
                 num_tokens=num_tokens,
@@ -292,6 +306,11 @@ class Attachment(Uncopied):
                 chosen=led.get(hook.index),
                 observer=self.observer,
             )
+            states.append(state)
+            leader = None if state.dense else self._leader(hook.index, counts, num_tokens)
+            if leader is not None:
+                state.follows = states[leader]
+                states[leader].is_followed = True
         if self.graphs is None:
             self.read_context(args, kwargs)
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
@@ -460,6 +479,7 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         schedule: Keep ratios for the model's blocks.
         **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
             multiple of this), `segments` (at most so many different rows over time),
+            `select_every` (so many prunable blocks in a row share their first one's scores),
             `shares_halves` (a function that says of a call's arguments whether they hold both
             halves of guidance), `gate_values` (training with the KV gate).
 

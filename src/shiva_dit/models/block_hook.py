@@ -89,6 +89,11 @@ class BlockState:
     chosen: Tensor | None = None
     """The tokens to keep, (B, k), where another pass has chosen them."""
     observer: Callable[[int, Tensor], None] | None = None
+    follows: BlockState | None = None
+    """The block whose scores this one uses (`select_every`)."""
+    is_followed: bool = False
+    scores: Tensor | None = None
+    """Left for those who follow, (B, N)."""
 
 
 class Slot:
@@ -209,15 +214,25 @@ class BlockHook(Uncopied, ModelHook):
         """The tokens that run, (B, k): by the scores, or another pass's."""
         if state.chosen is not None:
             return state.chosen
-        scores = self.scores(x.detach(), state.condition)
-        if state.share_halves:
-            scores = share_between_halves(scores)
+        scores = self._score(x, state)
         if state.gates is not None:
             return state.gates.choose(scores, state.k)
         chosen = select_top_k(scores, state.k)
         if state.leads:
             state.chosen = chosen
         return chosen
+
+    def _score(self, x: Tensor, state: BlockState) -> Tensor:
+        """Scores of all tokens, (B, N); the block's before, where that has run and they share."""
+        shared = None if state.follows is None else state.follows.scores
+        if shared is not None:
+            return shared
+        scores = self.scores(x.detach(), state.condition)
+        if state.share_halves:
+            scores = share_between_halves(scores)
+        if state.is_followed:
+            state.scores = scores
+        return scores
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline has ended: nothing is led any more."""

@@ -27,6 +27,8 @@ class RouterConfig:
     """Layer-normalise what the router reads."""
     inputs: tuple[Literal["time", "context", "layer"], ...] = ("time", "context", "layer")
     """What the router reads beside its token (Eq. 8)."""
+    select_every: int = 1
+    """So many prunable blocks in a row share the scores of their first."""
     noise_std: float = 0.3
     """Noise on the standardised scores in training, at least 0."""
     tau_rank: tuple[float, float] = (0.2, 0.02)
@@ -35,6 +37,8 @@ class RouterConfig:
     """Temperature of the inclusion scores at the start and the end, as a share of N."""
 
     def __post_init__(self) -> None:
+        if self.select_every < 1:
+            raise ValueError(f"router select_every must be at least 1, got {self.select_every}.")
         if self.noise_std < 0:
             raise ValueError(f"router noise_std must be at least 0, got {self.noise_std}.")
         for name in ("tau_rank", "tau_select"):

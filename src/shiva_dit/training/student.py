@@ -76,6 +76,7 @@ class Student:
             self.selector or self.adapter.selector(),
             self.adapter.schedule,
             updates=self.updates,
+            select_every=self.adapter.config.select_every,
             gate_values=config.estimator.needs_value_gate and self.learns_scores,
         )
         self.num_tokens = self.attachment.spec.tokens(model, sample.latents)
@@ -241,6 +242,7 @@ def _adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
         "hidden": config.router.hidden,
         "normalize_inputs": config.router.normalize_inputs,
         "router_inputs": config.router.inputs,
+        "select_every": config.router.select_every,
         "num_bins": config.policy.num_bins,
         "rejected": config.rejected,
         "rejected_rank": config.rejected_rank,
