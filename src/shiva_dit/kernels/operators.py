@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
+from triton import knobs
 
 # Read once, as Triton does: a kernel is interpreted if this was set when it was defined.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = knobs.runtime.interpret
 
 
 def operator(name: str, outputs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

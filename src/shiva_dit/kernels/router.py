@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.library import wrap_triton
 
-from shiva_dit.kernels.operators import operator
+from shiva_dit.kernels.operators import INTERPRETED, operator
 
 MAX_HIDDEN = 256
 """The largest d': a program holds all of a token's hidden units."""
@@ -19,23 +19,49 @@ MAX_HIDDEN = 256
 
 @triton.jit
 @no_type_check
+def _read(
+    h: tl.tensor,
+    norm_weight: tl.tensor,
+    norm_bias: tl.tensor,
+    score_weight: tl.tensor,
+    hidden: tl.tensor,
+    eps: tl.tensor,
+    HIDDEN: tl.constexpr,
+) -> tl.tensor:
+    """SiLU, norm and score of hidden units, (ROWS, HIDDEN), that are 0 past the last one."""
+    unit = tl.arange(0, HIDDEN)
+    real = unit < hidden
+    h = h * tl.sigmoid(h)
+    centre = h - (tl.sum(h, 1) / hidden)[:, None]
+    centre = tl.where(real[None, :], centre, 0.0)
+    deviation = tl.rsqrt(tl.sum(centre * centre, 1) / hidden + eps)
+    gain = tl.load(norm_weight + unit, mask=real, other=0.0).to(tl.float32)
+    lift = tl.load(norm_bias + unit, mask=real, other=0.0).to(tl.float32)
+    read = tl.load(score_weight + unit, mask=real, other=0.0).to(tl.float32)
+    normed = centre * deviation[:, None] * gain[None, :] + lift[None, :]
+    return tl.sum(normed * read[None, :], 1)
+
+
+@triton.jit
+@no_type_check
 def _score_kernel(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    condition: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    score_weight: Any,
-    scores: Any,
-    stride_sample: Any,
-    stride_token: Any,
-    num_tokens: Any,
-    num_rows: Any,
-    width: Any,
-    hidden: Any,
-    eps: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    condition: tl.tensor,
+    norm_weight: tl.tensor,
+    norm_bias: tl.tensor,
+    score_weight: tl.tensor,
+    scores: tl.tensor,
+    stride_sample: tl.tensor,
+    stride_token: tl.tensor,
+    num_tokens: tl.tensor,
+    num_rows: tl.tensor,
+    width: tl.tensor,
+    hidden: tl.tensor,
+    eps: tl.tensor,
     NORMALIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -51,6 +77,7 @@ def _score_kernel(
     the deviation, at most a few deviations cancel.
     """
     dtype = x.dtype.element_ty
+    operand = tl.float32 if WIDEN else dtype
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     sample = row // num_tokens
@@ -60,8 +87,8 @@ def _score_kernel(
     real = unit < hidden
     product = tl.zeros((ROWS, HIDDEN), tl.float32)
     if NORMALIZE:
-        mask = inside[:, None] & (column < width)[None, :]
-        first = tl.load(tokens[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        begin = inside[:, None] & (column < width)[None, :]
+        first = tl.load(tokens[:, None] + column[None, :], mask=begin, other=0.0).to(tl.float32)
         shift = tl.sum(first, 1) / tl.minimum(width, BLOCK)
         total = tl.zeros((ROWS,), tl.float32)
         squares = tl.zeros((ROWS,), tl.float32)
@@ -69,11 +96,11 @@ def _score_kernel(
     for start in range(0, width, BLOCK):
         at = start + column
         known = at < width
-        mask = inside[:, None] & known[None, :]
-        tile = tl.load(tokens[:, None] + at[None, :], mask=mask, other=0.0)  # (ROWS, BLOCK)
-        mask = known[:, None] & real[None, :]
-        matrix = tl.load(weight + at[:, None] + unit[None, :] * width, mask=mask, other=0.0)
-        matrix = matrix.to(dtype)  # (BLOCK, HIDDEN)
+        valid = inside[:, None] & known[None, :]
+        tile = tl.load(tokens[:, None] + at[None, :], mask=valid, other=0.0)  # (ROWS, BLOCK)
+        within = known[:, None] & real[None, :]
+        matrix = tl.load(weight + at[:, None] + unit[None, :] * width, mask=within, other=0.0)
+        matrix = matrix.to(dtype).to(operand)  # (BLOCK, HIDDEN)
         if NORMALIZE:
             centred = tl.where(known[None, :], tile.to(tl.float32) - shift[:, None], 0.0)
             total += tl.sum(centred, 1)
@@ -84,9 +111,10 @@ def _score_kernel(
                 size = tl.maximum(tl.max(tl.abs(centred), 1), 1e-30)[:, None]
                 product += size * tl.dot((centred / size).to(dtype), matrix)
             else:
-                product = tl.dot(centred.to(dtype), matrix, product, input_precision="ieee")
+                centred = centred.to(dtype).to(operand)
+                product = tl.dot(centred, matrix, product, input_precision="ieee")
         else:
-            product = tl.dot(tile, matrix, product, input_precision="ieee")
+            product = tl.dot(tile.to(operand), matrix, product, input_precision="ieee")
     if NORMALIZE:
         mean = total / width
         variance = tl.maximum(squares / width - mean * mean, 0.0)
@@ -98,15 +126,8 @@ def _score_kernel(
     ).to(tl.float32)
     offset = tl.load(bias + unit, mask=real, other=0.0).to(dtype).to(tl.float32)
     h = product + offset[None, :] + context  # (ROWS, HIDDEN)
-    h = h * tl.sigmoid(h)  # 0 past the last unit
-    centre = h - (tl.sum(h, 1) / hidden)[:, None]
-    centre = tl.where(real[None, :], centre, 0.0)
-    deviation = tl.rsqrt(tl.sum(centre * centre, 1) / hidden + eps)
-    gain = tl.load(norm_weight + unit, mask=real, other=0.0).to(tl.float32)
-    lift = tl.load(norm_bias + unit, mask=real, other=0.0).to(tl.float32)
-    read = tl.load(score_weight + unit, mask=real, other=0.0).to(tl.float32)
-    normed = centre * deviation[:, None] * gain[None, :] + lift[None, :]
-    tl.store(scores + row, tl.sum(normed * read[None, :], 1), mask=inside)
+    found = _read(h, norm_weight, norm_bias, score_weight, hidden, eps, HIDDEN)
+    tl.store(scores + row, found, mask=inside)
 
 
 @no_type_check
@@ -162,6 +183,8 @@ def _score(
         hidden,
         eps,
         NORMALIZE=normalize,
+        # The interpreter multiplies the bits of bfloat16; in float32 the products are the same.
+        WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
         ROWS=rows,
         BLOCK=block,
         HIDDEN=units,

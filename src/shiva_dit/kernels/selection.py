@@ -6,7 +6,7 @@ would wrap them, and know no symbolic sizes.
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -27,7 +27,7 @@ _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 @triton.jit
 @no_type_check
-def _keys(scores: Any, at: Any, num_tokens: Any) -> Any:
+def _keys(scores: tl.tensor, at: tl.tensor, num_tokens: tl.tensor) -> tl.tensor:
     """Scores as int32 in the same order; past the end -2^31, which no score becomes."""
     inside = at < num_tokens
     score = tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
@@ -42,13 +42,13 @@ def _keys(scores: Any, at: Any, num_tokens: Any) -> Any:
 @triton.jit
 @no_type_check
 def _count_from(
-    scores: Any,
-    keys: Any,
-    bound: Any,
-    num_tokens: Any,
+    scores: tl.tensor,
+    keys: tl.tensor,
+    bound: tl.tensor,
+    num_tokens: tl.tensor,
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """How many keys are at least `bound`. Of a single tile they stay in registers."""
     if SINGLE:
         count = tl.sum((keys >= bound).to(tl.int32))
@@ -63,12 +63,12 @@ def _count_from(
 @triton.jit
 @no_type_check
 def _select_kernel(
-    scores: Any,
-    indices: Any,
-    places: Any,
-    stride: Any,
-    num_tokens: Any,
-    k: Any,
+    scores: tl.tensor,
+    indices: tl.tensor,
+    places: tl.tensor,
+    stride: tl.tensor,
+    num_tokens: tl.tensor,
+    k: tl.tensor,
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
 ) -> None:
@@ -175,7 +175,7 @@ def select_top_k(
 @triton.jit
 @no_type_check
 def _places_kernel(
-    indices: Any, places: Any, num_tokens: Any, k: Any, BLOCK: tl.constexpr
+    indices: tl.tensor, places: tl.tensor, num_tokens: tl.tensor, k: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     """One program per sample, so that a barrier separates filling from placing."""
     sample = tl.program_id(0).to(tl.int64)
@@ -201,9 +201,7 @@ def _placed(indices: Tensor, num_tokens: int) -> Tensor:
 def _place(indices: Tensor, num_tokens: int) -> Tensor:
     places = _placed(indices, num_tokens)
     batch, k = indices.shape
-    wrap_triton(_places_kernel)[(batch,)](
-        indices, places, num_tokens, k, BLOCK=1024, num_warps=8
-    )
+    wrap_triton(_places_kernel)[(batch,)](indices, places, num_tokens, k, BLOCK=1024, num_warps=8)
     return places
 
 
@@ -223,14 +221,14 @@ def places_of(indices: Int[Tensor, "B k"], num_tokens: int) -> Int32[Tensor, "B 
 @triton.jit
 @no_type_check
 def _gather_kernel(
-    x: Any,
-    indices: Any,
-    out: Any,
-    stride_sample: Any,
-    stride_token: Any,
-    k: Any,
-    num_rows: Any,
-    width: Any,
+    x: tl.tensor,
+    indices: tl.tensor,
+    out: tl.tensor,
+    stride_sample: tl.tensor,
+    stride_token: tl.tensor,
+    k: tl.tensor,
+    num_rows: tl.tensor,
+    width: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -294,20 +292,20 @@ def gather_tokens(
 @triton.jit
 @no_type_check
 def _scatter_kernel(
-    base: Any,
-    places: Any,
-    updated: Any,
-    update: Any,
-    out: Any,
-    base_sample: Any,
-    base_token: Any,
-    updated_sample: Any,
-    updated_token: Any,
-    update_sample: Any,
-    update_token: Any,
-    num_tokens: Any,
-    num_rows: Any,
-    width: Any,
+    base: tl.tensor,
+    places: tl.tensor,
+    updated: tl.tensor,
+    update: tl.tensor,
+    out: tl.tensor,
+    base_sample: tl.tensor,
+    base_token: tl.tensor,
+    updated_sample: tl.tensor,
+    updated_token: tl.tensor,
+    update_sample: tl.tensor,
+    update_token: tl.tensor,
+    num_tokens: tl.tensor,
+    num_rows: tl.tensor,
+    width: tl.tensor,
     UPDATE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -27,7 +27,12 @@ _ROWS, _BLOCK = 32, 128
 @triton.jit
 @no_type_check
 def _rank_kernel(
-    scores: Any, ranks: Any, rate: Any, num_tokens: Any, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    scores: tl.tensor,
+    ranks: tl.tensor,
+    rate: tl.tensor,
+    num_tokens: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     sample = tl.program_id(1).to(tl.int64)
     scores += sample * num_tokens
@@ -47,11 +52,11 @@ def _rank_kernel(
 @triton.jit
 @no_type_check
 def _slope_kernel(
-    scores: Any,
-    grads: Any,
-    flows: Any,
-    rate: Any,
-    num_tokens: Any,
+    scores: tl.tensor,
+    grads: tl.tensor,
+    flows: tl.tensor,
+    rate: tl.tensor,
+    num_tokens: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
