@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ MEASURED_FASTER: frozenset[str] = frozenset()
 VARIABLE = "SHIVA_DIT_KERNELS"
 """Names with commas, "all" or "none": the kernels that a process starts with."""
 
-_enabled: frozenset[str] | None = None  # None until the environment variable is read
+_switched: frozenset[str] | None = None  # by `use`; None outside
 
 
 def enabled() -> frozenset[str]:
@@ -33,10 +34,7 @@ def enabled() -> frozenset[str]:
     Raises:
         ValueError: If the environment variable names an unknown kernel.
     """
-    global _enabled
-    if _enabled is None:
-        _enabled = _at_start()
-    return _enabled
+    return _at_start() if _switched is None else _switched
 
 
 @contextmanager
@@ -55,12 +53,12 @@ def use(*names: str) -> Iterator[None]:
     ...     print(sorted(enabled()))
     ['gather_tokens']
     """
-    global _enabled
-    before, _enabled = enabled(), _checked(names, "kernels")
+    global _switched
+    before, _switched = _switched, _checked(names, "kernels")
     try:
         yield
     finally:
-        _enabled = before
+        _switched = before
 
 
 def should_use(name: str, *tensors: Tensor) -> bool:
@@ -77,8 +75,8 @@ def should_use(name: str, *tensors: Tensor) -> bool:
     Raises:
         ValueError: If the name is unknown.
     """
-    if name not in enabled():
-        _checked((name,), "kernels")
+    _checked((name,), "kernels")
+    if not (_on_at_start(name) if _switched is None else name in _switched):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
@@ -87,7 +85,7 @@ def should_use(name: str, *tensors: Tensor) -> bool:
     return all(x.is_cuda for x in tensors) or interpreted()
 
 
-# Compiled code must not trace into the environment: it cannot change what was once read.
+# Compiled code takes as constant what the environment says.
 @torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on a CPU too."""
@@ -95,6 +93,11 @@ def interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def _on_at_start(name: str) -> bool:
+    return name in _at_start()
+
+
+@cache
 def _at_start() -> frozenset[str]:
     text = os.environ.get(VARIABLE)
     if text is None:
