@@ -13,12 +13,12 @@ from typing import Any, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import wrap_triton
 
-from shiva_dit.kernels import interpreted
+from shiva_dit import kernels
 from shiva_dit.kernels.operators import operator
 
 _ROWS, _BLOCK = 32, 128
@@ -43,7 +43,9 @@ def _rank_kernel(
         other = start + tl.arange(0, BLOCK)
         # sigma(-inf) = 0: what lies past the end counts nothing.
         theirs = tl.load(scores + other, mask=other < num_tokens, other=float("-inf"))
-        lanes += tl.sigmoid((theirs[None, :] - mine[:, None]) * rate)
+        z = (theirs[None, :] - mine[:, None]) * rate
+        decay = tl.exp(-tl.abs(z))  # never overflows
+        lanes += tl.where(z < 0, decay, 1.0) / (1.0 + decay)
     # The comparison with itself adds sigma(0) = 1/2, hence 1/2 instead of 1.
     result = tl.sum(lanes, 1) + 0.5
     tl.store(ranks + sample * num_tokens + row, result, mask=row < num_tokens)
@@ -127,7 +129,7 @@ class _Rank(torch.autograd.Function):
         return _slope(scores, grads[0].contiguous(), ctx.tau), None
 
 
-def soft_rank(scores: Float32[Tensor, "B N"], tau: float) -> Float32[Tensor, "B N"]:
+def soft_rank(scores: Float[Tensor, "B N"], tau: float) -> Float32[Tensor, "B N"]:
     r"""Rank of each token, counted from the best and made smooth (Eq. 5).
 
     .. math:: r_i = 1 + \sum_{j \ne i} \sigma\big((s_j - s_i) / \tau\big), \qquad
@@ -148,7 +150,7 @@ def soft_rank(scores: Float32[Tensor, "B N"], tau: float) -> Float32[Tensor, "B 
             f"the kernel ranks float32 scores, got {scores.dtype}: pass scores.float(), or "
             'method="chunked".'
         )
-    if not scores.is_cuda and not interpreted():
+    if not scores.is_cuda and not kernels.interpreted():
         raise ValueError(
             f"the kernel runs on CUDA devices, got scores on {scores.device}: pass "
             'method="chunked" or "exp_sum".'
