@@ -466,10 +466,10 @@ def test_soft_ranks_of_2048_tokens_err_about_their_last_digit():
     rows = torch.arange(0, num_tokens, 64)
     p = torch.sigmoid((scores.double() - scores.double()[0, rows, None]) / tau)
     flow = p * (1 - p) * (upstream.double() - upstream.double()[0, rows, None]) / tau
-    # float32 keeps ranks of up to 4096 to 2^-13 = 1.2e-4. Measured: 1.9e-4.
+    # Measured 2.1e-4, the plain version 1.6e-4: float32 keeps ranks of up to 2048 to 6.1e-5.
     assert (ranks[0, rows] - p.sum(-1) - 0.5).abs().max() <= 4e-4
     relative = (gradient[0, rows] - flow.sum(-1)).norm() / flow.sum(-1).norm()
-    assert relative <= 1e-6  # measured 1.3e-7
+    assert relative <= 2e-7  # measured 5.6e-8, the plain version 6.7e-8
 
 
 def test_soft_rank_invariants():
@@ -561,7 +561,7 @@ check(
     **dict.fromkeys(("base", "updated", "update", "out"), "*bf16"),
 )
 weights = ("weight", "bias", "condition", "norm_weight", "norm_bias", "score_weight", "scores")
-for dtype in ("*bf16", "*fp16", "*fp32"):
+for dtype in ("*bf16", "*fp32"):
     check(
         router._score_kernel,
         {"NORMALIZE": True, "WIDEN": False, "ROWS": 32, "BLOCK": 128, "HIDDEN": 64},
@@ -585,7 +585,7 @@ def test_all_kernels_compile_for_a_gpu_without_one(tmp_path):
     )
     assert found.returncode == 0, found.stderr[-2000:]
     shared = [int(line.split()[1]) for line in found.stdout.splitlines()]
-    assert len(shared) == 10
+    assert len(shared) == 9
     assert max(shared) <= 99 * 1024  # what a program has on small devices too
 
 
