@@ -2,8 +2,10 @@ r"""Soft ranks by all comparisons, tile by tile. The twin is "chunked" in `core/
 
 No N x N matrix is stored: as in flash attention, every program compares its rows with all tokens,
 a tile at a time, and the backward pass compares anew. Each lane of a tile sums what it sees, and
-lanes are added at the end: at N = 16,384 a lane adds 128 numbers. The sums then err less than the
-result's own last digit.
+lanes are added at the end: at N = 16,384 a lane adds 128 numbers. Measured there against float64,
+for normal scores and tau = 0.2: ranks are off by 6.2e-4 in the root mean square and 2.6e-3 at most
+(the twin in float32: 4.9e-4 and 2.2e-3; float32 keeps such ranks to 9.8e-4), gradients by 6.0e-8 of
+their norm (the twin: 5.5e-8).
 """
 
 from __future__ import annotations
