@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from shiva_dit import kernels
+
 
 def keep_count(num_tokens: int, keep_ratio: float) -> int:
     """Tokens kept: k = floor(N r), at least 1, and N where r rounds to all tokens.
@@ -51,6 +53,10 @@ def select_top_k(scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
             f"k must lie in [1, N] = [1, {num_tokens}], got {k}. "
             f"If k came from a schedule, build it with Schedule.for_tokens({num_tokens})."
         )
+    if kernels.should_use("select_top_k", scores):
+        from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
+
+        return selection.select_top_k(scores, k)[0]
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=-1).values
 
@@ -99,6 +105,10 @@ def gather_tokens(
     tensor([[[0., 1.],
              [4., 5.]]])
     """
+    if kernels.should_use("gather_tokens", x):
+        from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
+
+        return selection.gather_tokens(x, indices)
     batch, num_tokens, width = x.shape
     rows = x.reshape(batch * num_tokens, width).index_select(0, flat_rows(indices, num_tokens))
     return rows.view(batch, indices.shape[1], width)
@@ -118,6 +128,11 @@ def scatter_tokens(
     tensor([1., 0., 1.])
     """
     batch, num_tokens, width = base.shape
+    if kernels.should_use("scatter_tokens", base, updated):
+        from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
+
+        places = selection.places_of(indices, num_tokens)
+        return selection.scatter_tokens(base, places, updated)
     rows = updated.reshape(-1, width).to(base.dtype)
     flat = base.reshape(batch * num_tokens, width)
     return flat.index_copy(0, flat_rows(indices, num_tokens), rows).view(batch, num_tokens, width)

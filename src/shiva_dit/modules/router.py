@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shiva_dit import kernels
 from shiva_dit.modules.context import (
     CONTEXT_INPUTS,
     ContextModule,
@@ -55,10 +56,18 @@ class TokenScorer(ContextModule):
         Weights are float32. The projection, which reads all tokens, runs in their dtype; the score
         layer in float32 always: 4,096 scores in bfloat16 take a third as many distinct values.
         """
-        projected = linear_in_dtype_of(self.normalize(x), self.project_tokens)
+        layer, norm, read = self.project_tokens, self.score_norm, self.score.weight[0]
+        weights = (layer.weight, layer.bias, norm.weight, norm.bias, read)
+        if kernels.should_use("router_scores", x, condition, *weights):
+            from shiva_dit.kernels import router  # noqa: PLC0415  (imports triton)
+
+            return router.router_scores(
+                x, condition, *weights, normalize_inputs=self.normalize_inputs, eps=norm.eps
+            )
+        projected = linear_in_dtype_of(self.normalize(x), layer)
         hidden = F.silu(projected.float() + condition[:, None])  # (B, N, H)
         # Not a matrix product: autocast would round that to 16 bits.
-        return (self.score_norm(hidden) * self.score.weight[0]).sum(-1)
+        return (norm(hidden) * read).sum(-1)
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs per sample: all tokens, and the context term."""
