@@ -90,6 +90,29 @@ def test_a_whole_schedule_takes_few_graphs_at_any_depth_and_equals_eager(
     assert tiny.footprint(compiled.model) == compiled.before
 
 
+def test_fifty_steps_several_prompts_and_another_resolution(kind: str = "dual") -> None:
+    """The second resolution costs one more set of graphs, in which N is symbolic: a third none."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = tiny.sd3(kind)
+    shiva_dit.apply(model, tiny.adapter(model), schedule=many_rows(4))
+    shiva_dit.compile(model, backend=counter)
+
+    def sample(side: int) -> None:
+        for seed in range(3):
+            for step in range(50):
+                given = tiny.inputs(t=1 - (step + 0.5) / 50, seed=seed)
+                given["hidden_states"] = given["hidden_states"][..., :side, :side].contiguous()
+                tiny.run(model, given)
+
+    sample(16)
+    assert counter.frame_count <= GRAPHS[kind] + 1  # a count of 1 token has a graph of its own
+    first = counter.frame_count
+    sample(12)
+    assert counter.frame_count <= first + GRAPHS[kind] + 1
+    with dynamo.patch(error_on_recompile=True):
+        sample(14)
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_sharing_scores_costs_two_graphs_more_at_most(kind: str) -> None:
     """Blocks that leave scores and blocks that take them: six graphs where there are two kinds."""
