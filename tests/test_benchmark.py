@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import shiva_dit
+from shiva_dit.benchmark import steps
 from shiva_dit.benchmark.run import (
     ADAPTER,
     DENSE,
@@ -22,7 +23,8 @@ from shiva_dit.benchmark.run import (
     run_benchmark,
     save_record,
 )
-from shiva_dit.benchmark.timing import interleaved, peak_mib
+from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
+from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import WORKLOADS, workload
 from shiva_dit.cli import main
 from shiva_dit.models.attach import attach, attachment_of
@@ -202,6 +204,42 @@ def test_records_are_named_by_what_they_hold_and_never_overwritten(tmp_path: Pat
 def test_bad_settings_are_errors(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BenchmarkConfig(**SMALL | changed)
+
+
+@pytest.mark.parametrize("tuned", ["full", "lora"])
+def test_training_steps_are_timed_against_plain_fine_tuning(tuned: Any) -> None:
+    config = BenchmarkConfig(**SMALL | {"repeats": 2}, keep=(0.5,), train=tuned)
+    record = run_step_benchmark(config)
+    assert [row["arm"] for row in record["rows"]] == [
+        PLAIN,
+        f"keep 0.5, {ALONE}",
+        f"keep 0.5, {TAUGHT}",
+    ]
+    dense = record["rows"][0]
+    assert dense["of_dense"] == dense["of_dense_cpu"] == 1.0
+    assert all(len(row["latency_ms"]) == 2 for row in record["rows"])
+    table = benchmark_table(json.loads(json.dumps(record)))
+    assert f"| keep 0.5, {TAUGHT} |" in table
+    assert "with their optimizer's part" in table
+
+
+def test_the_arms_of_training_run_as_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher runs for one of them alone, and only the dense one keeps all tokens."""
+    seen: dict[str, tuple[str, bool, float]] = {}
+
+    def look(arms: dict[str, Any], **options: Any) -> dict[str, Samples]:
+        for name, step in arms.items():
+            trainer = step.__self__
+            keep = step()["keep"]
+            seen[name] = trainer.config.method, trainer.student.needs_teacher, keep
+        return {name: Samples(latency_ms=[1.0], cpu_ms=[1.0]) for name in arms}
+
+    monkeypatch.setattr(steps, "interleaved", look)
+    run_step_benchmark(BenchmarkConfig(**SMALL, keep=(0.25,), train="full"))
+    assert seen[PLAIN][:2] == ("dense", False)
+    assert seen[f"keep 0.25, {ALONE}"][:2] == ("shiva", False)
+    assert seen[f"keep 0.25, {TAUGHT}"][:2] == ("shiva", True)
+    assert seen[f"keep 0.25, {ALONE}"][2] == pytest.approx(0.25, abs=0.01)
 
 
 def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

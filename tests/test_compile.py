@@ -90,10 +90,10 @@ def test_a_whole_schedule_takes_few_graphs_at_any_depth_and_equals_eager(
     assert tiny.footprint(compiled.model) == compiled.before
 
 
-def test_fifty_steps_several_prompts_and_another_resolution(kind: str = "dual") -> None:
+def test_fifty_steps_several_prompts_and_another_resolution() -> None:
     """The second resolution costs one more set of graphs, in which N is symbolic: a third none."""
     counter = CompileCounterWithBackend("aot_eager")
-    model = tiny.sd3(kind)
+    model = tiny.sd3("dual")
     shiva_dit.apply(model, tiny.adapter(model), schedule=many_rows(4))
     shiva_dit.compile(model, backend=counter)
 
@@ -105,10 +105,10 @@ def test_fifty_steps_several_prompts_and_another_resolution(kind: str = "dual") 
                 tiny.run(model, given)
 
     sample(16)
-    assert counter.frame_count <= GRAPHS[kind] + 1  # a count of 1 token has a graph of its own
+    assert counter.frame_count <= GRAPHS["dual"] + 1  # a count of 1 token has a graph of its own
     first = counter.frame_count
     sample(12)
-    assert counter.frame_count <= first + GRAPHS[kind] + 1
+    assert counter.frame_count <= first + GRAPHS["dual"] + 1
     with dynamo.patch(error_on_recompile=True):
         sample(14)
 

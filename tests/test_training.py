@@ -37,6 +37,7 @@ from shiva_dit.training.objective import (
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import (
     EstimatorConfig,
+    LossConfig,
     OptimizerConfig,
     PolicyConfig,
     RouterConfig,
@@ -394,6 +395,30 @@ def test_the_teacher_is_the_unpruned_model_before_training(tmp_path: Path, backb
     assert torch.equal(prediction, tiny.run(tiny.sd3(), tiny.inputs()))
     assert set(features.inputs) == {1, 2, 3}
     assert trainer.student.attachment.enabled
+
+
+@pytest.mark.parametrize(
+    ("loss", "rejected", "asked"),
+    [
+        ({}, "ridge", True),
+        ({"distillation": 0.0}, "ridge", True),
+        ({"output": 0.0}, "ridge", True),
+        ({"output": 0.0, "distillation": 0.0}, "teacher", True),
+        ({"output": 0.0, "distillation": 0.0}, "ridge", False),
+    ],
+)
+def test_the_teacher_runs_where_something_asks_for_it(
+    tmp_path: Path, loss: dict[str, float], rejected: Any, asked: bool
+) -> None:
+    config = recipe(tmp_path, loss=LossConfig(**loss), estimator=EstimatorConfig(rejected=rejected))
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    forwards: list[int] = []
+    trainer.student.teacher.register_forward_hook(lambda *_: forwards.append(1))
+    values = trainer.train_step()
+    assert bool(forwards) == asked
+    assert ("distill" in values) == asked
+    assert values["loss"] > 0
+    trainer.close()
 
 
 @pytest.mark.parametrize("select_every", [1, 2])

@@ -140,6 +140,7 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add("--segments", type=_positive, help="at most so many different rows of a schedule")
     add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
     add("--eager", action="store_true", help="compile neither arm")
+    add("--train", choices=["full", "lora"], help="time training steps, which tune these weights")
     add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
     add("--device", default="cpu", help="such as cuda")
     add("--threads", type=_positive, help="threads on a CPU; all cores by default")
@@ -311,8 +312,9 @@ def _inspect(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.benchmark.run import BenchmarkConfig, run_benchmark, save_record
+    from shiva_dit.benchmark.steps import run_step_benchmark
     from shiva_dit.demo.base import usable_device
-    from shiva_dit.report import benchmark_note, benchmark_rows, plain_rows
+    from shiva_dit.report import plain_rows, timing_note, timing_rows
 
     usable_device(options.device)
     config = BenchmarkConfig(
@@ -327,13 +329,14 @@ def _benchmark(options: argparse.Namespace) -> int:
         multiple=options.multiple,
         segments=options.segments,
         dtype=options.dtype,
-        mode="eager" if options.eager else "compiled",
+        mode="eager" if options.eager or options.train else "compiled",
+        train=options.train,
         repeats=options.repeats,
         device=options.device,
     )
-    record = run_benchmark(config)
+    record = run_benchmark(config) if config.train is None else run_step_benchmark(config)
     path = save_record(record, options.out)
-    print(f"{plain_rows(benchmark_rows(record))}\n\n{benchmark_note(record)}\n\nRecord: {path}")
+    print(f"{plain_rows(timing_rows(record))}\n\n{timing_note(record)}\n\nRecord: {path}")
     return 0
 
 

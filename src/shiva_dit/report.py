@@ -357,9 +357,44 @@ def benchmark_note(record: dict[str, Any]) -> str:
     )
 
 
+def training_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a benchmark of training steps."""
+    on_cpu = record["rows"][0]["cpu_ms"] is not None
+    head = ["arm", "ms per step (quartiles)", "of the dense step"]
+    rows = [head + (["of it, CPU time"] if on_cpu else [])]
+    for row in record["rows"]:
+        low, high = quartiles(row["latency_ms"])
+        cells = [row["arm"], f"{median(row['latency_ms']):.0f} ({low:.0f} to {high:.0f})"]
+        cells.append(f"{row['of_dense']:.2f}")
+        rows.append(cells + ([f"{row['of_dense_cpu']:.2f}"] if on_cpu else []))
+    return rows
+
+
+def training_note(record: dict[str, Any]) -> str:
+    """What must be known to read a benchmark of training steps."""
+    config, where = record["config"], record["provenance"]
+    tuned = {"full": "all weights tuned", "lora": "a LoRA of rank 16 tuned"}[config["train"]]
+    return (
+        f"{config['model']}: {record['image_tokens']:,} image and {record['text_tokens']} text "
+        f"tokens, batch {config['batch']}, {config['dtype']}, {tuned}; {where['device']}, "
+        f"{where['threads']} threads; medians of {config['repeats']} interleaved steps with their "
+        "optimizer's part."
+    )
+
+
+def timing_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a benchmark, of forwards or of training steps."""
+    return benchmark_rows(record) if record["config"]["train"] is None else training_rows(record)
+
+
+def timing_note(record: dict[str, Any]) -> str:
+    """What must be known to read them."""
+    return benchmark_note(record) if record["config"]["train"] is None else training_note(record)
+
+
 def benchmark_table(record: dict[str, Any]) -> str:
     """A benchmark's table, as Markdown."""
-    return f"{markdown_rows(benchmark_rows(record))}\n\n{benchmark_note(record)}"
+    return f"{markdown_rows(timing_rows(record))}\n\n{timing_note(record)}"
 
 
 PLAIN_TABLES: dict[str, Callable[[], str]] = {"models": models_table, "refused": refused_table}

@@ -58,6 +58,8 @@ class BenchmarkConfig:
     """One of `DTYPES`."""
     mode: Literal["eager", "compiled"] = "compiled"
     """Both arms as they are, or compiled block by block."""
+    train: Literal["full", "lora"] | None = None
+    """Time training steps that tune all weights or a LoRA of rank 16, instead of forwards."""
     repeats: int = 15
     """Rounds; each times every arm once."""
     device: str = "cuda"

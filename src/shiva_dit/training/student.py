@@ -100,8 +100,10 @@ class Student:
         centre = FixedMapSelector.centre(blocks, height, width, learned=method == "fixed_map")
         return centre.to(self.device)
 
-    def loss(self, part: Part, batch: Batch, progress: float) -> tuple[Tensor, float]:
+    def loss(self, part: Part, batch: Batch, progress: float) -> tuple[Tensor, float | None]:
         """Loss of one micro-batch, and the squared error of its prediction to the teacher's.
+
+        The teacher runs, and the error is known, where a loss or the estimator asks for it.
 
         Args:
             part: Times and counts.
@@ -112,7 +114,7 @@ class Student:
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         t = part.t.to(self.device)
         arguments = self.arguments(self.path.noisy(batch.latents, noise, t), t, batch)
-        teacher, taught = self.teach(arguments)
+        teacher, taught = self.teach(arguments) if self.needs_teacher else (BlockFeatures(), None)
         forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
         with (
             self.attachment.gated(forward),
@@ -123,17 +125,26 @@ class Student:
         ):
             prediction = self.path.prediction(self.model(**arguments))
         by_time = None if weights.time_weighting == "uniform" else logit_normal_density(t)
-        output = squared_error(prediction.detach(), taught)
-        loss = weights.output * squared_error(prediction, taught, by_time)
-        loss = loss + weights.distillation * distillation_loss(
-            [student.outputs[i] for i in self.distilled],
-            [teacher.outputs[i] for i in self.distilled],
-            by_time,
-        )
+        loss = prediction.new_zeros(())
+        if taught is not None:
+            loss = weights.output * squared_error(prediction, taught, by_time)
+            loss = loss + weights.distillation * distillation_loss(
+                [student.outputs[i] for i in self.distilled],
+                [teacher.outputs[i] for i in self.distilled],
+                by_time,
+            )
         if weights.diffusion:
             target = self.path.target(batch.latents, noise, t)
             loss = loss + weights.diffusion * denoising_loss(prediction, target, by_time)
-        return loss, output.item()
+        error = None if taught is None else squared_error(prediction.detach(), taught).item()
+        return loss, error
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss or the estimator asks for the unpruned model."""
+        weights = self.config.loss
+        estimates = self.learns_scores and self.config.estimator.needs_teacher
+        return bool(weights.output or weights.distillation or estimates)
 
     def teach(self, arguments: dict[str, Any]) -> tuple[BlockFeatures, Tensor]:
         """The unpruned model's features and prediction, with its own weights."""

@@ -118,7 +118,7 @@ class Trainer:
         }
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns the losses and the mean keep ratio.
+        """One optimizer step; returns loss, mean keep ratio, and error to the teacher if it ran.
 
         Raises:
             FloatingPointError: If a loss, gradient or ratio is not finite; names step, stage and
@@ -139,7 +139,7 @@ class Trainer:
         config = self.config
         progress = self.step / max(config.total_steps - 1, 1)
         plan = self.planner.step(stage, self.generator)
-        sums = dict.fromkeys(("loss", "distill"), 0.0)
+        sums = {"loss": 0.0}
         for part in plan.parts:
             batch = self.data.batch(self.indices.take(len(part.t)), self.generator)
             batch = drop_captions(
@@ -150,7 +150,8 @@ class Trainer:
                 raise FloatingPointError("the loss is not finite")
             (loss / len(plan.parts)).backward()
             sums["loss"] += loss.item() / len(plan.parts)
-            sums["distill"] += distilled / len(plan.parts)
+            if distilled is not None:
+                sums["distill"] = sums.get("distill", 0.0) + distilled / len(plan.parts)
         sums["loss"] += plan.backward_policy()
         return {**sums, "keep": plan.mean_keep_ratio}
 
@@ -195,13 +196,11 @@ class Trainer:
             while self.step < total:
                 stage = self.config.stage_at(self.step)[0]
                 values = self.train_step()
-                bar.set_postfix(
-                    stage=stage,
-                    loss=f"{values['loss']:.3f}",
-                    keep=f"{values['keep']:.3f}",
-                    distill=f"{values['distill']:.4f}",
-                    refresh=False,
-                )
+                shown = {"stage": stage, "loss": f"{values['loss']:.3f}"}
+                shown["keep"] = f"{values['keep']:.3f}"
+                if "distill" in values:
+                    shown["distill"] = f"{values['distill']:.4f}"
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
                 log.write(json.dumps({"step": self.step, "stage": stage, **values}) + "\n")
                 if interrupted and self.step < total:
