@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -25,6 +25,7 @@ GRAPHS = "shiva_dit_graphs"
 Call = Callable[[], Any]
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """Captures calls. Apart from the runner, so that its bookkeeping can be tested anywhere."""
 
