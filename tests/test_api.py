@@ -762,6 +762,7 @@ def test_the_public_names() -> None:
         "ShivaConfig",
         "apply",
         "compile",
+        "cuda_graphs",
         "disabled",
         "remove",
         "summary",

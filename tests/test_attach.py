@@ -171,7 +171,7 @@ def test_rejected_tokens_pass_the_block_by_and_chosen_ones_do_not(kind: str, rej
     passed_by = tokens["before"]
     if made.updates is not None:
         pooled = tiny.inputs()["pooled_projections"]
-        condition = made.updates.condition(tokens["time"], pooled, 2)
+        condition = made.updates.condition(tokens["time"], pooled)[2]
         passed_by = passed_by + made.updates.group(2)(passed_by, condition)
         assert (passed_by != tokens["before"]).any(-1).all()
     assert torch.equal((tokens["after"] != passed_by).any(-1), kept)

@@ -454,7 +454,7 @@ def test_updates_start_by_least_squares(tmp_path: Path, backbone: Any) -> None:
     embedding.remove()
     for block in (2, 3):
         x, change = features.inputs[block], features.update(block)
-        condition = updates.condition(features.outputs[-1], arguments["pooled_projections"], block)
+        condition = updates.condition(features.outputs[-1], arguments["pooled_projections"])[block]
         rest = (change - updates.group(block)(x, condition)).square().sum()
         assert rest < 0.8 * change.square().sum()
 

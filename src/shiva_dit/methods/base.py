@@ -20,17 +20,20 @@ class Selector(nn.Module, ABC):
     """Whether training gives its scores a gradient (`shiva_dit.methods.gates`)."""
 
     def condition(
-        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
-    ) -> Tensor | None:
-        """What the scores of a block need beside its tokens, computed once per forward.
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
+    ) -> Float[Tensor, "L B H"] | None:
+        """What the scores of each block need beside its tokens, computed once per forward.
 
         Args:
             time: The backbone's time embedding.
             context: Pooled text or class embedding.
-            block: Index of the block.
         """
-        del time, context, block
+        del time, context
         return None
+
+    def condition_flops(self) -> int:
+        """FLOPs of `condition` for one sample."""
+        return 0
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs that the scores of one block cost, per sample; 0 where nothing is multiplied."""

@@ -23,10 +23,14 @@ class ShivaSelector(Selector):
         self.router = router
 
     def condition(
-        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
-    ) -> Float[Tensor, "B H"]:
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
+    ) -> Float[Tensor, "L B H"]:
         """The context term h of Eq. 8."""
-        return self.router.condition(time, context, block)
+        return self.router.condition(time, context)
+
+    def condition_flops(self) -> int:
+        """FLOPs of that term."""
+        return self.router.condition_flops()
 
     def scores(
         self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int

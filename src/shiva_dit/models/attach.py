@@ -189,6 +189,9 @@ class Attachment(Uncopied):
         update = 0 if self.updates is None else self.updates.flops(num_tokens)
         total = self.spec.flops(self.model, num_tokens, text_tokens).pruned(counts, update)
         pruned = [block for block, k in enumerate(counts) if k < num_tokens]
+        if pruned:
+            total += self.selector.condition_flops()
+            total += 0 if self.updates is None else self.updates.condition_flops()
         scoring = sum(self._leader(block, counts, num_tokens) is None for block in pruned)
         return total + scoring * self.selector.flops(num_tokens)
 
@@ -397,14 +400,16 @@ class Attachment(Uncopied):
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device != time.device:
                 module.to(time.device)
-        for hook in self.hooks:
-            state = hook.slot.state
-            if state.dense:
-                continue
-            if state.chosen is None:
-                state.condition = self.selector.condition(time, self._context, hook.index)
-            if self.updates is not None:
-                state.update_condition = self.updates.condition(time, self._context, hook.index)
+        pruned = [hook for hook in self.hooks if not hook.slot.state.dense]
+        choosing = [hook for hook in pruned if hook.slot.state.chosen is None]
+        terms = self.selector.condition(time, self._context) if choosing else None
+        if terms is not None:
+            for hook in choosing:
+                hook.slot.state.condition = terms[hook.index]
+        if pruned and self.updates is not None:
+            terms = self.updates.condition(time, self._context)
+            for hook in pruned:
+                hook.slot.state.update_condition = terms[hook.index]
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args

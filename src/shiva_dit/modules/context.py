@@ -37,7 +37,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 class ContextModule(nn.Module):
-    """What depends on time, context and layer: the context term of Eq. 8, of any size.
+    """What depends on time, context and layer (Eq. 8), by a context term of any size.
+
+    `DepthGroups.condition` computes that term, for all blocks together.
 
     Args:
         normalize_inputs: Layer-normalise tokens, time and context first.
@@ -62,26 +64,6 @@ class ContextModule(nn.Module):
         self.project_time = nn.Linear(time_dim, size) if "time" in inputs else None
         self.project_context = nn.Linear(context_dim, size) if "context" in inputs else None
         self.project_layer = nn.Linear(LAYER_DIM, size) if "layer" in inputs else None
-
-    def condition(
-        self,
-        time: Float[Tensor, "B Dt"],
-        context: Float[Tensor, "B Dc"],
-        layer: Float[Tensor, " Dl"],
-    ) -> Float[Tensor, "B H"]:
-        """The context term h (Eq. 8), in float32 also under autocast: inference has none."""
-        with without_autocast(time.device):
-            h = layer.new_zeros(len(time), self.size)
-            if self.project_time is not None:
-                h = h + self.project_time(self.normalize(time).float())
-            if self.project_context is not None:
-                h = h + self.project_context(self.normalize(context).float())
-            return h if self.project_layer is None else h + self.project_layer(layer)
-
-    def condition_flops(self) -> int:
-        """FLOPs of `condition` per sample."""
-        read = (self.project_time, self.project_context, self.project_layer)
-        return sum(linear_flops(1, layer) for layer in read if layer is not None)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Layer-normalised, without parameters, where that is asked for."""
@@ -130,20 +112,49 @@ class DepthGroups(nn.Module):
         return self.groups[block * self.num_groups // self.num_blocks]
 
     def condition(
-        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"], block: int
-    ) -> Float[Tensor, "B H"]:
-        """The context term of a block (Eq. 8), once per forward, whatever N.
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
+    ) -> Float[Tensor, "L B H"]:
+        """The context term h of every block (Eq. 8), in float32 also under autocast.
+
+        Once per forward, whatever N, and for all blocks at once: block by block, launching its
+        small products took most of the time that selection takes a host.
 
         Args:
             time: The backbone's time embedding.
             context: Pooled text or class embedding.
-            block: Index of the block.
         """
-        layer = self.layer_embedding.weight[block]
-        h: Tensor = self.group(block).condition(time, context, layer)
-        return h
+        groups: list[Any] = list(self.groups)  # all read the same inputs
+        size, of_group = groups[0].size, self.num_blocks // self.num_groups
+        with without_autocast(time.device):
+            h = self.layer_embedding.weight.new_zeros(self.num_groups, len(time), size)
+            for value, name in ((time, "project_time"), (context, "project_context")):
+                layers = [getattr(group, name) for group in groups]
+                if layers[0] is None:
+                    continue
+                read = groups[0].normalize(value).float()
+                weight = torch.cat([layer.weight for layer in layers])  # (G * H, Dt or Dc)
+                bias = torch.cat([layer.bias for layer in layers])
+                h = h + F.linear(read, weight, bias).unflatten(-1, (-1, size)).movedim(1, 0)
+            h = h.repeat_interleave(of_group, dim=0)  # (L, B, H)
+            layers = [group.project_layer for group in groups]
+            if layers[0] is not None:
+                embedded = self.layer_embedding.weight.unflatten(0, (-1, of_group))
+                weight = torch.stack([layer.weight for layer in layers])  # (G, H, Dl)
+                bias = torch.stack([layer.bias for layer in layers])
+                h = h + (embedded @ weight.mT + bias[:, None]).flatten(0, 1)[:, None]
+            return h
 
     def flops(self, num_tokens: int) -> int:
-        """FLOPs that a pruned block pays for it, per sample."""
+        """FLOPs that a pruned block pays for its tokens, per sample."""
         flops: int = self.group(0).flops(num_tokens)
         return flops
+
+    def condition_flops(self, batch: int = 1) -> int:
+        """FLOPs of `condition`; the layer's part does not grow with the batch."""
+        group: ContextModule = self.groups[0]  # type: ignore[assignment]
+        total = 0
+        for layer in (group.project_time, group.project_context):
+            total += 0 if layer is None else batch * self.num_groups * linear_flops(1, layer)
+        if group.project_layer is not None:
+            total += self.num_blocks * linear_flops(1, group.project_layer)
+        return total

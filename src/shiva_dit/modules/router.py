@@ -70,9 +70,9 @@ class TokenScorer(ContextModule):
         return (norm(hidden) * read).sum(-1)
 
     def flops(self, num_tokens: int) -> int:
-        """FLOPs per sample: all tokens, and the context term."""
+        """FLOPs of all tokens of a sample."""
         tokens = linear_flops(num_tokens, self.project_tokens)
-        return tokens + linear_flops(num_tokens, self.score) + self.condition_flops()
+        return tokens + linear_flops(num_tokens, self.score)
 
 
 class ShivaRouter(DepthGroups):

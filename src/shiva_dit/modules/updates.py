@@ -82,9 +82,8 @@ class TokenUpdate(ContextModule):
         self.up.weight.copy_(up)
 
     def flops(self, num_tokens: int) -> int:
-        """FLOPs per sample: all tokens, and the context term."""
-        tokens = linear_flops(num_tokens, self.down) + linear_flops(num_tokens, self.up)
-        return tokens + self.condition_flops()
+        """FLOPs of all tokens of a sample."""
+        return linear_flops(num_tokens, self.down) + linear_flops(num_tokens, self.up)
 
 
 def _size(x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
