@@ -147,8 +147,8 @@ def test_gradients_reach_the_router_with_checkpointing_and_without(
     names = dict(tiny.adapter(families.made(name)).router.named_parameters())
     # The first router serves blocks 0 and 1, the first of which keeps all and is not judged; a
     # third one has blocks alone that can't be pruned.
-    assert plain.keys() == {key for key in names if not key.startswith("groups.2.")}
-    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    moved = {key for key, gradient in plain.items() if gradient.any()}
+    assert moved == {key for key in names if not key.startswith("groups.2.")}
     if not families.FAMILIES[name].recomputes:
         return
     again = router_gradients(name, kv_gate=kv_gate, checkpointing=True)
