@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import shiva_dit
-from shiva_dit.benchmark import steps
+from shiva_dit.benchmark import run, steps
 from shiva_dit.benchmark.run import (
     ADAPTER,
     DENSE,
@@ -135,6 +135,8 @@ def test_a_record_holds_every_arm_and_its_table() -> None:
     table = benchmark_table(json.loads(json.dumps(record)))
     assert "| keep 0.5 |" in table
     assert "64 image and 7 text tokens, batch 1, float32, all arms eager" in table
+    pays = "pays below a keep ratio" if record["break_even"] else "pays at no ratio"
+    assert pays in table
 
 
 WORKLOADS_FLOPS = 7_671_680  # by torch's counter
@@ -206,6 +208,28 @@ def test_bad_settings_are_errors(changed: dict[str, Any], message: str) -> None:
         BenchmarkConfig(**SMALL | changed)
 
 
+def test_break_even_is_where_flops_saved_pay_for_the_selection() -> None:
+    """Two of three blocks pruned: at an overhead of a tenth, about a sixth of their tokens."""
+    load = workload("sd3-tiny")
+    model = load.build(load.grid(), torch.float32, torch.device("cpu"))
+    adapter = shiva_dit.ShivaAdapter(shiva_dit.ShivaConfig.for_model(model))
+    shiva_dit.apply(model, adapter)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    bench = run._Bench(BenchmarkConfig(**SMALL), load, load.grid(), attachment)
+    flops = model_spec(model).flops(model, 64, 7)
+
+    def left(k: int) -> float:
+        return flops.pruned([64, k, k]) / flops.dense()
+
+    found = bench._break_even(1 / 1.1)
+    assert found is not None
+    k = round(64 * found)
+    assert left(k) < 0.9 <= left(k + 1)
+    assert bench._break_even(1.0) == 63 / 64
+    assert bench._break_even(0.25) is None
+
+
 @pytest.mark.parametrize("tuned", ["full", "lora"])
 def test_training_steps_are_timed_against_plain_fine_tuning(tuned: Any) -> None:
     config = BenchmarkConfig(**SMALL | {"repeats": 2}, keep=(0.5,), train=tuned)
@@ -243,7 +267,7 @@ def test_the_arms_of_training_run_as_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["benchmark", "sd3-tiny", "--eager", "--dtype", "float32", "--repeats", "2"]
+    arguments = ["benchmark", "sd3-tiny", "--mode", "eager", "--dtype", "float32", "--repeats", "2"]
     assert main([*arguments, "--keep", "0.4", "--size", "64x128", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "32 image and 7 text tokens" in printed
@@ -251,6 +275,8 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert str(file) in printed
     rows = benchmark_rows(json.loads(file.read_text(encoding="utf-8")))
     assert [row[0] for row in rows] == ["arm", DENSE, FORCED, "keep 0.4"]
+    assert main([*arguments[:2], "--mode", "graphs", "--out", str(tmp_path)]) == 2
+    assert "need the model on a CUDA device" in capsys.readouterr().err
     assert main(["benchmark", "no-such-model"]) == 2
     assert "known: sd35-medium" in capsys.readouterr().err
 

@@ -139,7 +139,7 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add("--multiple", type=_positive, default=1, help="tokens kept are a multiple of this")
     add("--segments", type=_positive, help="at most so many different rows of a schedule")
     add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
-    add("--eager", action="store_true", help="compile neither arm")
+    add("--mode", choices=["eager", "compiled", "graphs"], default="compiled", help="of all arms")
     add("--train", choices=["full", "lora"], help="time training steps, which tune these weights")
     add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
     add("--device", default="cpu", help="such as cuda")
@@ -329,7 +329,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         multiple=options.multiple,
         segments=options.segments,
         dtype=options.dtype,
-        mode="eager" if options.eager or options.train else "compiled",
+        mode="eager" if options.train else options.mode,
         train=options.train,
         repeats=options.repeats,
         device=options.device,

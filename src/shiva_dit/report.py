@@ -353,8 +353,14 @@ def benchmark_note(record: dict[str, Any]) -> str:
         f"{record['pruned_blocks']} of {record['blocks']} blocks pruned, {schedule}; "
         f"{where['device']}{threads}; medians of {config['repeats']} interleaved rounds. The "
         "transformer alone, one forward per step. Parts are timed each by itself, as shares of the "
-        "dense forward."
+        f"dense forward. {_break_even(record['break_even'])}"
     )
+
+
+def _break_even(keep: float | None) -> str:
+    if keep is None:
+        return "Here pruning pays at no ratio: selecting costs more than all blocks save."
+    return f"Here pruning pays below a keep ratio of {keep:.2f}."
 
 
 def training_rows(record: dict[str, Any]) -> list[list[str]]:

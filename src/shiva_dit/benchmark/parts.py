@@ -76,9 +76,10 @@ def _seen_by(
         return before(x, condition)
 
     hook.scores = watch
+    attachment.observer = lambda block, chosen: None  # who is watched isn't replayed
     try:
         with torch.compiler.set_stance("force_eager"):
             forward()
     finally:
-        hook.scores = before
+        hook.scores, attachment.observer = before, None
     return seen[0]

@@ -56,8 +56,9 @@ class BenchmarkConfig:
     """At most so many different rows of a schedule."""
     dtype: str = "bfloat16"
     """One of `DTYPES`."""
-    mode: Literal["eager", "compiled"] = "compiled"
-    """Both arms as they are, or compiled block by block."""
+    mode: Literal["eager", "compiled", "graphs"] = "compiled"
+    """All arms as they are, compiled block by block, or compiled and then replayed as CUDA graphs,
+    the dense one too."""
     train: Literal["full", "lora"] | None = None
     """Time training steps that tune all weights or a LoRA of rank 16, instead of forwards."""
     repeats: int = 15
@@ -179,8 +180,10 @@ class _Bench:
     def run(self) -> dict[str, Any]:
         """Warm up, time, and put together."""
         config = self.config
-        if config.mode == "compiled":
+        if config.mode != "eager":
             api.compile(self.model)
+        if config.mode == "graphs":
+            api.cuda_graphs(self.model)
         names = [DENSE, *self.schedules]
         steps = self._timed_steps()
 
@@ -189,7 +192,8 @@ class _Bench:
                 self.forwards(steps)
 
         calls = {name: partial(call, name) for name in names}
-        for _ in range(2):  # the second round meets every symbolic size once more
+        # The second round meets every symbolic size once more; graphs are captured in it.
+        for _ in range(3 if config.mode == "graphs" else 2):
             for name in tqdm(names, desc="warm up", leave=False, disable=not sys.stderr.isatty()):
                 calls[name]()
         gc.collect()
@@ -212,9 +216,25 @@ class _Bench:
             "forwards_per_time": len(steps),
             "pruned_blocks": len(self.schedules[FORCED].prunable_blocks),
             "blocks": self.schedules[FORCED].num_blocks,
+            "break_even": self._break_even(rows[1]["speed_up"]),
             "rows": rows,
             "provenance": provenance(),
         }
+
+    def _break_even(self, forced: float) -> float | None:
+        """The equal keep ratio below which pruning pays, if any does.
+
+        The selection is taken to cost what it costs with all tokens kept, and the blocks' time to
+        go with their FLOPs.
+        """
+        overhead = max(1.0 / forced - 1.0, 0.0)
+        dense = self.attachment.spec.flops(self.model, self.num_tokens, self.text_tokens)
+        full = self.schedules[FORCED].full_blocks
+        for k in range(self.num_tokens, 0, -max(1, self.num_tokens // 200)):
+            counts = [self.num_tokens if block in full else k for block in range(len(dense.blocks))]
+            if dense.pruned(counts) / dense.dense() + overhead < 1.0:
+                return k / self.num_tokens
+        return None
 
     def _timed_steps(self) -> list[float]:
         """Times of the forwards that are timed together."""
@@ -274,7 +294,7 @@ class _Bench:
                 partial(self.forwards, self.times[:1]),
                 k=round(sum(kept) / len(kept)),
                 repeats=self.config.repeats,
-                compiled=self.config.mode == "compiled",
+                compiled=self.config.mode != "eager",
             )
         return {part: blocks * ms for part, ms in found.items()}
 
