@@ -402,3 +402,17 @@ def test_as_many_segments_as_bins_change_nothing():
     assert schedule.for_tokens(100, segments=2) == schedule.for_tokens(100)
     with pytest.raises(ValueError, match="segments must be at least 1"):
         schedule.for_tokens(100, segments=0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "keep_ratio", "multiple"),
+    [(1024, 0.25, 16), (1024, 0.249, 1), (4096, 0.6, 16), (256, 0.9, 1), (64, 0.4, 1)],
+)
+def test_many_tokens_are_kept_in_sixteens(num_tokens: int, keep_ratio: float, multiple: int):
+    """By default; the mean stays as near as ever."""
+    schedule = Schedule.uniform(keep_ratio, num_blocks=8)
+    table = schedule.for_tokens(num_tokens)
+    assert table == schedule.for_tokens(num_tokens, multiple=multiple)
+    if multiple == 16:
+        assert all(k % 16 == 0 for row in table.counts for k in row)
+    assert table.mean_keep_ratio == pytest.approx(keep_ratio, rel=1e-3)

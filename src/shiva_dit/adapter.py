@@ -63,8 +63,9 @@ class ShivaConfig:
     """Blocks that are never pruned."""
     keep_ratio: float = 0.6
     """Target of the mean keep ratio over time and prunable blocks, in (0, 1)."""
-    multiple: int = 1
-    """The number of tokens kept is a multiple of this, or all."""
+    multiple: int | None = None
+    """The number of tokens kept is a multiple of this, or all; as `Schedule.for_tokens` sees fit by
+    default."""
     select_every: int = 1
     """So many prunable blocks in a row share the scores of their first."""
     num_bins: int = 64
@@ -96,7 +97,7 @@ class ShivaConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 < self.keep_ratio < 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1), got {self.keep_ratio}.")
-        if self.multiple < 1:
+        if self.multiple is not None and self.multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {self.multiple}.")
         if self.select_every < 1:
             raise ValueError(f"select_every must be at least 1, got {self.select_every}.")

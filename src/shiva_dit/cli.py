@@ -136,7 +136,7 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add("--batch", type=_positive, default=1, help="samples per forward")
     add("--steps", type=_positive, default=28, help="steps of a sampling")
     add("--forwards", type=_positive, help="steps timed together; all by default, one on a CPU")
-    add("--multiple", type=_positive, default=1, help="tokens kept are a multiple of this")
+    add("--multiple", type=_positive, help="tokens kept are a multiple of this")
     add("--segments", type=_positive, help="at most so many different rows of a schedule")
     add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
     add("--mode", choices=["eager", "compiled", "graphs"], default="compiled", help="of all arms")

@@ -50,8 +50,8 @@ class BenchmarkConfig:
     forwards: int | None = None
     """Forwards per time taken, spread evenly over the steps; by default all of these, or one on a
     CPU where each keeps equally many tokens: there one is long enough to be timed alone."""
-    multiple: int = 1
-    """k is a multiple of this."""
+    multiple: int | None = None
+    """k is a multiple of this; as `Schedule.for_tokens` sees fit by default."""
     segments: int | None = None
     """At most so many different rows of a schedule."""
     dtype: str = "bfloat16"
@@ -71,10 +71,10 @@ class BenchmarkConfig:
             raise ValueError(f"keep ratios must lie in (0, 1), got {self.keep}: the share KEPT.")
         if not self.keep and self.adapter is None:
             raise ValueError("nothing to time: give a keep ratio or an adapter.")
-        for name in ("batch", "steps", "multiple", "repeats"):
+        for name in ("batch", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("text_tokens", "forwards", "segments"):
+        for name in ("text_tokens", "forwards", "segments", "multiple"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")

@@ -83,7 +83,7 @@ class Schedule:
         return math.fsum(values) / len(values) if values else 1.0
 
     def for_tokens(
-        self, num_tokens: int, *, multiple: int = 1, segments: int | None = None
+        self, num_tokens: int, *, multiple: int | None = None, segments: int | None = None
     ) -> KeepTable:
         """The integers that are executed for N tokens, with the mean ratio kept.
 
@@ -94,7 +94,8 @@ class Schedule:
 
         Args:
             num_tokens: N, at least 1.
-            multiple: k is a multiple of this, or N. Kernels like 64 or 128.
+            multiple: k is a multiple of this, or N. By default 16 where 256 tokens or more are
+                kept on average, which matrix products like (`docs/performance.md`), and 1 below.
             segments: At most so many different rows: neighbouring time bins share one, each
                 block its mean, where that changes the ratios least (sum of squares). No bin is
                 split then, so that few entries and a large multiple can miss the mean by more
@@ -110,11 +111,13 @@ class Schedule:
         """
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
+        wanted = self.mean_keep_ratio
+        if multiple is None:
+            multiple = 16 if wanted * num_tokens >= 256 else 1
         if multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
         if segments is not None and segments < 1:
             raise ValueError(f"segments must be at least 1, got {segments}.")
-        wanted = self.mean_keep_ratio
         lowest = min(multiple, num_tokens)
         if multiple > 1 and lowest > wanted * num_tokens * (1.0 + MEAN_TOLERANCE):
             raise ValueError(

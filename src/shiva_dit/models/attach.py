@@ -59,7 +59,7 @@ class Attachment(Uncopied):
         schedule: Schedule,
         *,
         updates: RejectedUpdates | None = None,
-        multiple: int = 1,
+        multiple: int | None = None,
         segments: int | None = None,
         select_every: int = 1,
         shares_halves: Callable[[Mapping[str, Any]], bool] | None = None,
@@ -88,7 +88,7 @@ class Attachment(Uncopied):
         self._tables: dict[int, KeepTable] = {}
         self._undo: list[Callable[[], object]] = []
         self._check_schedule(schedule)
-        if multiple < 1:
+        if multiple is not None and multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
         if select_every < 1:
             raise ValueError(f"select_every must be at least 1, got {select_every}.")
