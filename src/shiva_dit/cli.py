@@ -135,7 +135,11 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add("--text-tokens", type=_positive, help="those of the model's pipelines by default")
     add("--batch", type=_positive, default=1, help="samples per forward")
     add("--steps", type=_positive, default=28, help="steps of a sampling")
-    add("--forwards", type=_positive, help="steps timed together; all by default, one on a CPU")
+    add(
+        "--forwards",
+        type=_positive,
+        help="forwards timed together; by default what the schedules need",
+    )
     add("--multiple", type=_positive, help="tokens kept are a multiple of this")
     add("--segments", type=_positive, help="at most so many different rows of a schedule")
     add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")

@@ -46,10 +46,10 @@ class BenchmarkConfig:
     batch: int = 1
     """Samples per forward. With guidance in one batch an image takes two."""
     steps: int = 28
-    """Steps of a sampling, evenly over t: every forward timed is one of these."""
+    """Steps of a sampling: for images per second."""
     forwards: int | None = None
-    """Forwards per time taken, spread evenly over the steps; by default all of these, or one on a
-    CPU where each keeps equally many tokens: there one is long enough to be timed alone."""
+    """Forwards per time taken, spread evenly over t; by default as many as steps, on a CPU as many
+    as it takes to meet each row of the tables."""
     multiple: int | None = None
     """k is a multiple of this; as `Schedule.for_tokens` sees fit by default."""
     segments: int | None = None
@@ -136,8 +136,8 @@ class _Bench:
         self.inputs = load.inputs(
             self.model, config.batch, grid, self.text_tokens, DTYPES[config.dtype]
         )
-        self.times = [(step + 0.5) / config.steps for step in reversed(range(config.steps))]
         self.schedules = self._schedules()
+        self.times = self._times()
 
     def _schedules(self) -> dict[str, Schedule]:
         adapter: ShivaAdapter = self.attachment.adapter
@@ -185,7 +185,7 @@ class _Bench:
         if config.mode == "graphs":
             api.cuda_graphs(self.model)
         names = [DENSE, *self.schedules]
-        steps = self._timed_steps()
+        steps = self.times
 
         def call(name: str) -> None:
             with self.arm(name):
@@ -236,19 +236,17 @@ class _Bench:
                 return k / self.num_tokens
         return None
 
-    def _timed_steps(self) -> list[float]:
-        """Times of the forwards that are timed together."""
-        rows = [{self._table(n).row(t) for t in self.times} for n in self.schedules]
-        alike = all(len(row) == 1 for row in rows)
+    def _times(self) -> list[float]:
+        """Times of the forwards that are timed together, noisiest first.
+
+        All of a sampling's steps; on a CPU, where one forward is long enough to be timed, no more
+        than meet each row of the tables.
+        """
         count = self.config.forwards
         if count is None:
-            count = 1 if alike and self.device.type == "cpu" else len(self.times)
-        if count < len(self.times) and not alike:
-            raise ValueError(
-                "forwards can't be fewer than steps here: the schedule keeps another number of "
-                "tokens at other steps, and each counts."
-            )
-        return [self.times[place * len(self.times) // count] for place in range(count)]
+            bins = max(self._table(name).num_bins for name in self.schedules)
+            count = bins if self.device.type == "cpu" else max(bins, self.config.steps)
+        return [(place + 0.5) / count for place in reversed(range(count))]
 
     def _row(
         self, name: str, samples: Samples, dense: Samples, peak: float | None
