@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import shiva_dit
@@ -27,9 +28,10 @@ from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import WORKLOADS, workload
 from shiva_dit.cli import main
+from shiva_dit.experiments.plots import draw_scaling
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.families import model_spec
-from shiva_dit.report import benchmark_rows, benchmark_table
+from shiva_dit.report import benchmark_rows, benchmark_table, scaling_rows
 from tests import tiny
 
 META = torch.device("meta")
@@ -208,6 +210,30 @@ def test_records_are_named_by_what_they_hold_and_never_overwritten(tmp_path: Pat
 def test_bad_settings_are_errors(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BenchmarkConfig(**SMALL | changed)
+
+
+def test_scaling_times_several_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["benchmark", "sd3-tiny", "--mode", "eager", "--dtype", "float32", "--repeats", "1"]
+    arguments += ["--keep", "0.5", "--out", str(tmp_path)]
+    assert main([*arguments, "--scaling", "64", "128"]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("scaling-sd3-tiny-64to128-")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert [row[0] for row in scaling_rows(record)] == ["image tokens", "16", "64"]
+    assert "keep 0.5: by FLOPs" in capsys.readouterr().out
+    draw_scaling(record, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size[0] > 1000
+    assert main([*arguments, "--scaling", "64", "--train", "full"]) == 2
+    assert "one of them at a time" in capsys.readouterr().err
+
+
+def test_quotients_are_of_the_same_rounds() -> None:
+    """A machine that is slow in one round is slow for both."""
+    ours, theirs = Samples([2.0, 20.0, 200.0], [1.0] * 3), Samples([1.0, 10.0, 100.0], [4.0] * 3)
+    assert ours.over(theirs) == 2.0
+    assert ours.cpu_over(theirs) == 0.25
+    assert ours.cpu_over(Samples([1.0] * 3)) is None
 
 
 def test_break_even_is_where_flops_saved_pay_for_the_selection() -> None:

@@ -144,6 +144,9 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add("--segments", type=_positive, help="at most so many different rows of a schedule")
     add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
     add("--mode", choices=["eager", "compiled", "graphs"], default="compiled", help="of all arms")
+    add(
+        "--scaling", type=_positive, nargs="+", metavar="SIDE", help="time several sizes, in pixels"
+    )
     add("--train", choices=["full", "lora"], help="time training steps, which tune these weights")
     add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
     add("--device", default="cpu", help="such as cuda")
@@ -315,7 +318,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _benchmark(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
-    from shiva_dit.benchmark.run import BenchmarkConfig, run_benchmark, save_record
+    from shiva_dit.benchmark.run import BenchmarkConfig, run_benchmark, run_scaling, save_record
     from shiva_dit.benchmark.steps import run_step_benchmark
     from shiva_dit.demo.base import usable_device
     from shiva_dit.report import plain_rows, timing_note, timing_rows
@@ -338,7 +341,12 @@ def _benchmark(options: argparse.Namespace) -> int:
         repeats=options.repeats,
         device=options.device,
     )
-    record = run_benchmark(config) if config.train is None else run_step_benchmark(config)
+    if options.scaling and config.train:
+        raise ValueError("--scaling times forwards and --train steps: one of them at a time.")
+    if options.scaling:
+        record = run_scaling(config, options.scaling)
+    else:
+        record = run_benchmark(config) if config.train is None else run_step_benchmark(config)
     path = save_record(record, options.out)
     print(f"{plain_rows(timing_rows(record))}\n\n{timing_note(record)}\n\nRecord: {path}")
     return 0

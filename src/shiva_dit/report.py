@@ -388,13 +388,45 @@ def training_note(record: dict[str, Any]) -> str:
     )
 
 
+def scaling_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a benchmark at several sizes."""
+    first = record["sizes"][0]["rows"]
+    arms = [row["arm"] for row in first if "parts_ms" in row]
+    columns = [f"{arm}: {what}" for arm in arms for what in ("speed-up", "by FLOPs")]
+    rows = [["image tokens", "dense, ms", *columns, "pays below"]]
+    for size in record["sizes"]:
+        by_arm = {row["arm"]: row for row in size["rows"]}
+        cells = [f"{size['image_tokens']:,}", f"{median(by_arm['dense']['latency_ms']):.0f}"]
+        for arm in arms:
+            cells.append(f"{by_arm[arm]['speed_up']:.2f}")
+            cells.append(f"{by_arm[arm]['ideal_speed_up']:.2f}")
+        cells.append("never" if size["break_even"] is None else f"{size['break_even']:.2f}")
+        rows.append(cells)
+    return rows
+
+
+def scaling_note(record: dict[str, Any]) -> str:
+    """What must be known to read it."""
+    config, where = record["config"], record["provenance"]
+    return (
+        f"{config['model']}, batch {config['batch']}, {config['dtype']}, {config['mode']}, "
+        f"{record['sizes'][0]['text_tokens']} text tokens; {where['device']}, {where['threads']} "
+        f"threads; medians of {config['repeats']} interleaved rounds. `pays below`: the keep ratio "
+        "below which pruning pays."
+    )
+
+
 def timing_rows(record: dict[str, Any]) -> list[list[str]]:
     """Header and rows of a benchmark, of forwards or of training steps."""
+    if "sizes" in record:
+        return scaling_rows(record)
     return benchmark_rows(record) if record["config"]["train"] is None else training_rows(record)
 
 
 def timing_note(record: dict[str, Any]) -> str:
     """What must be known to read them."""
+    if "sizes" in record:
+        return scaling_note(record)
     return benchmark_note(record) if record["config"]["train"] is None else training_note(record)
 
 

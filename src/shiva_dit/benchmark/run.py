@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -256,12 +256,11 @@ class _Bench:
             **asdict(samples),
             "memory_peak_mib": peak,
             "images_per_second": self.config.batch / (samples.median_ms / 1000) / self.config.steps,
-            "speed_up": dense.median_ms / samples.median_ms,
+            "speed_up": dense.over(samples),
+            "speed_up_cpu": dense.cpu_over(samples),
             # Steps that the dense model does in the time of so many pruned ones.
-            "dense_steps_at_equal_time": self.config.steps * samples.median_ms / dense.median_ms,
+            "dense_steps_at_equal_time": self.config.steps * samples.over(dense),
         }
-        cpu, dense_cpu = samples.median_cpu_ms, dense.median_cpu_ms
-        row["speed_up_cpu"] = None if cpu is None or dense_cpu is None else dense_cpu / cpu
         flops = self.attachment.spec.flops(self.model, self.num_tokens, self.text_tokens).dense()
         row["flops"], row["keep_ratio"], row["ideal_speed_up"] = flops, 1.0, 1.0
         if name not in (DENSE, FORCED):
@@ -297,11 +296,33 @@ class _Bench:
         return {part: blocks * ms for part, ms in found.items()}
 
 
+def run_scaling(config: BenchmarkConfig, sides: Sequence[int]) -> dict[str, Any]:
+    """The benchmark at several sizes: what a forward costs, and what pruning is worth, by N.
+
+    Args:
+        config: What is timed; its own size doesn't count.
+        sides: Width and height of squares, in pixels.
+    """
+    if not sides:
+        raise ValueError("a scaling needs at least one size.")
+    records = [run_benchmark(replace(config, size=(side, side))) for side in sides]
+    return {
+        "what": f"scaling-{config.model}",
+        "config": asdict(config),
+        "sizes": records,
+        "provenance": provenance(),
+    }
+
+
 def record_path(record: dict[str, Any], folder: Path) -> Path:
     """Where a record of the benchmark belongs: what, how, on what, when."""
     config = record["config"]
     width, height = config["size"] or workload(config["model"]).size
     size = f"{width}" if width == height else f"{width}x{height}"
+    if "sizes" in record:
+        size = "to".join(
+            str(r["config"]["size"][0]) for r in (record["sizes"][0], record["sizes"][-1])
+        )
     tokens = [record["what"], size, f"batch{config['batch']}", config["dtype"], config["mode"]]
     if torch.device(config["device"]).type == "cpu":
         tokens.append(f"{record['provenance']['threads']}thread")

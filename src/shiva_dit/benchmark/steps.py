@@ -102,9 +102,7 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     rows = []
     for name, found in samples.items():
         row: dict[str, Any] = {"arm": name, "keep_ratio": arms[name][0], **asdict(found)}
-        row["of_dense"] = found.median_ms / dense.median_ms
-        cpu, dense_cpu = found.median_cpu_ms, dense.median_cpu_ms
-        row["of_dense_cpu"] = None if cpu is None or dense_cpu is None else cpu / dense_cpu
+        row["of_dense"], row["of_dense_cpu"] = found.over(dense), found.cpu_over(dense)
         rows.append(row)
     return {
         "what": f"training-{config.model}-{config.train}",

@@ -24,10 +24,22 @@ class Samples:
         """Median latency."""
         return statistics.median(self.latency_ms)
 
-    @property
-    def median_cpu_ms(self) -> float | None:
-        """Median CPU time."""
-        return None if self.cpu_ms is None else statistics.median(self.cpu_ms)
+    def over(self, other: Samples) -> float:
+        """How much longer these take than others of the same rounds: the median of the quotients.
+
+        What else the machine did in a round meets both of a pair.
+        """
+        return _paired(self.latency_ms, other.latency_ms)
+
+    def cpu_over(self, other: Samples) -> float | None:
+        """The same of the CPU times."""
+        if self.cpu_ms is None or other.cpu_ms is None:
+            return None
+        return _paired(self.cpu_ms, other.cpu_ms)
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def interleaved(

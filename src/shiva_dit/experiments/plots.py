@@ -182,9 +182,40 @@ def draw_tradeoff(record: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_scaling(record: dict[str, Any], path: Path) -> None:
+    """Time of a forward over the number of tokens, and speed-ups beside those by FLOPs alone."""
+    sizes = record["sizes"]
+    tokens = [size["image_tokens"] for size in sizes]
+    arms = [row["arm"] for row in sizes[0]["rows"]]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for arm in arms:
+        rows = [next(row for row in size["rows"] if row["arm"] == arm) for size in sizes]
+        times = [float(np.median(row["latency_ms"])) for row in rows]
+        (line,) = axes[0].plot(tokens, times, "o-", ms=4, label=arm)
+        if "parts_ms" in rows[0]:
+            colour = line.get_color()
+            measured = [row["speed_up"] for row in rows]
+            ideal = [row["ideal_speed_up"] for row in rows]
+            axes[1].plot(tokens, measured, "o-", ms=4, color=colour, label=arm)
+            axes[1].plot(tokens, ideal, ":", color=colour, label=f"{arm}, by FLOPs")
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("ms per forward")
+    axes[1].axhline(1.0, color="black", lw=0.8)
+    axes[1].set_ylabel("speed-up")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(tokens, [f"{n:,}" for n in tokens])
+        axis.set_xlabel("image tokens, N")
+        axis.legend(fontsize=8)
+    config = record["config"]
+    figure.suptitle(f"{config['model']}, {config['dtype']}, {config['mode']}", fontsize=10)
+    save_figure(figure, path)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "comparison": draw_comparison,
     "flips": draw_flips,
+    "scaling": draw_scaling,
     "schedules": draw_schedules,
     "synthetic": draw_synthetic,
     "tradeoff": draw_tradeoff,
