@@ -252,7 +252,7 @@ def test_a_multiple_replaces_the_adapters() -> None:
     shiva_dit.apply(model, made)
     assert {k % 16 for _, row in shiva_dit.summary(model).rows for k in row} == {0}
     shiva_dit.apply(model, made, multiple=1)
-    table = attachment_of(model).table(64)  # type: ignore[union-attr]
+    table = attachment_of(model).counts.table(64)  # type: ignore[union-attr]
     assert [list(row) for row in table.counts] == COUNTS
 
 
@@ -261,7 +261,7 @@ def test_segments_merge_time() -> None:
     shiva_dit.apply(model, adapter_for(model), segments=1)
     attachment = attachment_of(model)
     assert attachment is not None
-    table = attachment.table(64)
+    table = attachment.counts.table(64)
     assert table.num_bins == len(COUNTS)
     (row,) = set(table.counts)  # each block's mean over time
     for k, column in zip(row, zip(*COUNTS, strict=True), strict=True):

@@ -229,7 +229,7 @@ def test_selectors_without_a_router_attach_too(selector: Any) -> None:
 def test_a_multiple_of_tokens_is_kept() -> None:
     model = tiny.sd3()
     attachment = shiva(model, multiple=8)
-    table = attachment.table(tiny.NUM_TOKENS)
+    table = attachment.counts.table(tiny.NUM_TOKENS)
     assert {k % 8 for row in table.counts for k in row} == {0}
     # One step of one of the 9 prunable entries is 8 / (9 * 64); the mean is within half of it.
     target = sum(k for row in COUNTS for k in row[1:]) / (9 * 64)
@@ -742,7 +742,7 @@ def test_gates_change_no_value(kind: str, estimator: str, dtype: torch.dtype) ->
     training = Training(kind, estimator)
     training.model.to(dtype)
     attachment = training.attach()
-    bins = attachment.table(tiny.NUM_TOKENS).counts
+    bins = attachment.counts.table(tiny.NUM_TOKENS).counts
     gates = training.gates
     arguments = {name: value.to(dtype) for name, value in tiny.inputs(t=TIMES[1]).items()}
 
@@ -836,7 +836,7 @@ def test_a_block_whose_leader_did_not_run_or_kept_all_scores_by_itself() -> None
     with scorings(attachment) as scored, torch.no_grad():
         model(**tiny.inputs(t=0.1), skip_layers=[1])
     assert scored == [2, 4, 5]
-    assert attachment._leader(4, (64, 20, 20, 64, 10, 12), 64) is None
+    assert attachment.counts.leader(4, (64, 20, 20, 64, 10, 12), 64) is None
 
 
 def test_flops_count_a_shared_router_once() -> None:

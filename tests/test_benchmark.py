@@ -15,15 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shiva_dit
 from shiva_dit.benchmark import run, steps
-from shiva_dit.benchmark.run import (
-    ADAPTER,
-    DENSE,
-    FORCED,
-    BenchmarkConfig,
-    record_path,
-    run_benchmark,
-    save_record,
-)
+from shiva_dit.benchmark.config import BenchmarkConfig
+from shiva_dit.benchmark.records import record_path, save_record
+from shiva_dit.benchmark.run import ADAPTER, DENSE, FORCED, run_benchmark
 from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import WORKLOADS, workload
@@ -82,7 +76,7 @@ def test_other_sizes_and_batches_run_pruned(name: str) -> None:
     with torch.no_grad():
         (output,) = model(**inputs, return_dict=False)
     assert output.shape[0] == 2
-    counts = attachment.table(num_tokens).counts[0]
+    counts = attachment.counts.table(num_tokens).counts[0]
     assert kept == {block: k for block, k in enumerate(counts) if block > 0}
 
 

@@ -25,11 +25,11 @@ def watched(target: Any, **options: Any) -> tuple[Clock, list[int]]:
     shiva_dit.apply(target, tiny.adapter(model, tiny.from_counts(rows)), **options)
     attachment = attachment_of(model)
     assert attachment is not None
-    assert attachment.clock is not None
-    attachment.clock.on_cpu = True
+    assert attachment.counts.clock is not None
+    attachment.counts.clock.on_cpu = True
     kept: list[int] = []
     attachment.observer = lambda block, chosen: kept.append(chosen.shape[1]) if block == 1 else None
-    return attachment.clock, kept
+    return attachment.counts.clock, kept
 
 
 def read(target: Any, call: Any, **options: Any) -> tuple[Any, list[int]]:
@@ -161,6 +161,6 @@ def test_no_steps_are_refused_and_no_scheduler_is_no_clock() -> None:
     shiva_dit.apply(model, tiny.adapter(model))
     attachment = attachment_of(model)
     assert attachment is not None
-    assert attachment.clock is None
+    assert attachment.counts.clock is None
     assert ListedTimes([0.5]).next() == 0.5
     assert SchedulerTimes(tiny.pipeline(model)).next() is None

@@ -54,7 +54,7 @@ class Compiled:
         shiva_dit.apply(self.model, tiny.adapter(self.model, **options), schedule=schedule)
         attachment = attachment_of(self.model)
         assert attachment is not None
-        assert len(set(attachment.table(tiny.NUM_TOKENS).counts)) == NUM_BINS
+        assert len(set(attachment.counts.table(tiny.NUM_TOKENS).counts)) == NUM_BINS
         self.eager = [tiny.run(self.model, case) for case in self.cases]
         shiva_dit.compile(self.model, backend=backend)
 

@@ -316,7 +316,7 @@ def test_one_adapter_serves_any_number_of_steps(made: Any, steps: int) -> None:
     handle.remove()
     for call in calls:
         rows.append((64, *(call[block].shape[1] for block in (1, 2, 3))))
-    table = attachment.table(families.TOKENS)
+    table = attachment.counts.table(families.TOKENS)
     assert len(rows) == steps
     assert rows == [table.row(t) for t in times]
     assert times == sorted(times, reverse=True)

@@ -105,7 +105,7 @@ def apply(
     except BaseException:
         backbone.restore()
         raise
-    attachment.clock = _clock(attachment, target, timesteps)
+    attachment.counts.clock = _clock(attachment, target, timesteps)
     attachment.backbone = backbone
     attachment.adapter = adapter
     logger.info(
@@ -315,7 +315,7 @@ def summary(
     model: Any = attachment.model
     num_tokens = _own_size(model) if num_tokens is None else num_tokens
     text_tokens = attachment.spec.text_tokens if text_tokens is None else text_tokens
-    table = attachment.table(num_tokens)
+    table = attachment.counts.table(num_tokens)
     pruned = [attachment.flops(num_tokens, text_tokens, row) for row in table.counts]
     times = (0.95, 0.75, 0.5, 0.25, 0.05)
     return Summary(

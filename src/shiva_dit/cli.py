@@ -318,7 +318,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _benchmark(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
-    from shiva_dit.benchmark.run import BenchmarkConfig, run_benchmark, run_scaling, save_record
+    from shiva_dit.benchmark.config import BenchmarkConfig
+    from shiva_dit.benchmark.records import save_record
+    from shiva_dit.benchmark.run import run_benchmark, run_scaling
     from shiva_dit.benchmark.steps import run_step_benchmark
     from shiva_dit.demo.base import usable_device
     from shiva_dit.report import plain_rows, timing_note, timing_rows

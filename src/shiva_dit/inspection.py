@@ -180,7 +180,7 @@ class _FlipTest:
         }
         self.shared = {**batch.shared, "return_dict": False}
         num_tokens = spec.tokens(self.attachment.model, batch.latents)
-        self.counts = self.attachment.table(num_tokens).row(t)
+        self.counts = self.attachment.counts.table(num_tokens).row(t)
         blocks = self.attachment.schedule.prunable_blocks
         with (
             torch.no_grad(),

@@ -2,84 +2,28 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from shiva_dit import api
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
 from shiva_dit.benchmark.parts import time_parts
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attachment_of
-from shiva_dit.provenance import hardware_name, provenance, write_json
+from shiva_dit.provenance import provenance
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE, FORCED, ADAPTER = "dense", "all tokens, selected", "adapter"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkConfig:
-    """What is timed, and how."""
-
-    model: str
-    """A name of `WORKLOADS`."""
-    keep: tuple[float, ...] = (0.8, 0.6, 0.4)
-    """Mean keep ratios in (0, 1): one arm each, besides the dense one and the adapter's own."""
-    adapter: str | None = None
-    """Folder or Hub id; an untrained one with equal ratios in all blocks but the first where none
-    is given. Time does not depend on what was learned, but for the schedule."""
-    size: tuple[int, int] | None = None
-    """Width and height in pixels; the model's own by default."""
-    text_tokens: int | None = None
-    """T; the pipelines' own by default."""
-    batch: int = 1
-    """Samples per forward. With guidance in one batch an image takes two."""
-    steps: int = 28
-    """Steps of a sampling: for images per second."""
-    forwards: int | None = None
-    """Forwards per time taken, spread evenly over t; by default as many as steps, on a CPU as many
-    as it takes to meet each row of the tables."""
-    multiple: int | None = None
-    """k is a multiple of this; as `Schedule.for_tokens` sees fit by default."""
-    segments: int | None = None
-    """At most so many different rows of a schedule."""
-    dtype: str = "bfloat16"
-    """One of `DTYPES`."""
-    mode: Literal["eager", "compiled", "graphs"] = "compiled"
-    """All arms as they are, compiled block by block, or compiled and then replayed as CUDA graphs,
-    the dense one too."""
-    train: Literal["full", "lora"] | None = None
-    """Time training steps that tune all weights or a LoRA of rank 16, instead of forwards."""
-    repeats: int = 15
-    """Rounds; each times every arm once."""
-    device: str = "cuda"
-    """Where it runs."""
-
-    def __post_init__(self) -> None:
-        if not all(0.0 < keep < 1.0 for keep in self.keep):
-            raise ValueError(f"keep ratios must lie in (0, 1), got {self.keep}: the share KEPT.")
-        if not self.keep and self.adapter is None:
-            raise ValueError("nothing to time: give a keep ratio or an adapter.")
-        for name in ("batch", "steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("text_tokens", "forwards", "segments", "multiple"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
 
 
 def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
@@ -163,7 +107,7 @@ class _Bench:
             with api.disabled(self.model):
                 yield
             return
-        attachment.use_schedule(self.schedules[name])
+        attachment.counts.use(self.schedules[name])
         attachment.always_select = name == FORCED
         try:
             yield
@@ -312,32 +256,3 @@ def run_scaling(config: BenchmarkConfig, sides: Sequence[int]) -> dict[str, Any]
         "sizes": records,
         "provenance": provenance(),
     }
-
-
-def record_path(record: dict[str, Any], folder: Path) -> Path:
-    """Where a record of the benchmark belongs: what, how, on what, when."""
-    config = record["config"]
-    width, height = config["size"] or workload(config["model"]).size
-    size = f"{width}" if width == height else f"{width}x{height}"
-    if "sizes" in record:
-        size = "to".join(
-            str(r["config"]["size"][0]) for r in (record["sizes"][0], record["sizes"][-1])
-        )
-    tokens = [record["what"], size, f"batch{config['batch']}", config["dtype"], config["mode"]]
-    if torch.device(config["device"]).type == "cpu":
-        tokens.append(f"{record['provenance']['threads']}thread")
-    stamp = datetime.date.today().isoformat()
-    return folder / f"{'-'.join(tokens)}--{hardware_name(record['provenance'])}--{stamp}.json"
-
-
-def save_record(record: dict[str, Any], folder: Path) -> Path:
-    """Write a record into a folder; one of the same name is never overwritten.
-
-    Raises:
-        ValueError: If one is there.
-    """
-    path = record_path(record, folder)
-    if path.exists():
-        raise ValueError(f"{path} is there already: move it away, or write to another folder.")
-    write_json(path, record)
-    return path

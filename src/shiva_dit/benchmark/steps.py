@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from shiva_dit.benchmark.run import DTYPES, BenchmarkConfig
+from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
 from shiva_dit.benchmark.timing import interleaved
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.estimators import EstimatorConfig

@@ -204,7 +204,7 @@ def _judged(
     images = torch.cat(parts)
     keep_ratio, maps = 1.0, None
     if attachment is not None:
-        table = attachment.table(task.num_tokens)
+        table = attachment.counts.table(task.num_tokens)
         keep_ratio = table.mean_keep_ratio_at(sampler_times(num_steps))
         if contestant.draws_maps:
             maps = kept_maps(task, attachment, 10, seed=noise_seed(seed), num_steps=num_steps)
@@ -237,7 +237,7 @@ def flops_per_image(
     size = task.num_tokens, task.captions.max_words
     if attachment is None:
         return float(num_steps * model_spec(backbone).flops(backbone, *size).dense())
-    rows = [attachment.table(task.num_tokens).row(t) for t in sampler_times(num_steps)]
+    rows = [attachment.counts.table(task.num_tokens).row(t) for t in sampler_times(num_steps)]
     return float(sum(attachment.flops(*size, row) for row in rows))
 
 

@@ -21,14 +21,13 @@ from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 from torch.fx.experimental.sym_node import DynamicInt
 
-from shiva_dit.core.keep_table import KeepTable
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
-from shiva_dit.models.clock import Clock
+from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
 from shiva_dit.models.neighbours import refuse_neighbours, register_innermost, unregister
@@ -66,17 +65,14 @@ class Attachment(Uncopied):
         gate_values: bool = False,
     ) -> None:
         self.spec = model_spec(model)
-        self.model, self.selector, self.schedule = model, selector, schedule
+        self.model, self.selector = model, selector
         self.updates = updates
-        self.multiple, self.segments, self.select_every = multiple, segments, select_every
         self.shares_halves = shares_halves
         self.enabled = True
         self.always_select = False
         """Select, gather and scatter also where a block keeps all its tokens: what that costs."""
         self.observer: Callable[[int, Tensor], None] | None = None
         """Told each pruned block's index and the tokens chosen, (B, k); for maps and tests."""
-        self.clock: Clock | None = None
-        """Knows times without reading them."""
         self.graphs: GraphRunner | None = None
         """Replays forwards."""
         self.backbone: TunedBackbone | None = None
@@ -85,15 +81,10 @@ class Attachment(Uncopied):
         self._gated: GatedForward | None = None
         self._runs_in: threading.Thread | None = None
         self._context: Tensor | None = None
-        self._tables: dict[int, KeepTable] = {}
         self._undo: list[Callable[[], object]] = []
-        self._check_schedule(schedule)
-        if multiple is not None and multiple < 1:
-            raise ValueError(f"multiple must be at least 1, got {multiple}.")
-        if select_every < 1:
-            raise ValueError(f"select_every must be at least 1, got {select_every}.")
-        if segments is not None and segments < 1:
-            raise ValueError(f"segments must be at least 1, got {segments}.")
+        self.counts = Counts(
+            model, schedule, multiple=multiple, segments=segments, select_every=select_every
+        )
         refuse_neighbours(model, model.modules())
         self.passes = Passes()
         self.hooks = [
@@ -140,33 +131,10 @@ class Attachment(Uncopied):
             self._undo.pop()()
         _forget_registries(self.model)
 
-    def use_schedule(self, schedule: Schedule) -> None:
-        """Keep other ratios from the next forward on."""
-        self._check_schedule(schedule)
-        self.schedule = schedule
-        self._tables.clear()
-
-    def _check_schedule(self, schedule: Schedule) -> None:
-        name = type(self.model).__name__
-        if schedule.num_blocks != len(self.blocks):
-            raise ValueError(
-                f"the schedule is for {schedule.num_blocks} blocks, {name} has "
-                f"{len(self.blocks)}: it was made for another model."
-            )
-        asked = set(self.spec.full_blocks(self.model)).difference(schedule.full_blocks)
-        if asked:
-            raise ValueError(
-                f"blocks {sorted(asked)} of {name} change tokens that they aren't given, so they "
-                "can't be pruned: name them in the schedule's full_blocks."
-            )
-
-    def table(self, num_tokens: int) -> KeepTable:
-        """The integers executed for N image tokens."""
-        if num_tokens not in self._tables:
-            self._tables[num_tokens] = self.schedule.for_tokens(
-                num_tokens, multiple=self.multiple, segments=self.segments
-            )
-        return self._tables[num_tokens]
+    @property
+    def schedule(self) -> Schedule:
+        """Keep ratios over time and depth."""
+        return self.counts.schedule
 
     @property
     def num_parameters(self) -> int:
@@ -192,17 +160,8 @@ class Attachment(Uncopied):
         if pruned:
             total += self.selector.condition_flops()
             total += 0 if self.updates is None else self.updates.condition_flops()
-        scoring = sum(self._leader(block, counts, num_tokens) is None for block in pruned)
+        scoring = sum(self.counts.leader(block, counts, num_tokens) is None for block in pruned)
         return total + scoring * self.selector.flops(num_tokens)
-
-    def _leader(self, block: int, counts: Sequence[int], num_tokens: int) -> int | None:
-        """The block whose scores another one uses; None where it scores by itself."""
-        prunable = self.schedule.prunable_blocks
-        if self.select_every == 1 or block not in prunable:
-            return None
-        place = prunable.index(block)
-        first = prunable[place - place % self.select_every]
-        return first if first != block and counts[first] < num_tokens else None
 
     @contextmanager
     def gated(self, forward: GatedForward) -> Iterator[None]:
@@ -281,7 +240,7 @@ class Attachment(Uncopied):
         gated = self._gated
         share = False
         if gated is None:
-            counts = self._row(num_tokens, timestep)
+            counts = self.counts.row(num_tokens, timestep)
             if min(counts) < self.spec.least_tokens:
                 raise ValueError(
                     f"blocks of {type(model).__name__} run on {self.spec.least_tokens} tokens at "
@@ -291,7 +250,7 @@ class Attachment(Uncopied):
             share = self.shares_halves is not None and self.shares_halves(arguments)
         else:
             counts = gated.counts
-            self._check_counts(counts, num_tokens)
+            self.counts.check(counts, num_tokens)
         led = self.passes.led(len(sample), tuple(counts))
         states: list[BlockState] = []
         for hook, k in zip(self.hooks, counts, strict=True):
@@ -310,7 +269,7 @@ class Attachment(Uncopied):
                 observer=self.observer,
             )
             states.append(state)
-            leader = None if state.dense else self._leader(hook.index, counts, num_tokens)
+            leader = None if state.dense else self.counts.leader(hook.index, counts, num_tokens)
             if leader is not None:
                 state.follows = states[leader]
                 states[leader].is_followed = True
@@ -355,35 +314,6 @@ class Attachment(Uncopied):
                 f"{self.spec.lora_scale}'s scale = {scale} would scale the adapter's own LoRA as "
                 'well: set the weights of your LoRAs by pipe.set_adapters(["name"], [weight]).'
             )
-
-    def _check_counts(self, counts: Sequence[int], num_tokens: int) -> None:
-        if len(counts) != len(self.blocks):
-            raise ValueError(f"expected k for {len(self.blocks)} blocks, got {len(counts)} values.")
-        for k in counts:
-            if not 1 <= k <= num_tokens:
-                raise ValueError(f"k must lie in [1, N] = [1, {num_tokens}], got {k}.")
-
-    def _row(self, num_tokens: int, timestep: Tensor | float) -> tuple[int, ...]:
-        """Every block's k, by the time; that is read from the device if nobody else knows it."""
-        table = self.table(num_tokens)
-        if len(set(table.counts)) == 1:
-            return table.counts[0]
-        clock = self.clock if isinstance(timestep, Tensor) else None
-        if clock is not None and isinstance(timestep, Tensor):
-            told = clock.time(self.spec.time(timestep))
-            if told is not None:
-                return table.row(told)
-        steps = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
-        times = [self.spec.time(step) for step in steps]
-        rows = {table.row(t) for t in times}
-        if len(rows) > 1:
-            raise ValueError(
-                f"the samples of one forward must share their time bin, so that they keep equally "
-                f"many tokens; got times {sorted(set(times))}. Split the batch by timestep."
-            )
-        if clock is not None:
-            clock.learn(times[0])
-        return rows.pop()
 
     def _after_time_embedding(
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
