@@ -311,9 +311,12 @@ def test_train_command_explains_wrong_input(
 def test_tables_agree_with_their_records(document: str) -> None:
     path = ROOT / document if document == "README.md" else ROOT / "docs" / document
     text = path.read_text(encoding="utf-8")
-    assert text.count("<!-- table ") == {"README.md": 2, "models.md": 2, "results.md": 24, "performance.md": 10}.get(
-        document, 0
-    )
+    assert text.count("<!-- table ") == {
+        "README.md": 2,
+        "models.md": 2,
+        "results.md": 24,
+        "performance.md": 10,
+    }.get(document, 0)
     assert render(text, path.parent) == text
 
 
