@@ -31,8 +31,8 @@ fix: $(STAMP)  ## Format and mend what can be mended
 
 COMPARISONS := $(filter-out %-scenes64.toml,$(sort $(wildcard recipes/compare-*.toml)))  # those need a GPU
 
-# A run takes about a minute of one core on the digits and three and a half on the scenes: 17 core-hours in all.
-results-estimators: $(STAMP)  ## What docs/results.md says of tokens and ratios, into runs/ (8 hours on two cores; goes on where it stopped)
+# A run takes about a minute of one core on the digits and three and a half on the scenes: 18 core-hours in all.
+results-estimators: $(STAMP)  ## What docs/results.md says of tokens and ratios, into runs/ (9 hours on two cores; goes on where it stopped)
 	$(foreach recipe,$(COMPARISONS),$(BIN)/shiva-dit compare $(recipe) &&) true
 	$(BIN)/shiva-dit inspect synthetic
 	for task in digits scenes; do \

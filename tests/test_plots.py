@@ -11,9 +11,10 @@ from shiva_dit.experiments.plots import draw_plots, draw_tradeoff
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_every_plot_of_the_results_has_its_record_and_is_drawn(tmp_path: Path) -> None:
-    text = (DOCS / "results.md").read_text(encoding="utf-8")
-    assert text.count("<!-- plot ") == 28
+@pytest.mark.parametrize(("document", "plots"), [("results.md", 28), ("performance.md", 1)])
+def test_every_plot_has_its_record_and_is_drawn(document: str, plots: int, tmp_path: Path) -> None:
+    text = (DOCS / document).read_text(encoding="utf-8")
+    assert text.count("<!-- plot ") == plots
     drawn = draw_plots(text.replace("../results", str(DOCS.parent / "results")), tmp_path)
     for path in drawn:
         with Image.open(path) as picture, Image.open(DOCS / path.name) as shipped:
