@@ -148,6 +148,11 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
         "--scaling", type=_positive, nargs="+", metavar="SIDE", help="time several sizes, in pixels"
     )
     add("--train", choices=["full", "lora"], help="time training steps, which tune these weights")
+    add(
+        "--beside",
+        choices=["compile", "int8", "mag_cache"],
+        help="time every arm without and with this",
+    )
     add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
     add("--device", default="cpu", help="such as cuda")
     add("--threads", type=_positive, help="threads on a CPU; all cores by default")
@@ -319,13 +324,16 @@ def _inspect(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.benchmark.config import BenchmarkConfig
+    from shiva_dit.benchmark.pairs import run_pair
     from shiva_dit.benchmark.records import save_record
     from shiva_dit.benchmark.run import run_benchmark, run_scaling
     from shiva_dit.benchmark.steps import run_step_benchmark
+    from shiva_dit.benchmark.timing import keep_memory
     from shiva_dit.demo.base import usable_device
     from shiva_dit.report import plain_rows, timing_note, timing_rows
 
     usable_device(options.device)
+    memory_kept = keep_memory()
     config = BenchmarkConfig(
         model=options.model,
         keep=tuple(options.keep),
@@ -340,16 +348,19 @@ def _benchmark(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         mode="eager" if options.train else options.mode,
         train=options.train,
+        beside=options.beside,
         repeats=options.repeats,
         device=options.device,
     )
-    if options.scaling and config.train:
-        raise ValueError("--scaling times forwards and --train steps: one of them at a time.")
+    if options.scaling and (config.train or config.beside):
+        raise ValueError("--scaling, --train and --beside: one of them at a time.")
     if options.scaling:
         record = run_scaling(config, options.scaling)
+    elif config.train:
+        record = run_step_benchmark(config)
     else:
-        record = run_benchmark(config) if config.train is None else run_step_benchmark(config)
-    path = save_record(record, options.out)
+        record = run_pair(config) if config.beside else run_benchmark(config)
+    path = save_record({**record, "memory_kept": memory_kept}, options.out)
     print(f"{plain_rows(timing_rows(record))}\n\n{timing_note(record)}\n\nRecord: {path}")
     return 0
 

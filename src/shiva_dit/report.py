@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from shiva_dit.api import supported
+from shiva_dit.benchmark.operators import OPERATORS
 from shiva_dit.benchmark.parts import PARTS
 from shiva_dit.benchmark.timing import quartiles
 from shiva_dit.models.families.refused import REFUSED
@@ -416,18 +417,80 @@ def scaling_note(record: dict[str, Any]) -> str:
     )
 
 
+OTHERS = {"compile": "compile", "int8": "int8", "mag_cache": "MagCache"}
+
+
+def pair_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a benchmark of arms without and with something else."""
+    other = OTHERS[record["config"]["beside"]]
+    head = ["arm", "ms per forward", f"with {other}", f"{other} gives", "pruning gives"]
+    rows = [[*head, f"pruning gives, with {other}", "both", "both, if they multiplied"]]
+    dense = record["rows"][0]
+    for row in record["rows"]:
+        times = [f"{median(row[kind]['latency_ms']):.1f}" for kind in ("alone", "beside")]
+        gains = ("other_gives", "pruning_gives", "pruning_gives_beside", "both_give")
+        product = row["pruning_gives"] * dense["other_gives"]
+        rows.append([row["arm"], *times, *(f"{row[gain]:.2f}" for gain in gains), f"{product:.2f}"])
+    return rows
+
+
+def pair_note(record: dict[str, Any]) -> str:
+    """What must be known to read it."""
+    config, where = record["config"], record["provenance"]
+    mode = "" if config["beside"] == "compile" else f", all arms {config['mode']}"
+    what = {
+        "compile": "",
+        "int8": "int8: weights and activations of all linear layers, by torchao. ",
+        "mag_cache": f"MagCache runs {record['share_run']:.0%} of a sampling's "
+        f"{record['forwards_per_time']} steps. ",
+    }
+    return (
+        f"{config['model']}: {record['image_tokens']:,} image and {record['text_tokens']} text "
+        f"tokens, batch {config['batch']}, {config['dtype']}{mode}; {where['device']}, "
+        f"{where['threads']} threads; medians of {config['repeats']} interleaved rounds. "
+        f"{what[config['beside']]}Times only: what both cost in quality is not told here."
+    )
+
+
+def operator_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Header and rows: where each arm's time goes, as shares of the dense one's."""
+    rows = [["arm", "time", *OPERATORS]]
+    whole = sum(record["rows"][0]["operators_ms"].values())
+    for row in record["rows"]:
+        shares = [row["operators_ms"][kind] / whole for kind in OPERATORS]
+        rows.append([row["arm"], *(f"{share:.3f}" for share in (sum(shares), *shares))])
+    return rows
+
+
+def operators_table(record: dict[str, Any]) -> str:
+    """Where time goes, as Markdown."""
+    return (
+        f"{markdown_rows(operator_rows(record))}\n\n"
+        f"{record['config']['model']}, {record['config']['dtype']}, {record['config']['mode']}, by "
+        "torch's profiler, apart from the times above; shares of the dense arm's time."
+    )
+
+
 def timing_rows(record: dict[str, Any]) -> list[list[str]]:
-    """Header and rows of a benchmark, of forwards or of training steps."""
-    if "sizes" in record:
-        return scaling_rows(record)
-    return benchmark_rows(record) if record["config"]["train"] is None else training_rows(record)
+    """Header and rows of a benchmark of any kind."""
+    return _timing(record)[0](record)
 
 
 def timing_note(record: dict[str, Any]) -> str:
     """What must be known to read them."""
+    return _timing(record)[1](record)
+
+
+def _timing(
+    record: dict[str, Any],
+) -> tuple[Callable[[dict[str, Any]], list[list[str]]], Callable[[dict[str, Any]], str]]:
     if "sizes" in record:
-        return scaling_note(record)
-    return benchmark_note(record) if record["config"]["train"] is None else training_note(record)
+        return scaling_rows, scaling_note
+    if record["config"].get("beside") is not None:  # older records don't say
+        return pair_rows, pair_note
+    if record["config"]["train"] is not None:
+        return training_rows, training_note
+    return benchmark_rows, benchmark_note
 
 
 def benchmark_table(record: dict[str, Any]) -> str:
@@ -441,6 +504,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "captions": caption_table,
     **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},
     "flips": flips_table,
+    "operators": operators_table,
     "quickstart": quickstart_table,
     "speed": speed_table,
 }

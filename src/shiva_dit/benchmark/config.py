@@ -43,6 +43,9 @@ class BenchmarkConfig:
     the dense one too."""
     train: Literal["full", "lora"] | None = None
     """Time training steps that tune all weights or a LoRA of rank 16, instead of forwards."""
+    beside: Literal["compile", "int8", "mag_cache"] | None = None
+    """Time every arm without and with this: `torch.compile` (then `mode` is of the arms with it),
+    int8 by torchao, or MagCache that skips every other step after the first fifth."""
     repeats: int = 15
     """Rounds; each times every arm once."""
     device: str = "cuda"
@@ -60,5 +63,14 @@ class BenchmarkConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.beside is not None and self.train is not None:
+            raise ValueError("beside times forwards and train steps: one of them at a time.")
+        if self.beside == "compile" and self.mode == "eager":
+            raise ValueError('beside="compile" needs a mode that compiles, got "eager".')
+        if self.beside == "mag_cache" and self.mode != "eager":
+            raise ValueError(
+                'beside="mag_cache" needs mode="eager": diffusers keeps blocks under its cache out '
+                f"of the compiler, got {self.mode!r}."
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")

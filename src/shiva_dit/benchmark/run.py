@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from shiva_dit import api
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
+from shiva_dit.benchmark.operators import time_operators
 from shiva_dit.benchmark.parts import time_parts
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
@@ -43,18 +44,32 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         ValueError: If the model is unknown, the size no whole tokens, or the adapter another
             model's.
     """
+    with made_bench(config) as bench, torch.no_grad():
+        return bench.run()
+
+
+@contextmanager
+def made_bench(
+    config: BenchmarkConfig, change: Callable[[Any], None] | None = None
+) -> Iterator[Bench]:
+    """Within: the model with its adapter and all arms.
+
+    Args:
+        config: What is timed.
+        change: What else is done to the model, before the adapter is put on.
+    """
     load = workload(config.model)
     grid = load.grid(config.size)
     device = torch.device(config.device)
     model = load.build(grid, DTYPES[config.dtype], device)
+    if change is not None:
+        change(model)
     adapter = _adapter(config, model, device)
     api.apply(model, adapter, multiple=config.multiple, segments=config.segments)
     attachment = attachment_of(model)
     assert attachment is not None
     try:
-        bench = _Bench(config, load, grid, attachment)
-        with torch.no_grad():
-            return bench.run()
+        yield Bench(config, load, grid, attachment)
     finally:
         api.remove(model)
 
@@ -66,7 +81,7 @@ def _adapter(config: BenchmarkConfig, model: Any, device: torch.device) -> Shiva
     return ShivaAdapter(ShivaConfig.for_model(model)).to(device)
 
 
-class _Bench:
+class Bench:
     """One model with its arms."""
 
     def __init__(
@@ -121,34 +136,29 @@ class _Bench:
             timestep = spec.timestep_at(torch.full((self.config.batch,), t, device=self.device))
             self.model(**self.inputs, **{spec.timestep: timestep}, return_dict=False)
 
-    def run(self) -> dict[str, Any]:
-        """Warm up, time, and put together."""
-        config = self.config
-        if config.mode != "eager":
+    def calls(self) -> dict[str, Callable[[], None]]:
+        """A call per arm, of as many forwards as `times`; compiles as the config says."""
+        if self.config.mode != "eager":
             api.compile(self.model)
-        if config.mode == "graphs":
+        if self.config.mode == "graphs":
             api.cuda_graphs(self.model)
-        names = [DENSE, *self.schedules]
-        steps = self.times
 
         def call(name: str) -> None:
             with self.arm(name):
-                self.forwards(steps)
+                self.forwards(self.times)
 
-        calls = {name: partial(call, name) for name in names}
-        # The second round meets every symbolic size once more; graphs are captured in it.
-        for _ in range(3 if config.mode == "graphs" else 2):
-            for name in tqdm(names, desc="warm up", leave=False, disable=not sys.stderr.isatty()):
-                calls[name]()
-        gc.collect()
-        samples = interleaved(calls, repeats=config.repeats, device=self.device)
-        for found in samples.values():
-            found.latency_ms = [value / len(steps) for value in found.latency_ms]
-            if found.cpu_ms is not None:
-                found.cpu_ms = [value / len(steps) for value in found.cpu_ms]
+        return {name: partial(call, name) for name in (DENSE, *self.schedules)}
+
+    def run(self) -> dict[str, Any]:
+        """Warm up, time, and put together."""
+        config, calls = self.config, self.calls()
+        names, steps = list(calls), self.times
+        samples = timed(calls, config, forwards=len(steps))
         peaks = {name: peak_mib(call, self.device) for name, call in calls.items()}
+        operators = {name: time_operators(call, len(steps)) for name, call in calls.items()}
         rows = [self._row(name, samples[name], samples[DENSE], peaks[name]) for name in names]
         for row in rows:
+            row["operators_ms"] = operators[row["arm"]]
             if row["arm"] not in (DENSE, FORCED):
                 row["parts_ms"] = self._parts(row["arm"])
         return {
@@ -238,6 +248,23 @@ class _Bench:
                 compiled=self.config.mode != "eager",
             )
         return {part: blocks * ms for part, ms in found.items()}
+
+
+def timed(
+    calls: Mapping[str, Callable[[], None]], config: BenchmarkConfig, *, forwards: int
+) -> dict[str, Samples]:
+    """Warm up, then time in turn: per forward, of which each call makes some."""
+    # The second round meets every symbolic size once more; graphs are captured in it.
+    for _ in range(3 if config.mode == "graphs" else 2):
+        for call in tqdm(calls.values(), "warm up", leave=False, disable=not sys.stderr.isatty()):
+            call()
+    gc.collect()
+    samples = interleaved(calls, repeats=config.repeats, device=torch.device(config.device))
+    for found in samples.values():
+        found.latency_ms = [value / forwards for value in found.latency_ms]
+        if found.cpu_ms is not None:
+            found.cpu_ms = [value / forwards for value in found.cpu_ms]
+    return samples
 
 
 def run_scaling(config: BenchmarkConfig, sides: Sequence[int]) -> dict[str, Any]:

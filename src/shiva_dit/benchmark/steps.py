@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
+from shiva_dit.benchmark.operators import time_operators
 from shiva_dit.benchmark.timing import interleaved
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.estimators import EstimatorConfig
@@ -23,7 +24,7 @@ from shiva_dit.training.recipe import LossConfig, OptimizerConfig, TrainConfig
 from shiva_dit.training.trainer import Trainer
 
 PLAIN, ALONE, TAUGHT = "dense fine-tuning", "without a teacher", "with a teacher"
-WARMUP = 2
+WARMUP = 4
 
 
 class RandomData:
@@ -95,6 +96,7 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
                 trainer.train_step()
         calls = {name: trainer.train_step for name, trainer in trainers.items()}
         samples = interleaved(calls, repeats=config.repeats, device=device)
+        operators = {name: time_operators(call) for name, call in calls.items()}
     finally:
         for trainer in trainers.values():
             trainer.close()
@@ -103,6 +105,7 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     for name, found in samples.items():
         row: dict[str, Any] = {"arm": name, "keep_ratio": arms[name][0], **asdict(found)}
         row["of_dense"], row["of_dense_cpu"] = found.over(dense), found.cpu_over(dense)
+        row["operators_ms"] = operators[name]
         rows.append(row)
     return {
         "what": f"training-{config.model}-{config.train}",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(slots=True)
@@ -91,6 +95,21 @@ def _on_cuda(call: Callable[[], object], calls: int) -> tuple[float, float]:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / calls, 0.0
+
+
+def keep_memory() -> bool:
+    """Have the C library keep what tensors free, from here on; for the whole process.
+
+    glibc hands large buffers back to the system and fetches them anew, page by page, and whether
+    it does depends on what was freed before: arms of one process differ in it by chance.
+
+    Returns:
+        Whether the C library could be told: it is glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
