@@ -63,6 +63,11 @@ class BenchmarkConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        self._check_beside()
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+
+    def _check_beside(self) -> None:
         if self.beside is not None and self.train is not None:
             raise ValueError("beside times forwards and train steps: one of them at a time.")
         if self.beside == "compile" and self.mode == "eager":
@@ -72,5 +77,3 @@ class BenchmarkConfig:
                 'beside="mag_cache" needs mode="eager": diffusers keeps blocks under its cache out '
                 f"of the compiler, got {self.mode!r}."
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")

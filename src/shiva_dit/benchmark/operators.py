@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 OPERATORS = ("matrix products", "attention", "rest")
 
 # What names of operators and kernels hold; the first that fits counts.
 _ATTENTION = ("attention", "flash", "fmha", "sdpa")
-_PRODUCTS = ("mm", "linear", "conv", "gemv", "nvjet", "cutlass")
+_PRODUCTS = ("mm", "linear", "convolution", "gemv", "nvjet", "cutlass")
 
 
 def operator_kind(name: str) -> str:
@@ -37,7 +38,10 @@ def time_operators(
         per: Forwards in a call; times are per forward.
         repeats: Calls that are watched, one after the other; the mean counts.
     """
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watch:
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as watch:
         for _ in range(repeats):
             call()
     events = watch.key_averages()
