@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import shiva_dit
-from shiva_dit.benchmark import run, steps
+from shiva_dit.benchmark import pairs, run, steps
 from shiva_dit.benchmark.config import BenchmarkConfig
+from shiva_dit.benchmark.operators import OPERATORS, operator_kind, time_operators
+from shiva_dit.benchmark.pairs import run_pair
 from shiva_dit.benchmark.records import record_path, save_record
 from shiva_dit.benchmark.run import ADAPTER, DENSE, FORCED, run_benchmark
 from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
@@ -25,7 +28,7 @@ from shiva_dit.cli import main
 from shiva_dit.experiments.plots import draw_scaling
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.families import model_spec
-from shiva_dit.report import benchmark_rows, benchmark_table, scaling_rows
+from shiva_dit.report import benchmark_rows, benchmark_table, operators_table, scaling_rows
 from tests import tiny
 
 META = torch.device("meta")
@@ -128,6 +131,7 @@ def test_a_record_holds_every_arm_and_its_table() -> None:
     assert half["dense_steps_at_equal_time"] == pytest.approx(28 / half["speed_up"])
     assert set(half["parts_ms"]) == {"router", "selection", "gather", "scatter"}
     assert min(half["parts_ms"].values()) > 0
+    assert all(sum(row["operators_ms"].values()) > 0 for row in record["rows"])
     table = benchmark_table(json.loads(json.dumps(record)))
     assert "| keep 0.5 |" in table
     assert "64 image and 7 text tokens, batch 1, float32, all arms eager" in table
@@ -199,6 +203,9 @@ def test_records_are_named_by_what_they_hold_and_never_overwritten(tmp_path: Pat
         ({"forwards": 0}, "forwards must be at least 1"),
         ({"text_tokens": 0}, "text_tokens must be at least 1"),
         ({"dtype": "int8"}, "dtype must be one of"),
+        ({"beside": "int8", "train": "full"}, "one of them at a time"),
+        ({"beside": "compile"}, "needs a mode that compiles"),
+        ({"beside": "mag_cache", "mode": "compiled"}, "out of the compiler"),
     ],
 )
 def test_bad_settings_are_errors(changed: dict[str, Any], message: str) -> None:
@@ -238,7 +245,7 @@ def test_break_even_is_where_flops_saved_pay_for_the_selection() -> None:
     shiva_dit.apply(model, adapter)
     attachment = attachment_of(model)
     assert attachment is not None
-    bench = run._Bench(BenchmarkConfig(**SMALL), load, load.grid(), attachment)
+    bench = run.Bench(BenchmarkConfig(**SMALL), load, load.grid(), attachment)
     flops = model_spec(model).flops(model, 64, 7)
 
     def left(k: int) -> float:
@@ -286,6 +293,104 @@ def test_the_arms_of_training_run_as_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen[f"keep 0.25, {ALONE}"][:2] == ("shiva", False)
     assert seen[f"keep 0.25, {TAUGHT}"][:2] == ("shiva", True)
     assert seen[f"keep 0.25, {ALONE}"][2] == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_pair_times_both_models_in_turn() -> None:
+    config = BenchmarkConfig(**SMALL, keep=(0.5,), beside="mag_cache", forwards=10)
+    record = run_pair(config)
+    assert [row["arm"] for row in record["rows"]] == [DENSE, "keep 0.5"]
+    assert record["forwards_per_time"] == 10
+    assert record["share_run"] == 0.6  # two steps, then every other one
+    dense, half = record["rows"]
+    assert all(len(row[kind]["latency_ms"]) == 3 for row in (dense, half) for kind in KINDS)
+    assert dense["pruning_gives"] == dense["pruning_gives_beside"] == 1.0
+    assert dense["both_give"] == dense["other_gives"] > 1.0  # four of ten steps run no block
+    table = benchmark_table(json.loads(json.dumps(record)))
+    assert "pruning gives, with MagCache" in table
+    assert "MagCache runs 60% of a sampling's 10 steps" in table
+
+
+KINDS = "alone", "beside"
+
+
+def test_beside_compile_one_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(run.api, "compile", compiled.append)
+    config = BenchmarkConfig(**SMALL | {"mode": "compiled"}, keep=(0.5,), beside="compile")
+    record = run_pair(config)
+    assert len(compiled) == 1
+    assert record["config"]["mode"] == "compiled"
+    assert record["share_run"] == 1.0
+
+
+def test_int8_is_put_on_before_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torchao sees one of the two models, bare."""
+    seen: list[bool] = []
+    made: Any = types.ModuleType("torchao.quantization")
+    made.Int8DynamicActivationInt8WeightConfig = lambda: "int8"
+    made.quantize_ = lambda model, how: seen.append(how == "int8" and attachment_of(model) is None)
+    monkeypatch.setattr(pairs.importlib.util, "find_spec", lambda name: made)
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", made)
+    config = BenchmarkConfig(**SMALL, keep=(0.5,), beside="int8")
+    assert "int8: weights and activations" in benchmark_table(run_pair(config))
+    assert seen == [True]
+    monkeypatch.setattr(pairs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install torchao"):
+        run_pair(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::bmm", "matrix products"),
+        ("aten::mkldnn_convolution", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::native_layer_norm", "rest"),
+        ("aten::_logcumsumexp", "rest"),
+        ("aten::linalg_cholesky_ex", "rest"),
+        ("TorchDynamo Cache Lookup", "rest"),
+    ],
+)
+def test_operators_are_told_apart(name: str, kind: str) -> None:
+    assert operator_kind(name) == kind
+
+
+def test_time_is_told_by_kind_of_operator(capfd: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(256, 256)
+    found = time_operators(lambda: [x @ x for _ in range(20)], 20)
+    assert set(found) == set(OPERATORS)
+    assert found["attention"] == 0.0
+    assert found["matrix products"] > 3 * found["rest"] > 0.0
+    assert capfd.readouterr() == ("", "")  # the profiler's own messages
+    row = {"arm": DENSE, "operators_ms": {"matrix products": 3.0, "attention": 1.0, "rest": 0.0}}
+    config = {"model": "sd3-tiny", "dtype": "float32", "mode": "eager"}
+    table = operators_table({"rows": [row], "config": config})
+    assert "| dense | 1.000 | 0.750 | 0.250 | 0.000 |" in table
+
+
+def test_memory_is_kept_by_the_process() -> None:
+    """What is freed is found again, without a page fault."""
+    program = """
+import resource, sys, torch
+from shiva_dit.benchmark.timing import keep_memory
+assert sys.argv[1] == "as it is" or keep_memory()
+for _ in range(11):
+    torch.empty(16 << 20).fill_(1.0)
+    if not _:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", program, how], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("as it is", "kept")
+    }
+    assert 10 * faults["kept"] < faults["as it is"]
 
 
 def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,7 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     )
     add("--multiple", type=_positive, help="tokens kept are a multiple of this")
     add("--segments", type=_positive, help="at most so many different rows of a schedule")
+    add("--select-every", type=_positive, help="so many blocks in a row share their scores")
     add("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
     add("--mode", choices=["eager", "compiled", "graphs"], default="compiled", help="of all arms")
     add(
@@ -345,6 +346,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         forwards=options.forwards,
         multiple=options.multiple,
         segments=options.segments,
+        select_every=options.select_every,
         dtype=options.dtype,
         mode="eager" if options.train else options.mode,
         train=options.train,

@@ -348,6 +348,8 @@ def benchmark_note(record: dict[str, Any]) -> str:
     threads = f", {where['threads']} threads" if record["rows"][0]["cpu_ms"] is not None else ""
     adapter = config["adapter"]
     schedule = "equal ratios in all blocks but the first" if adapter is None else f"by {adapter}"
+    if config.get("select_every"):  # older records don't say
+        schedule += f", {config['select_every']} in a row share their scores"
     return (
         f"{config['model']}: {record['image_tokens']:,} image and {record['text_tokens']} text "
         f"tokens, batch {config['batch']}, {config['dtype']}, all arms {config['mode']}, "

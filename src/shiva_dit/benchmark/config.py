@@ -36,6 +36,8 @@ class BenchmarkConfig:
     """k is a multiple of this; as `Schedule.for_tokens` sees fit by default."""
     segments: int | None = None
     """At most so many different rows of a schedule."""
+    select_every: int | None = None
+    """So many prunable blocks in a row share their first one's scores; the adapter's by default."""
     dtype: str = "bfloat16"
     """One of `DTYPES`."""
     mode: Literal["eager", "compiled", "graphs"] = "compiled"
@@ -59,7 +61,7 @@ class BenchmarkConfig:
         for name in ("batch", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("text_tokens", "forwards", "segments", "multiple"):
+        for name in ("text_tokens", "forwards", "segments", "multiple", "select_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")

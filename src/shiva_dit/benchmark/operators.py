@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,7 @@ def time_operators(
         per: Forwards in a call; times are per forward.
         repeats: Calls that are watched, one after the other; the mean counts.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells on stderr of every start and stop
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

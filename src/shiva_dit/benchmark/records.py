@@ -21,6 +21,8 @@ def record_path(record: dict[str, Any], folder: Path) -> Path:
         sides = [timed["config"]["size"][0] for timed in record["sizes"]]
         size = f"{sides[0]}to{sides[-1]}"
     tokens = [record["what"], size, f"batch{config['batch']}", config["dtype"], config["mode"]]
+    if config.get("select_every"):
+        tokens.append(f"every{config['select_every']}")
     if torch.device(config["device"]).type == "cpu":
         tokens.append(f"{record['provenance']['threads']}thread")
     stamp = datetime.date.today().isoformat()

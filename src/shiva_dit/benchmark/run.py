@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,7 +66,13 @@ def made_bench(
     if change is not None:
         change(model)
     adapter = _adapter(config, model, device)
-    api.apply(model, adapter, multiple=config.multiple, segments=config.segments)
+    api.apply(
+        model,
+        adapter,
+        multiple=config.multiple,
+        segments=config.segments,
+        select_every=config.select_every,
+    )
     attachment = attachment_of(model)
     assert attachment is not None
     try:
@@ -247,7 +254,10 @@ class Bench:
                 repeats=self.config.repeats,
                 compiled=self.config.mode != "eager",
             )
-        return {part: blocks * ms for part, ms in found.items()}
+        made = {part: blocks * ms for part, ms in found.items()}
+        every = self.attachment.counts.select_every
+        made["router"] *= math.ceil(blocks / every) / blocks
+        return made
 
 
 def timed(
