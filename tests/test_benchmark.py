@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_a_record_holds_every_arm_and_its_table() -> None:
     assert "64 image and 7 text tokens, batch 1, float32, all arms eager" in table
     pays = "pays below a keep ratio" if record["break_even"] else "pays at no ratio"
     assert pays in table
+
+
+def test_blocks_that_share_scores_are_said_and_timed(tmp_path: Path) -> None:
+    config = BenchmarkConfig(**SMALL, keep=(0.5,), select_every=2)
+    record = run_benchmark(config)
+    assert "2 in a row share their scores" in benchmark_table(record)
+    assert "-eager-every2-1thread" in record_path(record, tmp_path).name
+    half = record["rows"][2]
+    assert half["flops"] < run_benchmark(replace(config, select_every=None))["rows"][2]["flops"]
+    assert half["parts_ms"]["router"] > 0
 
 
 WORKLOADS_FLOPS = 7_671_680  # by torch's counter

@@ -484,6 +484,24 @@ def test_mag_cache(first: bool) -> None:
     _block_cache(config, first)
 
 
+@cells(
+    "torch.compile by blocks, under FirstBlockCache or MagCache",
+    "refused",
+    "a ValueError that names it",
+)
+def test_compile_under_a_cache() -> None:
+    configs = {
+        "FirstBlockCache": FirstBlockCacheConfig(threshold=0.5),
+        "MagCache": MagCacheConfig(num_inference_steps=8, mag_ratios=torch.ones(8)),
+    }
+    for name, config in configs.items():
+        made, model = cached(config, first=True)
+        with pytest.raises(ValueError, match=f"{name} can't be compiled"):
+            shiva_dit.compile(made.pipe)
+        model.disable_cache()
+        shiva_dit.compile(made.pipe)
+
+
 def _block_cache(config: Callable[[bool], Any], first: bool) -> None:
     plain = Flux()
     plain.pipe.set_progress_bar_config(disable=True)

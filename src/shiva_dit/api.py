@@ -189,7 +189,8 @@ def compile(target: T, **options: Any) -> T:
         **options: For `torch.compile`, such as `mode` or `backend`.
 
     Raises:
-        ValueError: If no adapter is attached: apply first, then compile.
+        ValueError: If no adapter is attached: apply first, then compile. If FirstBlockCache or
+            MagCache is on: diffusers keeps these out of the compiler.
     """
     attachment = _attached(target)
     defaults: dict[str, Any] = {"fullgraph": True}

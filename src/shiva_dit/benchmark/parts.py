@@ -34,7 +34,8 @@ def time_parts(
         repeats: Times taken of each.
         compiled: Whether the parts are compiled.
     """
-    block = attachment.schedule.prunable_blocks[len(attachment.schedule.prunable_blocks) // 2]
+    scoring = attachment.schedule.prunable_blocks[:: attachment.counts.select_every]
+    block = scoring[len(scoring) // 2]
     hook = attachment.hooks[block]
     x, condition = _seen_by(attachment, block, forward)
     scores = hook.scores(x, condition)

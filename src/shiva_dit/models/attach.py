@@ -30,7 +30,12 @@ from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, ta
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
-from shiva_dit.models.neighbours import refuse_neighbours, register_innermost, unregister
+from shiva_dit.models.neighbours import (
+    refuse_neighbours,
+    refuse_to_compile,
+    register_innermost,
+    unregister,
+)
 from shiva_dit.models.spec import bind, given
 from shiva_dit.modules.context import time_features
 from shiva_dit.modules.updates import RejectedUpdates
@@ -194,7 +199,13 @@ class Attachment(Uncopied):
         return removals
 
     def compile(self, **options: Any) -> None:
-        """Compile each block by itself; `detach` takes that back too."""
+        """Compile each block by itself; `detach` takes that back too.
+
+        Raises:
+            ValueError: If a cache is on the blocks and they shall be one graph each.
+        """
+        if options.get("fullgraph"):
+            refuse_to_compile(self.blocks)
         for block in self.blocks:
             before = block.__dict__.get("_compiled_call_impl")
             block.compile(**options)

@@ -19,6 +19,9 @@ REFUSED = {
 """Hooks inside blocks, by the beginning of their names, that take a row for a place in the image:
 what they keep from one step would be laid on other tokens in the next."""
 
+BLOCK_CACHES = {"fbc": "FirstBlockCache", "mag_cache": "MagCache"}
+"""Caches of whole blocks, likewise: diffusers keeps parts of them out of the compiler."""
+
 
 def register_innermost(module: nn.Module, hook: ModelHook, name: str) -> None:
     """Register a hook that sits below all others which replace the forward (caches of blocks).
@@ -70,13 +73,30 @@ def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:
             "its part alone: this is not supported. Load the model without it, or use tensor "
             "parallelism."
         )
+    for known in _found(REFUSED, modules):
+        raise ValueError(
+            f"{known} keeps what attention gave from step to step, row by row, and with an adapter "
+            "a row is another token each time: call disable_cache() first. FirstBlockCache and "
+            "MagCache work."
+        )
+
+
+def refuse_to_compile(blocks: Iterable[nn.Module]) -> None:
+    """Raise where a cache stands between the compiler and the blocks.
+
+    Raises:
+        ValueError: Names it, and says what to do.
+    """
+    for known in _found(BLOCK_CACHES, blocks):
+        raise ValueError(
+            f"{known} can't be compiled as part of a block (fullgraph=True): call disable_cache() "
+            f"first, or leave the model uncompiled under {known}."
+        )
+
+
+def _found(names: dict[str, str], modules: Iterable[nn.Module]) -> Iterator[str]:
+    """Whose hooks are on some modules, by the beginnings of the hooks' names."""
     for module in modules:
         registry = module.__dict__.get("_diffusers_hook")
-        for name in () if registry is None else registry.hooks:
-            for start, known in REFUSED.items():
-                if name.startswith(start):
-                    raise ValueError(
-                        f"{known} keeps what attention gave from step to step, row by row, and "
-                        "with an adapter a row is another token each time: call "
-                        "disable_cache() first. FirstBlockCache and MagCache work."
-                    )
+        for hook in () if registry is None else registry.hooks:
+            yield from (known for start, known in names.items() if hook.startswith(start))
