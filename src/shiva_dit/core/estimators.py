@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shiva_dit.core.selection import gather_tokens, scatter_tokens
+from shiva_dit.core.selection import gather_tokens, scatter_tokens, select_top_k
 
 EstimatorKind = Literal["paper", "residual"]
 RejectedUpdate = Literal["none", "mean", "ridge", "teacher", "teacher_ridge"]
@@ -189,13 +189,22 @@ def _ridge_prediction(
 ) -> Float[Tensor, "B N D"]:
     """A (A_S' A_S + ridge I)^-1 A_S' F_S with A = [LayerNorm(x), 1], per sample.
 
-    With fewer chosen tokens than columns the k x k system of the dual form is solved instead.
+    For the tokens that were not chosen; zero for those that were. With fewer chosen tokens than
+    columns the k x k system of the dual form is solved instead.
     """
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.layer_norm(x.to(wide), x.shape[-1:])
-        design = torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)  # (B, N, D + 1)
-        seen = gather_tokens(design, chosen)  # (B, k, D + 1)
+
+        def design(rows: Tensor) -> Tensor:  # (B, n, D + 1)
+            normed = F.layer_norm(rows.to(wide), rows.shape[-1:])
+            return torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)
+
+        num_rejected = x.shape[1] - chosen.shape[1]
+        if not num_rejected:
+            return torch.zeros_like(x, dtype=wide)
+        is_rejected = torch.ones(x.shape[:2], device=x.device).scatter(1, chosen, 0.0)
+        rejected = select_top_k(is_rejected, num_rejected)  # (B, N - k)
+        seen = design(gather_tokens(x, chosen))
         target = update.to(wide)
         num_seen, num_columns = seen.shape[1:]
         if num_seen < num_columns:
@@ -204,4 +213,5 @@ def _ridge_prediction(
         else:
             gram = seen.mT @ seen + ridge * torch.eye(num_columns, dtype=wide, device=x.device)
             weights = torch.cholesky_solve(seen.mT @ target, torch.linalg.cholesky(gram))
-        return design @ weights
+        predicted = design(gather_tokens(x, rejected)) @ weights
+        return scatter_tokens(torch.zeros_like(x, dtype=wide), rejected, predicted)
