@@ -152,7 +152,7 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add(
         "--beside",
         choices=["compile", "int8", "mag_cache"],
-        help="time every arm without and with this",
+        help="time every arm without and with this (int8: pip install torchao)",
     )
     add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
     add("--device", default="cpu", help="such as cuda")

@@ -469,7 +469,8 @@ def operators_table(record: dict[str, Any]) -> str:
     return (
         f"{markdown_rows(operator_rows(record))}\n\n"
         f"{record['config']['model']}, {record['config']['dtype']}, {record['config']['mode']}, by "
-        "torch's profiler, apart from the times above; shares of the dense arm's time."
+        "torch's profiler, apart from the times above, as shares of the dense arm's time; what "
+        "passes between operators is not in it."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-OPERATORS = ("matrix products", "attention", "rest")
+OPERATORS: tuple[str, ...] = ("matrix products", "attention", "rest")
 
 # What names of operators and kernels hold; the first that fits counts.
 _ATTENTION = ("attention", "flash", "fmha", "sdpa")

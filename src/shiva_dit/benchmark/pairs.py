@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +23,8 @@ def _int8(model: Any, forwards: int) -> None:
     del forwards
     if importlib.util.find_spec("torchao") is None:
         raise ValueError("int8 needs torchao: pip install torchao")
-    from torchao.quantization import (  # noqa: PLC0415  (optional)
-        Int8DynamicActivationInt8WeightConfig,
-        quantize_,
-    )
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    torchao = importlib.import_module("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
 
 
 def _mag_cache(model: Any, forwards: int) -> None:
@@ -64,15 +60,16 @@ def run_pair(config: BenchmarkConfig) -> dict[str, Any]:
     Raises:
         ValueError: If what is put beside isn't installed, or as `run_benchmark` does.
     """
-    assert config.beside is not None
-    if config.beside == "mag_cache":
+    beside = config.beside
+    assert beside is not None
+    if beside == "mag_cache":
         config = replace(config, forwards=config.forwards or config.steps)
     alone = replace(config, beside=None)
-    if config.beside == "compile":
+    if beside == "compile":
         alone = replace(alone, mode="eager")
     forwards = 1 if config.forwards is None else config.forwards
-    change = CHANGES[config.beside]
-    given = None if change is None else partial(change, forwards=forwards)
+    change = CHANGES[beside]
+    given = None if change is None else lambda model: change(model, forwards)
     with torch.no_grad(), made_bench(alone) as bare, made_bench(config, given) as other:
         share_run = _block_runs(other) / _block_runs(bare)
         calls = {"alone": bare.calls(), "beside": other.calls()}
@@ -95,7 +92,7 @@ def run_pair(config: BenchmarkConfig) -> dict[str, Any]:
                 }
             )
     return {
-        "what": f"pair-{config.beside}-{config.model}",
+        "what": f"pair-{beside}-{config.model}",
         "config": asdict(config),
         "image_tokens": bare.num_tokens,
         "text_tokens": bare.text_tokens,
