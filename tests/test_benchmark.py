@@ -23,13 +23,14 @@ from shiva_dit.benchmark.pairs import run_pair
 from shiva_dit.benchmark.records import record_path, save_record
 from shiva_dit.benchmark.run import ADAPTER, DENSE, FORCED, run_benchmark
 from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
+from shiva_dit.benchmark.tables import benchmark_rows, scaling_rows
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import WORKLOADS, workload
 from shiva_dit.cli import main
 from shiva_dit.experiments.plots import draw_scaling
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.families import model_spec
-from shiva_dit.report import benchmark_rows, benchmark_table, operators_table, scaling_rows
+from shiva_dit.report import benchmark_table, operators_table
 from tests import tiny
 
 META = torch.device("meta")

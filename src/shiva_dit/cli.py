@@ -329,9 +329,10 @@ def _benchmark(options: argparse.Namespace) -> int:
     from shiva_dit.benchmark.records import save_record
     from shiva_dit.benchmark.run import run_benchmark, run_scaling
     from shiva_dit.benchmark.steps import run_step_benchmark
+    from shiva_dit.benchmark.tables import timing_note, timing_rows
     from shiva_dit.benchmark.timing import keep_memory
     from shiva_dit.demo.base import usable_device
-    from shiva_dit.report import plain_rows, timing_note, timing_rows
+    from shiva_dit.report import plain_rows
 
     usable_device(options.device)
     memory_kept = keep_memory()
