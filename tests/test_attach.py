@@ -79,11 +79,11 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
     generator = torch.Generator().manual_seed(4)
     orders: list[Tensor] = []
 
-    def permutation(scores: Tensor, k: int) -> Tensor:
+    def permutation(scores: Tensor, k: int) -> tuple[Tensor, None]:
         assert k == tiny.NUM_TOKENS
         order = torch.rand(scores.shape, generator=generator).argsort(dim=-1)
         orders.append(order)
-        return order
+        return order, None
 
     attachment = shiva(model, [[tiny.NUM_TOKENS] * 4])
 
@@ -91,7 +91,7 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
         for hook in attachment.hooks:
             hook.slot.state.dense = False
 
-    monkeypatch.setattr(seam, "select_top_k", permutation)
+    monkeypatch.setattr(seam, "select_with_places", permutation)
     model.register_forward_pre_hook(force_gather)
     permuted = tiny.run(model, tiny.inputs())
     assert len(orders) == 4
@@ -100,7 +100,7 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
     assert (permuted - bare).norm() <= 2e-6 * bare.norm()
 
     # The check bites: with one token's output put in another's place it is far off.
-    monkeypatch.setattr(seam, "scatter_tokens", lambda x, chosen, y: y)
+    monkeypatch.setattr(seam, "scatter_tokens", lambda x, chosen, y, places: y)
     assert (tiny.run(model, tiny.inputs()) - bare).norm() > 1e-2 * bare.norm()
 
 

@@ -525,6 +525,26 @@ def test_a_model_gives_the_same_with_all_kernels(rejected):
     assert (found - plain).abs().max() <= 1e-5
 
 
+def test_places_that_the_selection_wrote_serve_the_scatter(monkeypatch):
+    model = tiny.sd3().to(DEVICE)
+    shiva_dit.apply(
+        model, tiny.adapter(model).to(DEVICE), schedule=tiny.from_counts([[64, 20, 33, 1]])
+    )
+    inputs = {name: value.to(DEVICE) for name, value in tiny.inputs().items()}
+    plain = tiny.run(model, inputs)
+    found: list[int] = []
+    places_of = selection.places_of
+    monkeypatch.setattr(
+        selection, "places_of", lambda indices, n: found.append(n) or places_of(indices, n)
+    )
+    with kernels.use("select_top_k", "scatter_tokens"):
+        assert torch.equal(tiny.run(model, inputs), plain)
+    assert found == []
+    with kernels.use("scatter_tokens"):
+        assert torch.equal(tiny.run(model, inputs), plain)
+    assert found == [64, 64, 64]
+
+
 def test_operators_are_opaque_only_where_kernels_are_interpreted():
     assert kernels.interpreted() == operators.INTERPRETED
     traced = torch.library.opcheck(

@@ -73,9 +73,9 @@ def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block gathers all tokens, in an order of chance that differs by sample."""
     generator = torch.Generator().manual_seed(4)
 
-    def permutation(scores: Tensor, k: int) -> Tensor:
+    def permutation(scores: Tensor, k: int) -> tuple[Tensor, None]:
         assert k == scores.shape[1] == TOKENS
-        return torch.rand(scores.shape, generator=generator).argsort(dim=-1)
+        return torch.rand(scores.shape, generator=generator).argsort(dim=-1), None
 
     attachment = attach(model, NormSelector(), schedule(model, [[TOKENS] * 4]))
 
@@ -83,7 +83,7 @@ def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         for hook in attachment.hooks[:4]:
             hook.slot.state.dense = False
 
-    monkeypatch.setattr(seam, "select_top_k", permutation)
+    monkeypatch.setattr(seam, "select_with_places", permutation)
     model.register_forward_pre_hook(force)
 
 

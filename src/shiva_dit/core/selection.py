@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Int32, Shaped
 from torch import Tensor
 
 from shiva_dit import kernels
@@ -47,6 +47,17 @@ def select_top_k(scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
     >>> select_top_k(torch.tensor([[0.0, 2.0, 2.0, 2.0]]), 2)
     tensor([[1, 2]])
     """
+    return select_with_places(scores, k)[0]
+
+
+def select_with_places(
+    scores: Float[Tensor, "B N"], k: int
+) -> tuple[Int[Tensor, "B k"], Int32[Tensor, "B N"] | None]:
+    """`select_top_k`, and what it left for `scatter_tokens`.
+
+    Returns:
+        The indices, and of every token its place among them or -1, where a kernel wrote that along.
+    """
     num_tokens = scores.shape[-1]
     if not 1 <= k <= num_tokens:
         raise ValueError(
@@ -56,9 +67,9 @@ def select_top_k(scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
     if kernels.should_use("select_top_k", scores):
         from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
 
-        return selection.select_top_k(scores, k)[0]
+        return selection.select_top_k(scores, k)
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=-1).values
+    return order[:, :k].sort(dim=-1).values, None
 
 
 def share_between_halves(scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -115,7 +126,10 @@ def gather_tokens(
 
 
 def scatter_tokens(
-    base: Float[Tensor, "B N D"], indices: Int[Tensor, "B k"], updated: Float[Tensor, "B k D"]
+    base: Float[Tensor, "B N D"],
+    indices: Int[Tensor, "B k"],
+    updated: Float[Tensor, "B k D"],
+    places: Int32[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, "B N D"]:
     """`base` with the chosen tokens replaced (Eq. 4): rejected tokens keep their value.
 
@@ -123,6 +137,7 @@ def scatter_tokens(
         base: All tokens; not modified. Its dtype is the result's (safe under autocast).
         indices: The chosen tokens, distinct in each row.
         updated: Their new values.
+        places: What `select_with_places` gave beside the indices.
 
     >>> scatter_tokens(torch.zeros(1, 3, 1), torch.tensor([[0, 2]]), torch.ones(1, 2, 1)).flatten()
     tensor([1., 0., 1.])
@@ -131,7 +146,8 @@ def scatter_tokens(
     if kernels.should_use("scatter_tokens", base, updated):
         from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
 
-        places = selection.places_of(indices, num_tokens)
+        if places is None:
+            places = selection.places_of(indices, num_tokens)
         return selection.scatter_tokens(base, places, updated)
     rows = updated.reshape(-1, width).to(base.dtype)
     flat = base.reshape(batch * num_tokens, width)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shiva_dit.core.selection import (
     gather_tokens,
     scatter_tokens,
-    select_top_k,
+    select_with_places,
     share_between_halves,
 )
 from shiva_dit.methods.base import Selector
@@ -164,7 +164,7 @@ class BlockHook(Uncopied, ModelHook):
         by_name = self.spec.hidden in kwargs
         tokens = kwargs[self.spec.hidden] if by_name else args[self.place]
         text, x = self._apart(tokens, state)  # (B, T, D) or None, (B, N, D)
-        chosen = self._choose(x, state)
+        chosen, places = self._choose(x, state)
         update = None if self.update is None else self.update(x, state.update_condition)
         gates = state.gates
         if gates is not None:
@@ -187,7 +187,7 @@ class BlockHook(Uncopied, ModelHook):
         after = output if place is None else output[place]
         text, after = self._apart(after, state, x.shape[1] - before.shape[1])
         rest = x if update is None else x + update
-        new = scatter_tokens(rest, chosen, after)  # (B, N, D)
+        new = scatter_tokens(rest, chosen, after, places)  # (B, N, D)
         if gates is not None:
             new = gates.leave(x, new, update)
         new = self._together(text, new)
@@ -210,17 +210,17 @@ class BlockHook(Uncopied, ModelHook):
             return image
         return torch.cat([image, text] if self.spec.text_last else [text, image], dim=1)
 
-    def _choose(self, x: Tensor, state: BlockState) -> Tensor:
-        """The tokens that run, (B, k): by the scores, or another pass's."""
+    def _choose(self, x: Tensor, state: BlockState) -> tuple[Tensor, Tensor | None]:
+        """The tokens that run, (B, k), by the scores or another pass's; their places if known."""
         if state.chosen is not None:
-            return state.chosen
+            return state.chosen, None
         scores = self._score(x, state)
         if state.gates is not None:
-            return state.gates.choose(scores, state.k)
-        chosen = select_top_k(scores, state.k)
+            return state.gates.choose(scores, state.k), None
+        chosen, places = select_with_places(scores, state.k)
         if state.leads:
             state.chosen = chosen
-        return chosen
+        return chosen, places
 
     def _score(self, x: Tensor, state: BlockState) -> Tensor:
         """Scores of all tokens, (B, N); the block's before, where that has run and they share."""
