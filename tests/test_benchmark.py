@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 import shiva_dit
 from shiva_dit.benchmark import pairs, run, steps
 from shiva_dit.benchmark.config import BenchmarkConfig
-from shiva_dit.benchmark.operators import OPERATORS, operator_kind, time_operators
+from shiva_dit.benchmark.operators import (
+    OPERATORS,
+    _self_times,
+    operator_kind,
+    time_operators,
+)
 from shiva_dit.benchmark.pairs import run_pair
 from shiva_dit.benchmark.records import record_path, save_record
-from shiva_dit.benchmark.run import ADAPTER, DENSE, FORCED, run_benchmark
+from shiva_dit.benchmark.run import ADAPTER, DENSE, FORCED, run_benchmark, run_scaling
 from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
 from shiva_dit.benchmark.tables import benchmark_rows, scaling_rows
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
@@ -341,13 +347,13 @@ def test_int8_is_put_on_before_the_adapter(monkeypatch: pytest.MonkeyPatch) -> N
     made: Any = types.ModuleType("torchao.quantization")
     made.Int8DynamicActivationInt8WeightConfig = lambda: "int8"
     made.quantize_ = lambda model, how: seen.append(how == "int8" and attachment_of(model) is None)
-    monkeypatch.setattr(pairs.importlib.util, "find_spec", lambda name: made)
+    monkeypatch.setattr(pairs, "find_spec", lambda name: made)
     monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.quantization", made)
     config = BenchmarkConfig(**SMALL, keep=(0.5,), beside="int8")
     assert "int8: weights and activations" in benchmark_table(run_pair(config))
     assert seen == [True]
-    monkeypatch.setattr(pairs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pairs, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install torchao"):
         run_pair(config)
 
@@ -363,6 +369,9 @@ def test_int8_is_put_on_before_the_adapter(monkeypatch: pytest.MonkeyPatch) -> N
         ("aten::_logcumsumexp", "rest"),
         ("aten::linalg_cholesky_ex", "rest"),
         ("TorchDynamo Cache Lookup", "rest"),
+        ("triton_poi_fused_addmm_gelu_3", "rest"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN", "matrix products"),
+        ("void pytorch_flash::flash_fwd_kernel", "attention"),
     ],
 )
 def test_operators_are_told_apart(name: str, kind: str) -> None:
@@ -380,6 +389,31 @@ def test_time_is_told_by_kind_of_operator(capfd: pytest.CaptureFixture[str]) -> 
     config = {"model": "sd3-tiny", "dtype": "float32", "mode": "eager"}
     table = operators_table({"rows": [row], "config": config})
     assert "| dense | 1.000 | 0.750 | 0.250 | 0.000 |" in table
+
+
+def test_on_a_gpu_kernels_count_and_not_the_operators_that_launched_them() -> None:
+    def event(key: str, device: DeviceType, on_device: float, annotation: bool = False) -> Any:
+        return types.SimpleNamespace(
+            key=key,
+            device_type=device,
+            self_device_time_total=on_device,
+            self_cpu_time_total=7.0,
+            is_user_annotation=annotation,
+        )
+
+    launched = event("aten::mm", DeviceType.CPU, 5.0)
+    kernel, region = event("gemm", DeviceType.CUDA, 5.0), event("step", DeviceType.CUDA, 5.0, True)
+    assert _self_times([launched, kernel, region]) == [("gemm", 5.0)]
+    assert _self_times([launched]) == [("aten::mm", 7.0)]
+
+
+def test_what_others_time_is_refused() -> None:
+    for option in ({"train": "lora"}, {"beside": "int8"}):
+        config = BenchmarkConfig(**SMALL, **option)
+        with pytest.raises(ValueError, match="timed by run_pair"):
+            run_benchmark(config)
+        with pytest.raises(ValueError, match="timed by run_pair"):
+            run_scaling(config, [64])
 
 
 def test_memory_is_kept_by_the_process() -> None:

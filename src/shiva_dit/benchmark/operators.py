@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 OPERATORS: tuple[str, ...] = ("matrix products", "attention", "rest")
@@ -13,6 +15,8 @@ OPERATORS: tuple[str, ...] = ("matrix products", "attention", "rest")
 # What names of operators and kernels hold; the first that fits counts.
 _ATTENTION = ("attention", "flash", "fmha", "sdpa")
 _PRODUCTS = ("mm", "linear", "convolution", "gemv", "nvjet", "cutlass")
+# Inductor's pointwise kernels and reductions bear the names of what they were fused with.
+_FUSED = ("triton_poi", "triton_red", "triton_per")
 
 
 def operator_kind(name: str) -> str:
@@ -22,6 +26,8 @@ def operator_kind(name: str) -> str:
     ('matrix products', 'rest')
     """
     lower = name.lower()
+    if lower.startswith(_FUSED):
+        return "rest"
     if any(part in lower for part in _ATTENTION):
         return "attention"
     return "matrix products" if any(part in lower for part in _PRODUCTS) else "rest"
@@ -46,10 +52,20 @@ def time_operators(
     with profile(activities=activities) as watch:
         for _ in range(repeats):
             call()
-    events = watch.key_averages()
-    on_gpu = any(event.self_device_time_total for event in events)
     found = dict.fromkeys(OPERATORS, 0.0)
-    for event in events:
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        found[operator_kind(event.key)] += microseconds / 1000 / repeats / per
+    for name, microseconds in _self_times(watch.key_averages()):
+        found[operator_kind(name)] += microseconds / 1000 / repeats / per
     return found
+
+
+def _self_times(events: Iterable[Any]) -> list[tuple[str, float]]:
+    """Names and microseconds: of kernels where some ran on a GPU, else of operators.
+
+    An operator is told its kernels' time as well, which would count them twice.
+    """
+    kernels = [
+        (event.key, event.self_device_time_total)
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return kernels or [(event.key, event.self_cpu_time_total) for event in events]

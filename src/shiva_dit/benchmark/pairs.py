@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from shiva_dit.provenance import provenance
 def _int8(model: Any, forwards: int) -> None:
     """Weights and activations of linear layers in int8; the activations' scales per token."""
     del forwards
-    if importlib.util.find_spec("torchao") is None:
+    if find_spec("torchao") is None:
         raise ValueError("int8 needs torchao: pip install torchao")
-    torchao = importlib.import_module("torchao.quantization")
+    torchao = import_module("torchao.quantization")
     torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
 
 
@@ -62,12 +62,12 @@ def run_pair(config: BenchmarkConfig) -> dict[str, Any]:
     """
     beside = config.beside
     assert beside is not None
+    forwards = config.forwards or config.steps
     if beside == "mag_cache":
-        config = replace(config, forwards=config.forwards or config.steps)
+        config = replace(config, forwards=forwards)
     alone = replace(config, beside=None)
     if beside == "compile":
         alone = replace(alone, mode="eager")
-    forwards = 1 if config.forwards is None else config.forwards
     change = CHANGES[beside]
     given = None if change is None else lambda model: change(model, forwards)
     with torch.no_grad(), made_bench(alone) as bare, made_bench(config, given) as other:

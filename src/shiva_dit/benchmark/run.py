@@ -42,9 +42,11 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         would give, efficiency (their quotient), memory, and what the selection's parts take.
 
     Raises:
-        ValueError: If the model is unknown, the size no whole tokens, or the adapter another
-            model's.
+        ValueError: If the model is unknown, the size no whole tokens, the adapter another model's,
+            or the config one of `run_pair` or `run_step_benchmark`.
     """
+    if config.beside is not None or config.train is not None:
+        raise ValueError("`beside` is timed by run_pair, `train` by run_step_benchmark.")
     with made_bench(config) as bench, torch.no_grad():
         return bench.run()
 

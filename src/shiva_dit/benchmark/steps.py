@@ -24,7 +24,7 @@ from shiva_dit.training.recipe import LossConfig, OptimizerConfig, TrainConfig
 from shiva_dit.training.trainer import Trainer
 
 PLAIN, ALONE, TAUGHT = "dense fine-tuning", "without a teacher", "with a teacher"
-WARMUP = 4
+WARMUP = 4  # in the first ones the process still gets its memory
 
 
 class RandomData:
