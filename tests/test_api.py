@@ -1,5 +1,6 @@
 """The public names, on tiny real transformers and pipelines."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -292,6 +293,10 @@ def test_apply_logs_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
 # --- adapters that bring a tuned backbone ---------------------------------------------------
 
 
+def near(found: Tensor, expected: Tensor, bound: float) -> bool:
+    return bool((found - expected).norm() <= bound * expected.norm())
+
+
 def tuned_adapter(method: str, kind: str) -> tuple[ShivaAdapter, Tensor]:
     """An adapter with a tuned backbone that keeps all tokens, and the tuned model's output."""
     made = tiny.adapter(
@@ -314,14 +319,16 @@ def test_a_tuned_backbone_comes_and_goes_with_the_adapter(method: str, kind: str
     assert not torch.equal(tuned, bare)
 
     shiva_dit.apply(model, made)
-    assert torch.equal(tiny.run(model, tiny.inputs()), tuned)
+    on = tiny.run(model, tiny.inputs())
+    # Merged weights round otherwise than PEFT's layers. Measured: 1e-6.
+    assert torch.equal(on, tuned) if method == "full" else near(on, tuned, 1e-5)
     with shiva_dit.disabled(model):
         assert torch.equal(tiny.run(model, tiny.inputs()), bare)
-    assert torch.equal(tiny.run(model, tiny.inputs()), tuned)
+    assert torch.equal(tiny.run(model, tiny.inputs()), on)
     shiva_dit.apply(model, made)  # again: not on top of itself
-    assert torch.equal(tiny.run(model, tiny.inputs()), tuned)
+    assert torch.equal(tiny.run(model, tiny.inputs()), on)
     shiva_dit.apply(model, made, schedule=tiny.from_counts(COUNTS))
-    assert not torch.equal(tiny.run(model, tiny.inputs()), tuned)
+    assert not torch.equal(tiny.run(model, tiny.inputs()), on)
 
     shiva_dit.remove(model)
     assert tiny.footprint(model) == before
@@ -364,13 +371,23 @@ def test_a_users_lora_stays_active(method: str) -> None:
     assert list(model.state_dict()) == keys
 
 
-def test_unloading_all_loras_while_applied_does_not_break_remove() -> None:
-    made, _ = tuned_adapter("lora", "plain")
-    model: Any = tiny.sd3()
+@backbones
+def test_the_users_operations_on_loras_never_reach_the_adapters(method: str) -> None:
+    """Fusing, unloading, disabling and hot-swapping with no LoRA of the user's on."""
+    made, _ = tuned_adapter(method, "plain")
+    pipe = tiny.pipeline(tiny.sd3())
+    model: Any = pipe.transformer
     bare = tiny.run(model, tiny.inputs())
-    shiva_dit.apply(model, made)
+    shiva_dit.apply(pipe, made)
+    expected = tiny.run(model, tiny.inputs())
+    pipe.fuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
     model.unload_lora()
-    shiva_dit.remove(model)
+    model.enable_lora_hotswap(target_rank=4)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.apply(pipe, made)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.remove(pipe)
     assert torch.equal(tiny.run(model, tiny.inputs()), bare)
 
 
@@ -397,44 +414,13 @@ def test_our_lora_stays_on_whatever_the_user_does_with_others(method: str, choic
     assert torch.equal(tiny.run(model, tiny.inputs()), bare)
 
 
-def test_unloading_our_lora_is_noticed_by_the_next_forward() -> None:
-    made, _ = tuned_adapter("lora", "plain")
-    model: Any = tiny.sd3()
-    shiva_dit.apply(model, made)
-    model.unload_lora()
-    with pytest.raises(RuntimeError, match=r"unloaded with others: call shiva_dit\.apply again"):
-        tiny.run(model, tiny.inputs())
-
-
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_a_fused_lora_must_be_unfused_before_it_is_taken_off(method: str) -> None:
-    made, _ = tuned_adapter(method, "plain")
-    model: Any = tiny.sd3()
-    shiva_dit.apply(model, made)
-    expected = tiny.run(model, tiny.inputs())
-    model.fuse_lora()
-    # Fused weights round otherwise.
-    assert torch.allclose(tiny.run(model, tiny.inputs()), expected, atol=1e-4)
-    with pytest.raises(RuntimeError, match=r"call unfuse_lora\(\) first"):
-        shiva_dit.remove(model)
-    with pytest.raises(RuntimeError, match="unfuse"), shiva_dit.disabled(model):
-        pass
-    assert attachment_of(model) is not None
-    model.unfuse_lora()
-    shiva_dit.remove(model)
-    assert attachment_of(model) is None
-
-
 @pytest.mark.parametrize("scale", [0.0, 0.5])
-def test_a_scale_for_all_loras_is_refused(scale: float) -> None:
+def test_a_scale_for_loras_is_for_the_users(scale: float) -> None:
     made, _ = tuned_adapter("lora", "plain")
     model = shiva_dit.apply(tiny.sd3(), made)
     expected = tiny.run(model, tiny.inputs())
-    arguments: Any = tiny.inputs()
-    with pytest.raises(ValueError, match=r"would scale the adapter's own LoRA.*set_adapters"):
-        tiny.run(model, {**arguments, "joint_attention_kwargs": {"scale": scale}})
-    at_one = tiny.run(model, {**arguments, "joint_attention_kwargs": {"scale": 1.0}})
-    assert torch.equal(at_one, expected)
+    scaled: Any = {**tiny.inputs(), "joint_attention_kwargs": {"scale": scale}}
+    assert torch.equal(tiny.run(model, scaled), expected)
 
 
 def test_a_users_lora_under_a_tuned_backbone_is_no_obstacle_to_its_removal() -> None:
@@ -468,13 +454,93 @@ def test_a_model_that_changes_its_dtype_while_applied_is_whole_afterwards(method
     assert torch.equal(tiny.run(model, arguments), bare)
 
 
-def test_replaced_parameters_are_noticed() -> None:
-    made, _ = tuned_adapter("full", "plain")
+@backbones
+def test_replaced_parameters_are_noticed(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made)
+    expected = tiny.run(model, tiny.inputs())
+    layer = model.transformer_blocks[2].attn.to_q
+    tuned = layer.weight.detach().clone()
+    layer.weight = nn.Parameter(tuned.clone())  # the same values: all is well
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    layer.weight = nn.Parameter(1.01 * tuned)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"2.attn.to_q.weight was changed while the adapter"):
+            tiny.run(model, tiny.inputs())
+        with pytest.raises(RuntimeError, match=r"can't be given back: .*2.attn.to_q.weight was ch"):
+            shiva_dit.remove(model)
+        with pytest.raises(RuntimeError, match=r"can't be given back"), shiva_dit.disabled(model):
+            pass
+        with pytest.raises(RuntimeError, match=r"can't be given back"):
+            shiva_dit.apply(model, made)
+    layer.weight = nn.Parameter(tuned)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+@backbones
+def test_replaced_layers_are_noticed(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
     model = shiva_dit.apply(tiny.sd3(), made)
-    model.proj_out.weight = nn.Parameter(model.proj_out.weight.detach().clone())
-    with pytest.raises(RuntimeError, match="parameters of the model were replaced"):
-        shiva_dit.remove(model)
-    assert attachment_of(model) is not None
+    attention = model.transformer_blocks[2].attn
+    own, attention.to_q = attention.to_q, nn.Linear(32, 32)
+    with pytest.raises(RuntimeError, match=r"the layer 'to_q' of a Attention was replaced"):
+        tiny.run(model, tiny.inputs())
+    attention.to_q = own
+    tiny.run(model, tiny.inputs())
+    model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"projections of .*attn were fused.*unfuse_qkv"):
+        tiny.run(model, tiny.inputs())
+    model.unfuse_qkv_projections()
+    tiny.run(model, tiny.inputs())
+
+
+def test_replaced_forwards_and_blocks_are_noticed() -> None:
+    model: Any = shiva_dit.apply(tiny.sd3(), adapter_for(tiny.sd3()))
+    expected = tiny.run(model, tiny.inputs())
+    block = model.transformer_blocks[2]
+    ours = block.forward
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    block.forward = wrapper  # it leads to ours: all is well
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    block.forward = type(block).forward.__get__(block)
+    with pytest.raises(RuntimeError, match="block 2 runs past the adapter"):
+        tiny.run(model, tiny.inputs())
+    block.forward = ours
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    model.transformer_blocks[2] = copy.deepcopy(tiny.sd3().transformer_blocks[2])
+    with pytest.raises(RuntimeError, match="block 2 was replaced"):
+        tiny.run(model, tiny.inputs())
+
+
+def test_a_call_past_the_models_hooks_is_refused() -> None:
+    model: Any = shiva_dit.apply(tiny.sd3(), adapter_for(tiny.sd3()))
+    with pytest.raises(RuntimeError, match=r"call model\(\.\.\.\), not model.forward"):
+        model.forward(**tiny.inputs())
+    bare = tiny.run(tiny.sd3(), tiny.inputs())
+    with shiva_dit.disabled(model), torch.no_grad():
+        assert torch.equal(model.forward(**tiny.inputs()).sample, bare)
+
+
+@backbones
+def test_a_model_is_saved_bare_while_applied(method: str, tmp_path: Any) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model: Any = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made)
+    expected = tiny.run(model, tiny.inputs())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    twin = type(model).from_pretrained(tmp_path)
+    assert torch.equal(tiny.run(twin, tiny.inputs()), bare)
+    shiva_dit.remove(model)
+    assert "save_pretrained" not in model.__dict__
 
 
 @backbones
@@ -673,22 +739,25 @@ def test_weights_that_are_not_finite_are_refused(where: str, value: float) -> No
         ({"multiple": -8}, "multiple must be at least 1, got -8"),
         ({"keep_ratio": 0.5, "schedule": Schedule.uniform(0.5, num_blocks=4)}, "not both"),
         ({"schedule": Schedule.uniform(0.5, num_blocks=3)}, "schedule is for 3 blocks, .*has 4"),
+        ({"timesteps": []}, "timesteps must name at least one step"),
+        ({"merge": False}, 'backbone = "full".*merge=False'),
     ],
 )
 @pytest.mark.parametrize("earlier", [False, True])
-def test_options_outside_their_range_leave_nothing_attached(
+def test_options_outside_their_range_change_nothing(
     options: dict[str, Any], message: str, earlier: bool
 ) -> None:
     made, _ = tuned_adapter("full", "plain")
     model = tiny.sd3()
-    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
     if earlier:
         shiva_dit.apply(model, made)
-    with pytest.raises(ValueError, match=message):
+    output, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    on = attachment_of(model)
+    with pytest.raises((ValueError, TypeError), match=message):
         shiva_dit.apply(model, made, **options)
-    assert attachment_of(model) is None
+    assert attachment_of(model) is on
     assert tiny.footprint(model) == before
-    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), output)
 
 
 def test_a_multiple_that_the_ratio_does_not_allow_is_refused() -> None:

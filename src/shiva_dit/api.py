@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,13 @@ import torch
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import Attachment, attach, attachment_of
-from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
+from shiva_dit.models.attach import Attachment, attachment_of, exchange
+from shiva_dit.models.backbone import first_not_finite, pipeline_transformer
 from shiva_dit.models.clock import Clock, ListedTimes, SchedulerTimes
 from shiva_dit.models.families import MODELS, model_spec
 from shiva_dit.models.graphs import CudaRecorder
+from shiva_dit.models.places import PLAIN
+from shiva_dit.models.tuned import TunedBackbone
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -38,14 +41,15 @@ def apply(
     segments: int | None = None,
     select_every: int | None = None,
     timesteps: Sequence[float] | None = None,
+    merge: bool = True,
     revision: str | None = None,
     token: str | None = None,
 ) -> T:
     """Attach an adapter to a pipeline or a transformer, in place of an earlier one.
 
     Weights of the backbone that the adapter brings along (LoRA, or the whole state) are put on,
-    and stay on whatever LoRAs of your own you load, choose or disable afterwards. At ratio 1 and
-    without such weights images are the same as before. No state is kept between calls, and one
+    and stay on whatever LoRAs of your own you load, choose, fuse or disable afterwards. At ratio 1
+    and without such weights images are the same as before. No state is kept between calls, and one
     forward runs at a time.
 
     Guidance shares the selection if `target` is a pipeline: both halves of one call keep the
@@ -66,6 +70,9 @@ def apply(
         timesteps: What the model will be called with, one entry per call, in its own units; then
             from the start again. On a GPU, calls then need not wait for the device to say what
             time it is. A pipeline needs none: its scheduler says so after a run's first step.
+        merge: Whether a LoRA or DoRA of the adapter is merged into the layers that are plain: it
+            then costs nothing, and the model's own weights lie on the host until `remove`. False
+            leaves them alone, for adapters that are switched often.
         revision: Branch, tag or commit, for a Hub id.
         token: For private repositories on the Hub.
 
@@ -74,10 +81,11 @@ def apply(
 
     Raises:
         ValueError: If the model is not supported, the adapter is another model's or damaged, or a
-            ratio lies outside its range. Nothing is attached then, an earlier adapter neither.
+            ratio lies outside its range. Nothing has changed then: an earlier adapter stays on.
+        RuntimeError: If an earlier adapter can't be taken off (see `remove`).
     """
     model = pipeline_transformer(target)
-    remove(target)
+    model_spec(model)
     if not isinstance(adapter, ShivaAdapter):
         adapter = ShivaAdapter.from_pretrained(adapter, revision=revision, token=token)
     if schedule is not None and keep_ratio is not None:
@@ -88,26 +96,20 @@ def apply(
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
         schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
-    kind = adapter.config.backbone
-    lora = lora_metadata(adapter.config) if kind in ("lora", "dora") else None
-    backbone = TunedBackbone(model, adapter.backbone_weights, lora)
-    try:
-        attachment = attach(
-            model,
-            adapter.selector(),
-            schedule or adapter.schedule,
-            updates=adapter.updates,
-            multiple=adapter.config.multiple if multiple is None else multiple,
-            segments=segments,
-            select_every=adapter.config.select_every if select_every is None else select_every,
-            shares_halves=None if model is target else _halves(model, target),
-        )
-    except BaseException:
-        backbone.restore()
-        raise
+    attachment = Attachment(
+        model,
+        copy.deepcopy(adapter.selector()),  # its own: a model moves it to its device
+        schedule or adapter.schedule,
+        updates=copy.deepcopy(adapter.updates),
+        multiple=adapter.config.multiple if multiple is None else multiple,
+        segments=segments,
+        select_every=adapter.config.select_every if select_every is None else select_every,
+        shares_halves=None if model is target else _halves(model, target),
+        backbone=_backbone(model, adapter, merge),
+    )
     attachment.counts.clock = _clock(attachment, target, timesteps)
-    attachment.backbone = backbone
     attachment.adapter = adapter
+    exchange(attachment_of(model), attachment)
     logger.info(
         "shiva_dit: %d of %d blocks of %s pruned, %.1f%% of their tokens kept on average",
         len(attachment.schedule.prunable_blocks),
@@ -116,6 +118,20 @@ def apply(
         100 * attachment.schedule.mean_keep_ratio,
     )
     return target
+
+
+def _backbone(model: Any, adapter: ShivaAdapter, merge: bool) -> TunedBackbone | None:
+    """The adapter's tuned weights, if it has any."""
+    config = adapter.config
+    if config.backbone == "full" and not merge:
+        raise ValueError(
+            'this adapter has backbone = "full", whose weights replace the model\'s: leave out '
+            "merge=False, which is for LoRA and DoRA."
+        )
+    if config.backbone == "frozen":
+        return None
+    lora = lora_metadata(config) if config.backbone in ("lora", "dora") else None
+    return TunedBackbone(model, adapter.backbone_weights, lora, merge=merge)
 
 
 def _clock(attachment: Attachment, target: Any, timesteps: Sequence[float] | None) -> Clock | None:
@@ -128,6 +144,18 @@ def _clock(attachment: Attachment, target: Any, timesteps: Sequence[float] | Non
 
 
 def _check_weights(adapter: ShivaAdapter) -> None:
+    kind, tuned = adapter.config.backbone, adapter.backbone_weights
+    if bool(tuned) != (kind != "frozen"):
+        raise ValueError(
+            f"the adapter's config says backbone = {kind!r}, and it holds {len(tuned)} tensors of "
+            "a tuned backbone: set adapter.backbone_weights, or fetch it again."
+        )
+    for name, value in tuned.items():
+        if value.dtype not in PLAIN:
+            raise ValueError(
+                f"the adapter's {name} is {value.dtype}; tuned weights are floating-point numbers "
+                "of 16, 32 or 64 bits: save the adapter again from the trained model."
+            )
     broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
     if broken is not None:
         raise ValueError(
@@ -150,8 +178,13 @@ def _halves(model: Any, pipeline: Any) -> Callable[[Mapping[str, Any]], bool] | 
 def remove(target: T) -> T:
     """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing.
 
+    LoRAs of your own stay as they are, fused ones included. A forward that runs in another thread
+    is waited for.
+
     Raises:
-        RuntimeError: If the adapter's LoRA was fused into the model meanwhile: unfuse it first.
+        RuntimeError: If the model's own weights can't be given back, since those of the adapter
+            were quantised, sharded or changed while they stood in their place; or from inside a
+            forward. Nothing has changed then.
     """
     attachment = attachment_of(pipeline_transformer(target))
     if attachment is not None:
@@ -163,22 +196,19 @@ def remove(target: T) -> T:
 def disabled(target: Any) -> Iterator[None]:
     """Within: the dense model, its own weights included, for comparison.
 
+    A forward that runs in another thread is waited for.
+
     Raises:
         ValueError: If no adapter is attached.
+        RuntimeError: As `remove`.
     """
     attachment = _attached(target)
     before = attachment.enabled
-    _enable(attachment, False)
+    attachment.enable(False)
     try:
         yield
     finally:
-        _enable(attachment, before)
-
-
-def _enable(attachment: Attachment, enabled: bool) -> None:
-    if attachment.backbone is not None:
-        attachment.backbone.enable(enabled)
-    attachment.enabled = enabled
+        attachment.enable(before)
 
 
 def compile(target: T, **options: Any) -> T:

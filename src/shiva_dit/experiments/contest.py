@@ -25,8 +25,8 @@ from shiva_dit.experiments.held_out import HeldOut, held_out
 from shiva_dit.experiments.maps import kept_maps
 from shiva_dit.experiments.scoring import NUM_STEPS, Score, sample, sampler_times, score
 from shiva_dit.models.attach import Attachment, attach
-from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trained, Trainer
 
@@ -140,7 +140,7 @@ def compete(job: tuple[Settings, Contestant, int]) -> Outcome:
     if contestant.run_at is not None:
         schedule = trained.at(contestant.run_at)
     if trained.backbone_weights:
-        TunedBackbone(backbone, trained.backbone_weights, trained.lora)
+        TunedBackbone(backbone, trained.backbone_weights, trained.lora).put_on()
     attachment = None
     if trained.selector is not None:
         attachment = attach(backbone, trained.selector, schedule, updates=trained.updates)

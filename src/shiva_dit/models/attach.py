@@ -8,8 +8,6 @@ submodule, so the state dict is the model's own.
 
 from __future__ import annotations
 
-import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,26 +15,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 from torch.fx.experimental.sym_node import DynamicInt
 
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
 from shiva_dit.models.neighbours import (
+    reaches,
     refuse_neighbours,
     refuse_to_compile,
     register_innermost,
     unregister,
 )
 from shiva_dit.models.spec import bind, given
+from shiva_dit.models.tuned import TunedBackbone
+from shiva_dit.models.turns import turns_of
+from shiva_dit.models.undo import Undo
+from shiva_dit.models.watch import Watch
 from shiva_dit.modules.context import time_features
 from shiva_dit.modules.updates import RejectedUpdates
 
@@ -68,11 +69,13 @@ class Attachment(Uncopied):
         select_every: int = 1,
         shares_halves: Callable[[Mapping[str, Any]], bool] | None = None,
         gate_values: bool = False,
+        backbone: TunedBackbone | None = None,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector = model, selector
         self.updates = updates
         self.shares_halves = shares_halves
+        self.gates_values = gate_values
         self.enabled = True
         self.always_select = False
         """Select, gather and scatter also where a block keeps all its tokens: what that costs."""
@@ -80,17 +83,19 @@ class Attachment(Uncopied):
         """Told each pruned block's index and the tokens chosen, (B, k); for maps and tests."""
         self.graphs: GraphRunner | None = None
         """Replays forwards."""
-        self.backbone: TunedBackbone | None = None
+        self.backbone = backbone
+        """Tuned weights; they come and go with the hooks."""
         self.adapter: Any = None
+        self._is_on = False
+        self._compiled: dict[str, Any] | None = None
         self.blocks = self.spec.blocks(model)
+        self.turns = turns_of(model)
         self._gated: GatedForward | None = None
-        self._runs_in: threading.Thread | None = None
         self._context: Tensor | None = None
-        self._undo: list[Callable[[], object]] = []
+        self._undo = Undo()
         self.counts = Counts(
             model, schedule, multiple=multiple, segments=segments, select_every=select_every
         )
-        refuse_neighbours(model, model.modules())
         self.passes = Passes()
         self.hooks = [
             BlockHook(self, selector, updates, block, index, self.passes)
@@ -99,19 +104,34 @@ class Attachment(Uncopied):
         # Where hooks that come later are looked for: they are put on all blocks.
         self._watched = [m for b in (self.blocks[0], self.blocks[-1]) for m in b.modules()]
         self._slots = {id(b): h.slot for b, h in zip(self.blocks, self.hooks, strict=True)}
-        try:
-            self._register(gate_values)
-        except BaseException:
-            self.detach()
-            raise
 
-    def _register(self, gate_values: bool) -> None:
+    def put_on(self) -> None:
+        """Put tuned weights and hooks on: all of them or, if something fails, none.
+
+        Raises:
+            ValueError: If something on the model can't go along with it.
+        """
+        with self.turns.switch():
+            refuse_neighbours(self.model, self.model.modules())
+            try:
+                self._put_on()
+                self.watch = Watch(self._watch)
+            except BaseException:
+                self._undo.run()
+                raise
+            self._is_on = True
+
+    def _put_on(self) -> None:
+        if self.backbone is not None:
+            self._undo.add(self.backbone.restore)
+            self.backbone.put_on()
+        self._undo.add(partial(_forget_registries, self.model))
         for block, hook in zip(self.blocks, self.hooks, strict=True):
-            HookRegistry.check_if_exists_or_initialize(block)
-            self._undo.append(partial(_unregister, block))
+            self._undo.add(partial(unregister, block, HOOK_NAME))
             register_innermost(block, hook, HOOK_NAME)
-        if gate_values:
-            self._undo += self._gate_values()
+        if self.gates_values:
+            for remove in self._gate_values():
+                self._undo.add(remove)
         registers: list[Callable[[], Any]] = [
             partial(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True),
             partial(self.model.register_forward_hook, self._after_model, always_call=True),
@@ -120,21 +140,77 @@ class Attachment(Uncopied):
             embedder = self.model.get_submodule(self.spec.time_embedder)
             registers.append(partial(embedder.register_forward_hook, self._after_time_embedding))
         for register in registers:
-            self._undo.append(register().remove)
+            self._undo.add(register().remove)
+        if self.backbone is not None and self.backbone.is_merged:
+            self._undo.add(partial(self.model.__dict__.pop, "save_pretrained", None))
+            self.model.save_pretrained = self._save_bare  # type: ignore[assignment]
         _forget_registries(self.model)
+        if self._compiled is not None:
+            self.compile(**self._compiled)
+
+    def _save_bare(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `save_pretrained`, with its own weights."""
+        assert self.backbone is not None
+        with self.turns.switch():
+            before = self.backbone.enabled
+            self.backbone.enable(False)
+            try:
+                return type(self.model).save_pretrained(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+            finally:
+                self.backbone.enable(before)
 
     def detach(self) -> None:
         """Take hooks and tuned weights off. The model is then as it was, to bit and attribute.
 
         Raises:
-            RuntimeError: If the tuned weights can't be taken off (`TunedBackbone.restore`);
+            RuntimeError: If the model's own weights can't be given back (`TunedBackbone.restore`);
                 nothing has changed then.
         """
+        with self.turns.switch():
+            if self.backbone is not None:
+                self.backbone.restore()
+            self._is_on = False
+            self._undo.run()
+
+    def enable(self, enabled: bool) -> None:
+        """Run pruned and with tuned weights, or as the model itself.
+
+        Raises:
+            RuntimeError: As `detach`.
+        """
+        with self.turns.switch(interruptible=not enabled):
+            if not self._is_on:
+                return  # taken off meanwhile
+            if self.backbone is not None:
+                self.backbone.enable(enabled)
+            self.enabled = enabled
+
+    def _watch(self, watch: Watch) -> None:
+        """What must hold before each forward (`Watch`)."""
+        for hook, block in zip(self.hooks, self.blocks, strict=True):
+            watch.add(block.__dict__, "forward", partial(self._judge_forward, hook, block))
+        index = 0
+        for name in self.spec.block_lists:
+            held = self.model.get_submodule(name)
+            for key in held._modules:
+                watch.add(held._modules, key, partial(self._judge_block, held, key, index))
+                index += 1
         if self.backbone is not None:
-            self.backbone.restore()
-        while self._undo:
-            self._undo.pop()()
-        _forget_registries(self.model)
+            self.backbone.watch(watch)
+
+    def _judge_forward(self, hook: BlockHook, block: nn.Module) -> None:
+        if not reaches(block.__dict__.get("forward"), hook):
+            raise RuntimeError(
+                f"block {hook.index} runs past the adapter: its forward was replaced, or put back "
+                "by something that was on the model before. Call shiva_dit.apply again."
+            )
+
+    def _judge_block(self, held: nn.Module, key: str, index: int) -> None:
+        if held._modules.get(key) is not self.blocks[index]:
+            raise RuntimeError(
+                f"block {index} was replaced while the adapter was on: call shiva_dit.remove, "
+                "replace it, and apply again."
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -206,20 +282,21 @@ class Attachment(Uncopied):
         """
         if options.get("fullgraph"):
             refuse_to_compile(self.blocks)
+        self._compiled = options
         for block in self.blocks:
             before = block.__dict__.get("_compiled_call_impl")
+            self._undo.add(partial(_restore_compiled, block, before))
             block.compile(**options)
-            self._undo.append(partial(_restore_compiled, block, before))
 
     def use_graphs(self, recorder: Recorder, limit: int) -> None:
         """Capture forwards and replay them, until `detach`."""
         if self.graphs is None:
+            self._undo.add(self._stop_graphs)
             self.graphs = put_on(self, recorder, limit)
-            self._undo.append(self._stop_graphs)
 
     def _stop_graphs(self) -> None:
         self.graphs = None
-        _unregister(self.model, GRAPHS)
+        unregister(self.model, GRAPHS)
 
     @property
     def is_watched(self) -> bool:
@@ -231,13 +308,12 @@ class Attachment(Uncopied):
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._enter_thread()
+        self.turns.start_forward()
         self._forget()  # an interrupted forward (Ctrl-C) leaves its state: torch skips the hook
         if not self.enabled:
             return
+        self.watch.check()
         refuse_neighbours(model, self._watched)
-        if self.backbone is not None:
-            self.backbone.keep_on()
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
         num_tokens = self.spec.tokens(model, sample)
@@ -247,7 +323,6 @@ class Attachment(Uncopied):
                 f"{type(model).__name__} was called with a time for every token, "
                 f"{tuple(timestep.shape)}: what a block keeps depends on one time per sample."
             )
-        self._refuse_lora_scale(arguments)
         gated = self._gated
         share = False
         if gated is None:
@@ -305,27 +380,6 @@ class Attachment(Uncopied):
             times = self.spec.time(step.to(sample.device)).float()
             self._condition(time_features(times.expand(len(sample))))
 
-    def _enter_thread(self) -> None:
-        """One forward at a time: its state lies in the blocks' slots."""
-        current, other = threading.current_thread(), self._runs_in
-        if other is not None and other is not current and other.is_alive():
-            raise RuntimeError(
-                f"this model is running in thread {other.name!r} already: a model with an adapter "
-                "serves one forward at a time. Guard it by a lock, or give each thread a pipeline."
-            )
-        self._runs_in = current
-
-    def _refuse_lora_scale(self, arguments: dict[str, Any]) -> None:
-        """A scale for the user's LoRAs, given with the call, would scale the adapter's too."""
-        if self.backbone is None or self.backbone.lora is None or self.spec.lora_scale is None:
-            return
-        scale = (arguments.get(self.spec.lora_scale) or {}).get("scale", 1.0)
-        if scale != 1.0:
-            raise ValueError(
-                f"{self.spec.lora_scale}'s scale = {scale} would scale the adapter's own LoRA as "
-                'well: set the weights of your LoRAs by pipe.set_adapters(["name"], [weight]).'
-            )
-
     def _after_time_embedding(
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
@@ -354,11 +408,12 @@ class Attachment(Uncopied):
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args
-        if self._runs_in is threading.current_thread():  # not a forward that was refused
-            if output is not None:  # not one that broke
-                self._keep_lead()
-            self._forget()
-            self._runs_in = None
+        if not self.turns.is_mine():  # a forward that was refused
+            return
+        if output is not None:  # not one that broke
+            self._keep_lead()
+        self._forget()
+        self.turns.end_forward()
 
     def _keep_lead(self) -> None:
         """What a conditional pass has chosen, for the unconditional one that follows."""
@@ -372,12 +427,12 @@ class Attachment(Uncopied):
         """Keep nothing between forwards, also after an exception."""
         self._context = None
         for hook in self.hooks:
-            hook.slot.state = BlockState(k=0, dense=True)
+            hook.slot.state = BlockState(k=0, dense=True, idle=True)
 
     def _snapshot_checkpoints(self, model: nn.Module) -> None:
         if not snapshots_are_on(model, self._slots):
             take_snapshots(model, self._slots)
-            self._undo.append(partial(leave_snapshots, model, self._slots))
+            self._undo.add(partial(leave_snapshots, model, self._slots))
 
 
 def _restore_compiled(block: nn.Module, before: Callable[..., Any] | None) -> None:
@@ -385,19 +440,6 @@ def _restore_compiled(block: nn.Module, before: Callable[..., Any] | None) -> No
         block.__dict__.pop("_compiled_call_impl", None)
     else:
         block._compiled_call_impl = before
-
-
-def _unregister(block: nn.Module, name: str = HOOK_NAME) -> None:
-    registry: HookRegistry = block._diffusers_hook  # type: ignore[assignment]
-    if name in registry.hooks:
-        unregister(registry, name)
-    if registry.hooks:
-        return
-    # The registry leaves itself and the bound forward behind as instance attributes.
-    del block._diffusers_hook
-    own = block.__dict__.get("forward")
-    if inspect.ismethod(own) and own.__func__ is type(block).forward and own.__self__ is block:
-        del block.__dict__["forward"]
 
 
 def _forget_registries(model: nn.Module) -> None:
@@ -433,7 +475,24 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         ValueError: If the model is not supported or the schedule is another model's.
     """
     model_spec(model)
-    previous = attachment_of(model)
-    if previous is not None:
-        previous.detach()
-    return Attachment(model, selector, schedule, **options)
+    attachment = Attachment(model, selector, schedule, **options)
+    exchange(attachment_of(model), attachment)
+    return attachment
+
+
+def exchange(old: Attachment | None, new: Attachment) -> None:
+    """One attachment for another on the same model: whole or, if that fails, not at all.
+
+    Raises:
+        RuntimeError: If the old one can't be taken off.
+        ValueError: If the new one can't be put on.
+    """
+    with new.turns.switch():
+        if old is not None:
+            old.detach()
+        try:
+            new.put_on()
+        except BaseException:
+            if old is not None:
+                old.put_on()
+            raise

@@ -1,16 +1,21 @@
-"""Tuned backbone weights on a model, switched on and off: LoRA, DoRA, or the whole state."""
+"""What training tunes of a backbone: a LoRA or DoRA of PEFT's, or the whole state.
+
+For inference nothing of PEFT's is put on a model: see `shiva_dit.models.tuned`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from shiva_dit.models.places import refuse_projections
 
 PEFT_NAME = "shiva_dit"
 LORA_PREFIX = "transformer."
@@ -18,7 +23,7 @@ LORA_PREFIX = "transformer."
 LORA_TARGETS = re.compile(
     r".*\.\d+\.("
     r"(attn\d?|attention)\.(to_[qkv]|to_gate|to_out(\.0)?|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)"
-    r"|(ff|ff_context|ffn|feed_forward)\.(net\.(0\.proj|2)|w[123]|gate|up|down|out_projection"
+    r"|(ff|ff_context|ffn|feed_forward|(img|txt)_(mlp|ff))\.(net\.(0\.proj|2)|w[123]|gate|up|down|out_projection"
     r"|linear_([123]|in|out))"
     r"|proj_(mlp|out))$"
 )
@@ -32,8 +37,11 @@ def add_lora(model: Any, settings: Mapping[str, Any]) -> None:
         settings: PEFT's `r`, `lora_alpha` and `use_dora`.
 
     Raises:
-        ValueError: If the model has none of these layers, or diffusers gives its class no LoRA.
+        ValueError: If the model has none of these layers, runs past them (fused projections), or
+            diffusers gives its class no LoRA.
     """
+    for name, module in model.named_modules():
+        refuse_projections(module, name)
     active = _active(model)
     targets = [
         name
@@ -62,26 +70,6 @@ def lora_weights(model: nn.Module) -> dict[str, Tensor]:
     return {LORA_PREFIX + name: value for name, value in state.items()}
 
 
-def set_lora_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill our LoRA.
-
-    Raises:
-        ValueError: If the weights are not those of this model's LoRA.
-    """
-    own = lora_weights(model)
-    if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())
-        raise ValueError(f"the LoRA weights don't fit this model: {odd[:3]} differ.")
-    for name, value in weights.items():
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"the LoRA weights don't fit this model: {name} has shape {tuple(value.shape)}, "
-                f"the model's is {tuple(own[name].shape)}."
-            )
-    state = {name.removeprefix(LORA_PREFIX): value for name, value in weights.items()}
-    set_peft_model_state_dict(model, state, adapter_name=PEFT_NAME)
-
-
 def refuse_fused(model: nn.Module) -> None:
     """Raise where our LoRA was fused into the weights: undoing that would not be exact.
 
@@ -90,7 +78,7 @@ def refuse_fused(model: nn.Module) -> None:
     """
     if any(PEFT_NAME in layer.merged_adapters for _, layer in _lora_layers(model)):
         raise RuntimeError(
-            "the adapter's LoRA was fused into the model's weights, so it can't be taken off or "
+            "the LoRA in training was fused into the model's weights, so it can't be taken off or "
             "switched: call unfuse_lora() first."
         )
 
@@ -108,13 +96,8 @@ def enable_lora(model: Any, enabled: bool) -> None:
             model.disable_adapters()
 
 
-def remove_lora(model: Any, switched_off: Sequence[str] = ()) -> None:
-    """Take our LoRA off; layers that no other LoRA is on are the model's own again.
-
-    Args:
-        model: The transformer.
-        switched_off: LoRAs of the user that were disabled as ours came.
-    """
+def remove_lora(model: Any) -> None:
+    """Take our LoRA off; layers that no other LoRA is on are the model's own again."""
     if PEFT_NAME not in getattr(model, "peft_config", {}):
         return  # the user unloaded all LoRAs
     others = [name for name in _active(model) if name != PEFT_NAME]
@@ -123,12 +106,12 @@ def remove_lora(model: Any, switched_off: Sequence[str] = ()) -> None:
             model.unload_lora()
             model.__dict__.pop("_hf_peft_config_loaded", None)
             return
-        model.set_adapter(others or list(switched_off))
+        model.set_adapter(others)
         model.delete_adapters(PEFT_NAME)
         for name, layer in _lora_layers(model):
             if not any(len(getattr(layer, part)) for part in layer.adapter_layer_names):
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+                setattr(model.get_submodule(parent), leaf, layer.base_layer)  # type: ignore[attr-defined]
         if not others:
             model.disable_adapters()
 
@@ -142,11 +125,6 @@ def _active(model: nn.Module) -> list[str]:
     return [] if not layers or layers[0][1].disable_adapters else list(layers[0][1].active_adapters)
 
 
-def _switched_off(model: nn.Module) -> list[str]:
-    layers = _lora_layers(model)
-    return list(layers[0][1].active_adapters) if layers and layers[0][1].disable_adapters else []
-
-
 @contextmanager
 def _same_flags(model: nn.Module) -> Iterator[None]:
     """PEFT opens and freezes parameters when it switches; what trains is the caller's choice."""
@@ -156,120 +134,6 @@ def _same_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-class TunedBackbone:
-    """The backbone weights that belong to an adapter, on a model.
-
-    Args:
-        model: The transformer.
-        weights: Weights of the LoRA or of the whole state; empty for a frozen backbone.
-        lora: PEFT's settings if the weights are a LoRA's or DoRA's.
-
-    Raises:
-        ValueError: If the weights don't fit the model.
-    """
-
-    def __init__(
-        self, model: Any, weights: Mapping[str, Tensor], lora: Mapping[str, Any] | None
-    ) -> None:
-        self.model, self.lora = model, lora
-        self.enabled = True
-        # The parameters themselves: a LoRA of the user changes names, not parameters.
-        self._other: list[tuple[nn.Parameter, Tensor]] = []
-        self._restored = False
-        self._switched_off: list[str] = []
-        if lora is not None:
-            self._switched_off = _switched_off(model)
-            with torch.random.fork_rng(devices=[]):  # PEFT's initial values, replaced at once
-                add_lora(model, lora)
-            try:
-                set_lora_weights(model, weights)
-            except BaseException:
-                self.restore()
-                raise
-            # One layer stands for all in `keep_on`, which runs before every forward.
-            self._layer = next(m for _, m in _lora_layers(model) if PEFT_NAME in m.active_adapters)
-        elif weights:
-            self._other = self._checked(weights)
-            self._swap()
-
-    def _checked(self, weights: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-        own = dict(self.model.named_parameters())
-        if own.keys() != weights.keys():
-            odd = sorted(own.keys() ^ weights.keys())
-            raise ValueError(
-                f"the tuned backbone doesn't fit this model: {odd[:3]} differ. Unload LoRA "
-                "adapters first, and apply to the model that it was trained on."
-            )
-        for name, value in weights.items():
-            if value.shape != own[name].shape:
-                raise ValueError(
-                    f"the tuned backbone doesn't fit this model: {name} has shape "
-                    f"{tuple(value.shape)}, the model's is {tuple(own[name].shape)}."
-                )
-        return [(parameter, weights[name].to(parameter)) for name, parameter in own.items()]
-
-    def _swap(self) -> None:
-        """Exchange the model's tensors and the kept ones; no copy is made."""
-        present = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) not in present for parameter, _ in self._other):
-            raise RuntimeError(
-                "parameters of the model were replaced while a tuned backbone was on it "
-                "(sequential offload does that): its own weights can't be put back. Load the "
-                "model again, and apply before anything that replaces parameters."
-            )
-        for index, (parameter, kept) in enumerate(self._other):
-            # The model may have moved or changed its dtype since.
-            self._other[index] = (parameter, parameter.data)
-            parameter.data = kept.to(parameter)
-
-    def keep_on(self) -> None:
-        """Before a forward: the adapter's LoRA runs, whatever LoRAs the user chose meanwhile.
-
-        Raises:
-            RuntimeError: If it was unloaded.
-        """
-        if self.lora is None or not self.enabled:
-            return
-        if PEFT_NAME not in getattr(self.model, "peft_config", {}):
-            raise RuntimeError(
-                "the adapter's LoRA was unloaded with others: call shiva_dit.apply again."
-            )
-        layer = self._layer
-        if layer.disable_adapters or PEFT_NAME not in layer.active_adapters:
-            enable_lora(self.model, True)
-
-    def enable(self, enabled: bool) -> None:
-        """Put the tuned weights on, or the model's own back.
-
-        Raises:
-            RuntimeError: If the adapter's LoRA was fused, or parameters were replaced.
-        """
-        if enabled == self.enabled or self._restored:
-            return
-        if self.lora is not None:
-            enable_lora(self.model, enabled)
-        else:
-            self._swap()
-        self.enabled = enabled
-
-    def restore(self) -> None:
-        """Give the model its own weights back, to the bit, for good.
-
-        Raises:
-            RuntimeError: If the adapter's LoRA was fused, or parameters were replaced. Nothing
-                has changed then.
-        """
-        if self._restored:
-            return
-        if self.lora is not None:
-            refuse_fused(self.model)
-            remove_lora(self.model, self._switched_off)
-        elif self._other and self.enabled:
-            self._swap()
-        self._restored = True
-        self._other = []
 
 
 def trainable_parameters(model: nn.Module, kind: str) -> dict[str, nn.Parameter]:

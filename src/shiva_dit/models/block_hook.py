@@ -76,6 +76,8 @@ class BlockState:
     k: int
     """A `DynamicInt`: compiled blocks take it as a symbolic size from their first call on."""
     dense: bool
+    idle: bool = False
+    """Whether no forward of the model runs."""
     num_tokens: int = 0
     """N."""
     share_halves: bool = False
@@ -102,7 +104,7 @@ class Slot:
     __slots__ = ("state",)
 
     def __init__(self) -> None:
-        self.state = BlockState(k=0, dense=True)
+        self.state = BlockState(k=0, dense=True, idle=True)
 
 
 class Uncopied:
@@ -160,6 +162,8 @@ class BlockHook(Uncopied, ModelHook):
         del module
         state = self.slot.state
         if state.dense:
+            if state.idle:
+                self.refuse_idle()
             return self.run(*args, **kwargs)
         by_name = self.spec.hidden in kwargs
         tokens = kwargs[self.spec.hidden] if by_name else args[self.place]
@@ -238,6 +242,15 @@ class BlockHook(Uncopied, ModelHook):
         """A pipeline has ended: nothing is led any more."""
         self.passes.reset()
         return module
+
+    def refuse_idle(self) -> None:
+        """Raise where a block of a model with an adapter runs outside of the model's call."""
+        if self.owner.enabled:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "a block ran outside of a call of its model, so that nothing says what to keep: "
+                "call model(...), not model.forward(...) or a block by itself; for the dense model "
+                "use shiva_dit.disabled."
+            )
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""

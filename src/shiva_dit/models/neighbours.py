@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import CellType
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookFunctionReference
 from torch import nn
 
 REFUSED = {
@@ -29,31 +33,92 @@ def register_innermost(module: nn.Module, hook: ModelHook, name: str) -> None:
     These then see all tokens, whichever came first.
     """
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    with _lifted(registry, registry._hook_order):
+    with _below_offloading(module), _lifted(registry, registry._hook_order):
         registry.register_hook(hook, name)
 
 
-def unregister(registry: HookRegistry, name: str) -> None:
-    """Take a hook off; those above it stay.
+def unregister(module: nn.Module, name: str) -> None:
+    """Take a hook off, if it is on; those above it stay, and a registry that is empty goes as well.
 
     (`HookRegistry.remove_hook` alone would cut off what the next one puts in the forward's place.)
     """
-    above = registry._hook_order[registry._hook_order.index(name) + 1 :]
-    with _lifted(registry, above):
-        registry.remove_hook(name, recurse=False)
+    registry: HookRegistry | None = module.__dict__.get("_diffusers_hook")
+    if registry is None:
+        return
+    if name in registry.hooks:
+        above = registry._hook_order[registry._hook_order.index(name) + 1 :]
+        with _below_offloading(module), _lifted(registry, above):
+            registry.remove_hook(name, recurse=False)
+    if registry.hooks:
+        return
+    # The registry leaves itself and the bound forward behind as instance attributes.
+    del module.__dict__["_diffusers_hook"]
+    own = module.__dict__.get("forward")
+    if inspect.ismethod(own) and own.__func__ is type(module).forward and own.__self__ is module:
+        del module.__dict__["forward"]
+
+
+@contextmanager
+def _below_offloading(module: nn.Module) -> Iterator[None]:
+    """Within: what accelerate has put in the forward's place is lifted, and then on top again.
+
+    It would else go with a hook that is taken off below it, or take one along that lies above it.
+    """
+    entries: dict[str, Any] = module.__dict__
+    if "_hf_hook" not in entries or "_old_forward" not in entries:
+        yield
+        return
+    top = entries["forward"]
+    entries["forward"] = entries["_old_forward"]
+    try:
+        yield
+    finally:
+        entries["_old_forward"] = module.forward
+        entries["forward"] = top
+
+
+def reaches(forward: Any, hook: ModelHook) -> bool:
+    """Whether a forward, replaced by whomever, still leads to a hook.
+
+    Looks through what wrappers hold: partials, closures, methods, the forwards that diffusers and
+    accelerate keep.
+    """
+    seen: set[int] = set()
+    todo = [forward]
+    while todo and len(seen) < 500:
+        item = todo.pop()
+        if item is hook:
+            return True
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, partial):
+            todo += [item.func, *item.args, *item.keywords.values()]
+        elif inspect.ismethod(item):
+            todo += [item.__func__, item.__self__]
+        elif inspect.isfunction(item):
+            cells = item.__closure__ or ()
+            todo += [cell.cell_contents for cell in cells if cell != CellType()]
+            todo.append(item.__dict__.get("__wrapped__"))
+        elif isinstance(item, HookFunctionReference):
+            todo += [item.forward, item.original_forward]
+        elif isinstance(item, nn.Module):
+            todo.append(item.__dict__.get("_old_forward"))
+    return False
 
 
 @contextmanager
 def _lifted(registry: HookRegistry, names: Sequence[str]) -> Iterator[None]:
     """Within: these hooks are off, as far as they replace the forward; then on again, in order."""
     hooks = {n: registry.hooks[n] for n in names if hasattr(registry.hooks[n], "new_forward")}
-    for name in reversed(hooks):
-        registry.remove_hook(name, recurse=False)
     try:
+        for name in reversed(hooks):
+            registry.remove_hook(name, recurse=False)
         yield
     finally:
         for name, hook in hooks.items():
-            registry.register_hook(hook, name)
+            if name not in registry.hooks:
+                registry.register_hook(hook, name)
 
 
 def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:

@@ -1,0 +1,73 @@
+"""What must still hold when a forward runs: entries of dictionaries, looked at all together.
+
+Modules keep children, parameters and replaced forwards in dictionaries. Whether hundreds of their
+entries are the objects that they were is a matter of microseconds; only where one has changed is
+asked what that means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Watch:
+    """Entries of dictionaries, and who judges a change of each.
+
+    Args:
+        fill: Adds them all; called again after a change that was accepted.
+    """
+
+    def __init__(self, fill: Callable[[Watch], object]) -> None:
+        self._fill = fill
+        self._refill()
+
+    def _refill(self) -> None:
+        self._places: set[tuple[int, Any]] = set()
+        self._dicts: list[dict[Any, Any]] = []
+        self._keys: list[Any] = []
+        self._judges: list[Callable[[], object]] = []
+        self._lists: list[list[Any]] = []
+        self._judges_of_lists: list[Callable[[], object]] = []
+        self._fill(self)
+        self._held = list(map(dict.get, self._dicts, self._keys))  # so that no id is used again
+        self._ids = list(map(id, self._held))
+        self._lengths = list(map(len, self._lists))
+
+    def add(self, entries: dict[Any, Any], key: Any, judge: Callable[[], object]) -> None:
+        """Watch an entry, present or not.
+
+        Args:
+            entries: The dictionary.
+            key: Its key; of several judges of one entry the first stays.
+            judge: Called before a forward when the entry has become another object. It raises if
+                the forward would then not run what was put on.
+        """
+        place = id(entries), key
+        if place not in self._places:
+            self._places.add(place)
+            self._dicts.append(entries)
+            self._keys.append(key)
+            self._judges.append(judge)
+
+    def add_length(self, watched: list[Any], judge: Callable[[], object]) -> None:
+        """Watch how long a list is; the judge is as that of `add`."""
+        self._lists.append(watched)
+        self._judges_of_lists.append(judge)
+
+    def check(self) -> None:
+        """Have every change judged.
+
+        Raises:
+            Exception: By a judge.
+        """
+        ids = list(map(id, map(dict.get, self._dicts, self._keys)))
+        lengths = list(map(len, self._lists))
+        if ids == self._ids and lengths == self._lengths:
+            return
+        found, known = [*ids, *lengths], [*self._ids, *self._lengths]
+        judges = [*self._judges, *self._judges_of_lists]
+        for now, then, judge in zip(found, known, judges, strict=True):
+            if now != then:
+                judge()
+        self._refill()
