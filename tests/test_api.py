@@ -484,6 +484,7 @@ def test_replaced_parameters_are_noticed(method: str) -> None:
 @backbones
 def test_replaced_layers_are_noticed(method: str) -> None:
     made, _ = tuned_adapter(method, "plain")
+    bare = tiny.run(tiny.sd3(), tiny.inputs())
     model = shiva_dit.apply(tiny.sd3(), made)
     attention = model.transformer_blocks[2].attn
     own, attention.to_q = attention.to_q, nn.Linear(32, 32)
@@ -494,8 +495,12 @@ def test_replaced_layers_are_noticed(method: str) -> None:
     model.fuse_qkv_projections()
     with pytest.raises(RuntimeError, match=r"projections of .*attn were fused.*unfuse_qkv"):
         tiny.run(model, tiny.inputs())
+    with pytest.raises(RuntimeError, match=r"hold copies of these.*unfuse_qkv_projections\(\) f"):
+        shiva_dit.remove(model)
     model.unfuse_qkv_projections()
     tiny.run(model, tiny.inputs())
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
 
 
 def test_replaced_forwards_and_blocks_are_noticed() -> None:

@@ -142,8 +142,8 @@ def test_weights_changed_in_place_are_read_and_others_are_captured_anew() -> Non
     weight.data = weight.data / 2.0  # lies elsewhere
     assert torch.equal(latest(), before)
     assert recorder.captured == 2
-    adapter = attachment_of(model).adapter  # type: ignore[union-attr]
-    adapter.router.groups[0].score.weight.data = -adapter.router.groups[0].score.weight.data
+    router = attachment_of(model).selector.router  # type: ignore[union-attr]
+    router.groups[0].score.weight.data = -router.groups[0].score.weight.data
     assert not torch.equal(latest(), before)
     assert recorder.captured == 3
 

@@ -31,6 +31,7 @@ from shiva_dit.models.neighbours import (
     refuse_neighbours,
     refuse_to_compile,
     register_innermost,
+    unhook,
     unregister,
 )
 from shiva_dit.models.spec import bind, given
@@ -130,17 +131,17 @@ class Attachment(Uncopied):
             self._undo.add(partial(unregister, block, HOOK_NAME))
             register_innermost(block, hook, HOOK_NAME)
         if self.gates_values:
-            for remove in self._gate_values():
-                self._undo.add(remove)
-        registers: list[Callable[[], Any]] = [
-            partial(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True),
-            partial(self.model.register_forward_hook, self._after_model, always_call=True),
-        ]
+            self._undo.add(self._ungate_values)
+            self._gate_values()
+        model = self.model
+        self._undo.add(partial(unhook, model, self._before_model))
+        model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        self._undo.add(partial(unhook, model, self._after_model))
+        model.register_forward_hook(self._after_model, always_call=True)
         if self.spec.time_embedder is not None:
-            embedder = self.model.get_submodule(self.spec.time_embedder)
-            registers.append(partial(embedder.register_forward_hook, self._after_time_embedding))
-        for register in registers:
-            self._undo.add(register().remove)
+            embedder = model.get_submodule(self.spec.time_embedder)
+            self._undo.add(partial(unhook, embedder, self._after_time_embedding))
+            embedder.register_forward_hook(self._after_time_embedding)
         if self.backbone is not None and self.backbone.is_merged:
             self._undo.add(partial(self.model.__dict__.pop, "save_pretrained", None))
             self.model.save_pretrained = self._save_bare  # type: ignore[assignment]
@@ -256,23 +257,27 @@ class Attachment(Uncopied):
     @contextmanager
     def values_gated(self) -> Iterator[None]:
         """Within: value projections pass through the gates, on a model attached without them."""
-        removals = self._gate_values()
         try:
+            self._gate_values()
             yield
         finally:
-            for remove in removals:
-                remove()
+            self._ungate_values()
 
-    def _gate_values(self) -> list[Callable[[], None]]:
-        removals = []
+    def _gate_values(self) -> None:
+        for layer, hook in self._value_layers():
+            layer.register_forward_hook(hook.gate_value)
+
+    def _ungate_values(self) -> None:
+        for layer, hook in self._value_layers():
+            unhook(layer, hook.gate_value)
+
+    def _value_layers(self) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block, hook in zip(self.blocks, self.hooks, strict=True):
             for name in hook.spec.value_modules:
                 parent, _, leaf = name.rpartition(".")
                 owner = getattr(block, parent, None)
                 if owner is not None:
-                    handle = getattr(owner, leaf).register_forward_hook(hook.gate_value)
-                    removals.append(handle.remove)
-        return removals
+                    yield getattr(owner, leaf), hook
 
     def compile(self, **options: Any) -> None:
         """Compile each block by itself; `detach` takes that back too.
@@ -309,7 +314,8 @@ class Attachment(Uncopied):
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.turns.start_forward()
-        self._forget()  # an interrupted forward (Ctrl-C) leaves its state: torch skips the hook
+        # An interrupted forward (Ctrl-C) leaves its state: torch skips the hook.
+        self._forget(idle=False)
         if not self.enabled:
             return
         self.watch.check()
@@ -423,11 +429,11 @@ class Attachment(Uncopied):
             batch = len(next(iter(chosen.values())))
             self.passes.lead = Lead(batch, tuple(int(s.k) for s in states.values()), chosen)
 
-    def _forget(self) -> None:
+    def _forget(self, idle: bool = True) -> None:
         """Keep nothing between forwards, also after an exception."""
         self._context = None
         for hook in self.hooks:
-            hook.slot.state = BlockState(k=0, dense=True, idle=True)
+            hook.slot.state = BlockState(k=0, dense=True, idle=idle)
 
     def _snapshot_checkpoints(self, model: nn.Module) -> None:
         if not snapshots_are_on(model, self._slots):

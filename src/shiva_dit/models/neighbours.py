@@ -121,6 +121,15 @@ def _lifted(registry: HookRegistry, names: Sequence[str]) -> Iterator[None]:
                 registry.register_hook(hook, name)
 
 
+def unhook(module: nn.Module, hook: Any) -> None:
+    """Take a torch hook off a module, if it is on; its handle isn't needed for that."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = module.__dict__[kind]
+        for number in [number for number, found in hooks.items() if found == hook]:
+            for marks in ("", "_with_kwargs", "_always_called"):
+                module.__dict__.get(kind + marks, {}).pop(number, None)
+
+
 def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:
     """Raise where something on the model can't go along with selected tokens.
 

@@ -6,7 +6,7 @@ top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shiva_dit.models.neighbours import unhook
 from shiva_dit.models.places import (
     PLAIN,
     Fused,
@@ -136,14 +137,6 @@ class Beside:
         return scaled if bias is None else scaled + bias
 
 
-@dataclass(slots=True)
-class _Put:
-    """A hook that is on."""
-
-    beside: Beside
-    remove: Callable[[], None] | None = field(default=None)
-
-
 class TunedBackbone:
     """The backbone weights that belong to an adapter, on a model.
 
@@ -167,7 +160,8 @@ class TunedBackbone:
         self.is_low_rank, self.merge = lora is not None, merge
         self.enabled = False
         self._merged: list[Merged] = []
-        self._beside: list[_Put] = []
+        self.beside: list[Beside] = []
+        """What lies beside layers, and costs something of its own."""
 
     def put_on(self) -> None:
         """Look where everything goes on the model as it is now, and put it there.
@@ -176,7 +170,7 @@ class TunedBackbone:
             ValueError: If the weights don't fit the model, or can't be put on it as it is. Nothing
                 has changed then.
         """
-        self._merged, self._beside = [], []
+        self._merged, self.beside = [], []
         if self.is_low_rank:
             self._read_low_rank()
         elif self.weights:
@@ -199,7 +193,7 @@ class TunedBackbone:
             if merge and isinstance(layer, nn.Linear) and _is_mergeable(place):
                 self._merged.append(Merged([place], [change]))
             else:
-                self._beside.append(_Put(Beside(layer, change, path)))
+                self.beside.append(Beside(layer, change, path))
 
     def _read_whole(self) -> None:
         places, weights = own_parameters(self.model), self.weights
@@ -235,7 +229,7 @@ class TunedBackbone:
     def _touched(self) -> set[str]:
         """Paths of all layers that hold something of ours."""
         merged = {entry.places[0].path.rpartition(".")[0] for entry in self._merged}
-        return merged | {put.beside.path for put in self._beside}
+        return merged | {beside.path for beside in self.beside}
 
     def _attentions(self) -> Iterator[tuple[nn.Module, str]]:
         """Modules above our layers whose projections may be fused, and their paths."""
@@ -280,8 +274,9 @@ class TunedBackbone:
         try:
             for entry in self._merged:
                 _exchange(entry, over.get(id(entry.layer), []), enabled, undo)
-            for put in self._beside:
-                _hook(put, enabled, undo)
+            for beside in self.beside:
+                undo.add(partial(_unhook if enabled else _hook, beside))
+                (_hook if enabled else _unhook)(beside)
         except BaseException:
             undo.run()
             raise
@@ -297,7 +292,7 @@ class TunedBackbone:
             RuntimeError: As `enable`. Nothing has changed then.
         """
         self.enable(False)
-        self._merged, self._beside = [], []
+        self._merged, self.beside = [], []
 
     def _check_reachable(self) -> None:
         for entry in self._merged:
@@ -307,7 +302,13 @@ class TunedBackbone:
                     raise RuntimeError(f"the adapter's weights can't be put on: {why}. {ADVICE}")
 
     def _check_untouched(self, over: Mapping[int, list[Any]]) -> None:
-        """Raise unless the tuned weights still stand where they were put."""
+        """Raise unless the tuned weights still stand where they were put, and only there."""
+        for attention, path in self._attentions() if self._merged else ():
+            if projections_are_fused(attention):
+                raise RuntimeError(
+                    f"the projections of {path} were fused while the adapter's weights were on "
+                    "them, so that they hold copies of these: call unfuse_qkv_projections() first."
+                )
         for entry in self._merged:
             why = _changed(entry, over.get(id(entry.layer), []))
             if why is not None:
@@ -369,11 +370,6 @@ class TunedBackbone:
     def is_merged(self) -> bool:
         """Whether weights of the model are replaced."""
         return bool(self._merged)
-
-    @property
-    def beside(self) -> list[Beside]:
-        """What lies beside layers, and costs something of its own."""
-        return [put.beside for put in self._beside]
 
 
 def low_ranks(weights: Mapping[str, Tensor]) -> dict[str, LowRank]:
@@ -513,17 +509,10 @@ def _changed(entry: Merged, layers: list[Any]) -> str | None:
     return None
 
 
-def _hook(put: _Put, enabled: bool, undo: Undo) -> None:
-    if enabled:
-        undo.add(partial(_unhook, put))
-        handle = put.beside.layer.register_forward_hook(put.beside, with_kwargs=True)
-        put.remove = handle.remove
-    else:
-        undo.add(partial(_hook, put, True, Undo()))
-        _unhook(put)
+def _hook(beside: Beside) -> None:
+    _unhook(beside)  # where taking it off broke off after all
+    beside.layer.register_forward_hook(beside, with_kwargs=True)
 
 
-def _unhook(put: _Put) -> None:
-    if put.remove is not None:
-        put.remove()
-        put.remove = None
+def _unhook(beside: Beside) -> None:
+    unhook(beside.layer, beside)

@@ -81,8 +81,9 @@ class Turns:
     def is_mine(self) -> bool:
         """Whether this thread's forward has the turn; not so if it was refused."""
         holder = self._holder
-        me = threading.current_thread()
-        return holder is not None and holder.what == "forward" and holder.thread is me
+        if holder is None or holder.what != "forward":
+            return False
+        return holder.thread is threading.current_thread() and self._calls(sys._getframe()) <= 1
 
     def end_forward(self) -> None:
         """Give the turn back."""
