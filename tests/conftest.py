@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 # Tiny models are about ten times faster on one thread than on many. Torch reads OMP_NUM_THREADS by
 # itself: whoever sets it gets as many.
-if "OMP_NUM_THREADS" not in os.environ:
+if not os.environ.get("OMP_NUM_THREADS"):
     torch.set_num_threads(1)
 
 # Without a GPU Triton's kernels run in its interpreter, if that is known when triton is imported.
