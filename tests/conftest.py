@@ -1,20 +1,35 @@
-"""Settings of all tests."""
+"""Settings of all tests: no result may depend on the processor, its cores or how busy it is."""
 
 import os
 
-# On Intel processors MKL's last bits depend on where an array lies, unless it is told otherwise:
-# tests that compare to the bit would fail by chance. It is read at the first product.
+# Tests ask for equal bits of the same operation on the same shapes alone. On Intel processors MKL
+# keeps even that only if told so: otherwise its last bits depend on where an array lies in memory.
+# It is read at the first product; other processors and libraries need nothing of the kind.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# Tiny models are about ten times faster on one thread than on many.
-torch.set_num_threads(1)
+# Tiny models are about ten times faster on one thread than on many. Torch reads OMP_NUM_THREADS by
+# itself: whoever sets it gets as many.
+if not os.environ.get("OMP_NUM_THREADS"):
+    torch.set_num_threads(1)
 
 # Without a GPU Triton's kernels run in its interpreter, if that is known when triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("shiva_dit", deadline=None, print_blob=True)
+# No deadline, and no complaint that examples are drawn slowly: both depend on what else runs.
+settings.register_profile(
+    "shiva_dit", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("shiva_dit")
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Commands set the number of threads of their process, which is that of the next test too."""
+    torch.set_num_threads(THREADS)

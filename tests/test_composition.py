@@ -645,8 +645,8 @@ def test_saving_while_applied(tmp_path: Path) -> None:
     assert torch.equal(tiny.run(twin, tiny.inputs()), case.pruned)
 
 
-def _sharded(rank: int, folder: str, first: bool) -> None:
-    torch.set_num_threads(1)
+def _sharded(rank: int, folder: str, first: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
@@ -668,7 +668,8 @@ def _sharded(rank: int, folder: str, first: bool) -> None:
 @cells("FSDP2, two processes", "works", "as one process, to the bit", order=True)
 def test_fsdp2(first: bool, tmp_path: Path) -> None:
     case = Case()
-    torch.multiprocessing.spawn(_sharded, args=(str(tmp_path), first), nprocs=2)
+    given = str(tmp_path), first, torch.get_num_threads()
+    torch.multiprocessing.spawn(_sharded, args=given, nprocs=2)
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), case.pruned)
         assert torch.equal(torch.load(tmp_path / f"{rank}-bare.pt"), case.bare)

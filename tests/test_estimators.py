@@ -138,8 +138,9 @@ def test_paper_estimator_is_the_closed_form(truth: Truth):
     d, ds, dk, dx, _ = run_paper(truth, gate_input)
     expected = paper_inclusion_gradient(truth)
     expected_ds, expected_dk = closed_form(expected, truth.scores, K + 0.3)
-    assert torch.equal(d, expected)  # the same sums by the same kernels
-    # Rounding of float64: D up to 30, slopes up to 1 / (4 tau) = 1.25 and 1 / (4 tau N).
+    # Rounding of float64: D up to 30, sums of all tokens or of the chosen ones; slopes up to
+    # 1 / (4 tau) = 1.25 and 1 / (4 tau N).
+    assert (d - expected).abs().max() <= 1e-13
     assert (ds - expected_ds).abs().max() <= 1e-13
     assert (dk - expected_dk).abs() <= 1e-13
     assert torch.equal(dx, truth.grad_x)  # the gate costs the backbone nothing

@@ -6,6 +6,8 @@ Without a GPU they run in Triton's interpreter, which rounds to bfloat16 by cutt
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -322,22 +324,36 @@ def in_double(module: TokenScorer, x: Tensor, condition: Tensor) -> Tensor:
     return (h * wide["score.weight"][0]).sum(-1)
 
 
+@contextmanager
+def counted_kernel() -> Iterator[list[None]]:
+    """Within: one entry for each time that the router's kernel runs."""
+    runs: list[None] = []
+    kernel = router_kernel.router_scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            router_kernel, "router_scores", lambda *a, **o: runs.append(None) or kernel(*a, **o)
+        )
+        yield runs
+
+
 def errors(module: TokenScorer, x: Tensor, condition: Tensor) -> tuple[float, float]:
     """Root mean squares of the kernel's and of the plain version's error against float64."""
     truth = in_double(module, x, condition)
     plain = module(x, condition)
-    with kernels.use("router_scores"):
+    with kernels.use("router_scores"), counted_kernel() as runs:
         found = module(x, condition)
     assert found.dtype == torch.float32
-    assert not torch.equal(found, plain)  # the kernel did run: it rounds otherwise
+    assert len(runs) == 1
     return float((found - truth).square().mean().sqrt()), float(
         (plain - truth).square().mean().sqrt()
     )
 
 
-# No worse than twice the plain version's own error against float64. Cutting off bits instead of
-# rounding doubles the interpreter's error in bfloat16, and biases it: 4 times.
-SLACK = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if DEVICE == "cuda" else 4.0}
+# No worse than a few times the plain version's own error against float64. In float32 both sum in
+# the order of a matrix product, which is another on every processor: measured 0.7 to 1.4 times with
+# SSE, AVX2 and AVX-512. In 16 bits the rounding of products is the same for both: twice. Cutting
+# off bits instead of rounding doubles the interpreter's error in bfloat16, and biases it: 4 times.
+SLACK = {torch.float32: 3.0, torch.float16: 2.0, torch.bfloat16: 2.0 if DEVICE == "cuda" else 4.0}
 
 
 @pytest.mark.parametrize("dtype", SINGLES)
@@ -350,20 +366,23 @@ def test_router_scores_err_as_little_as_the_plain_version(dtype, normalize, widt
     assert found <= SLACK[dtype] * plain
 
 
+# Of float32 in scores of about 4. Measured 4e-7 to 1e-6 with SSE, AVX2 and AVX-512.
+ROUNDING = 4e-6
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 17, 100, 257])
 def test_router_scores_of_any_number_of_tokens(num_tokens: int):
     module = scorer(24, 8, normalize=True)
     x, condition = normal(3, num_tokens, 24), normal(3, 8, seed=1)
     with kernels.use("router_scores"):
         found = module(x, condition)
-    # Measured 1e-6: rounding of float32.
-    assert (found - in_double(module, x, condition)).abs().max() <= 4e-6
+    assert (found - in_double(module, x, condition)).abs().max() <= ROUNDING
 
 
 def test_router_scores_with_as_many_hidden_units_as_fit():
     module = scorer(40, 256, normalize=True)
     found, plain = errors(module, normal(1, 17, 40), normal(1, 256, seed=1))
-    assert found <= 2.0 * plain
+    assert found <= SLACK[torch.float32] * plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -379,7 +398,7 @@ def test_router_scores_of_tokens_far_from_normal(dtype: torch.dtype, kind: str):
         x[..., 7] = 2000.0
     module, condition = scorer(300, 8, normalize=True), normal(2, 8, seed=1)
     found, plain = errors(module, x.clamp(-6e4, 6e4).to(dtype), condition)
-    assert found <= 2.0 * plain
+    assert found <= SLACK[dtype] * plain
 
 
 def test_the_worst_shift_costs_what_was_derived():
@@ -396,9 +415,12 @@ def test_router_scores_of_a_slice_and_of_half_a_batch():
     module, condition = scorer(24, 8, normalize=True), normal(4, 8, seed=1)
     x = normal(4, 30, 48)[:, 5:, ::2]
     with kernels.use("router_scores"):
-        found = module(x, condition)
-        assert torch.equal(module(x[2:], condition[2:]), found[2:])
-    assert (found - in_double(module, x, condition)).abs().max() <= 4e-6  # as above
+        found, half = module(x, condition), module(x[2:], condition[2:])
+    truth = in_double(module, x, condition)
+    # The half's rows lie elsewhere in their tiles, and a matrix product's sums may differ by place:
+    # each is as near to the truth as any scores, neither promises the other's bits.
+    assert (found - truth).abs().max() <= ROUNDING
+    assert (half - truth[2:]).abs().max() <= ROUNDING
 
 
 def test_the_router_trains_with_torch_code():
@@ -521,7 +543,8 @@ def test_a_model_gives_the_same_with_all_kernels(rejected):
         assert torch.equal(tiny.run(model, inputs), plain)
     with kernels.use(*kernels.NAMES):
         found = tiny.run(model, inputs)
-    # The scores differ in the last digits, and their order doesn't: measured equal on a CPU.
+    # The scores differ in the last digits, some 1e-6 of the largest, and the tokens don't: at every
+    # border two scores differ by 3e-4 of it at least (measured).
     assert (found - plain).abs().max() <= 1e-5
 
 

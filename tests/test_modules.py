@@ -93,7 +93,8 @@ def test_adjacent_blocks_share_weights_and_the_layer_embedding_tells_them_apart(
     assert (first - second).abs().max() > 1e-2
     with torch.no_grad():
         router.layer_embedding.weight[3] = router.layer_embedding.weight[2]
-    assert torch.equal(run_router(router, 2), run_router(router, 3))
+    # The two rows of a product of equal rows: rounding of float32.
+    assert (run_router(router, 2) - run_router(router, 3)).abs().max() <= 1e-5
 
 
 def test_each_group_count_maps_every_block_to_its_own_share():
@@ -408,6 +409,7 @@ def test_the_condition_is_the_same_under_autocast():
 
 
 def test_scores_stay_in_float32_under_autocast():
+    torch.manual_seed(0)
     router = ShivaRouter(32, 16, 12, num_blocks=4, num_groups=2, hidden=8)
     generator = torch.Generator().manual_seed(0)
     x, time, context = (
@@ -416,5 +418,5 @@ def test_scores_stay_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = router(x.bfloat16(), router.condition(time, context)[1], 1)
     assert scores.dtype == torch.float32
-    # Rounded to bfloat16 they would take few values; float32 keeps all 128 apart.
-    assert len(scores.detach().unique()) == scores.numel()
+    # One score in 2^16 is a number of bfloat16 by chance, and all would be that were rounded to it.
+    assert (scores != scores.bfloat16()).double().mean() > 0.95

@@ -122,7 +122,7 @@ def test_a_diffusion_schedule_is_the_schedulers_own(kind: str) -> None:
     scheduler = CogVideoXDDIMScheduler(prediction_type=kind)
     path = path_of(MODELS["CogVideoXTransformer3DModel"], scheduler)
     assert isinstance(path, Diffusion)
-    clean, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    clean, noise = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.3, 1.0])
     steps = path.timestep(t)
     assert steps.tolist() == [300.0, 999.0]

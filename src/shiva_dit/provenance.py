@@ -82,7 +82,7 @@ def _git(*arguments: str) -> str | None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=10,
+            timeout=60,  # it takes milliseconds, save where the machine or its disk is busy
         )
     except (OSError, subprocess.SubprocessError):
         return None
