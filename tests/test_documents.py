@@ -142,9 +142,8 @@ def messages() -> tuple[str, ...]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(plain(node.value))
         elif isinstance(node, ast.JoinedStr):
-            parts = [str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "\0"
-                     for part in node.values]  # fmt: skip
-            found.append(plain("".join(parts)))
+            parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
+            found.append(plain("".join(map(str, parts))))
     return tuple(found)
 
 
@@ -184,8 +183,10 @@ def neighbours() -> tuple[Any, ...]:
 
 def has(value: Any, name: str) -> bool:
     """Whether an object, or an instance of a class, has an attribute."""
-    if name in getattr(value, "__dataclass_fields__", ()) or member(value, name) is not None:
+    if hasattr(value, name) or name in getattr(value, "__dataclass_fields__", ()):
         return True
+    if inspect.ismodule(value):
+        return member(value, name) is not None
     if not inspect.isclass(value) or not value.__module__.startswith("shiva_dit"):
         return False
     tree = ast.parse(textwrap.dedent(inspect.getsource(value)))
