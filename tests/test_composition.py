@@ -1,8 +1,8 @@
 """The adapter beside everything else that users put on a model; docs/composition.md is made here.
 
 A cell says "works" where a test holds a value against one made without the neighbour or without
-the adapter, and "refused" where a test sees a clear error. `python -m tests.test_composition`
-writes the table.
+the adapter, and "refused" where a test sees a clear error: for each kind of backbone that an
+adapter may bring along. `python -m tests.test_composition` writes the table.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
     FirstBlockCacheConfig,
     FluxControlNetModel,
@@ -29,41 +30,63 @@ from diffusers import (
 from diffusers.hooks import FasterCacheConfig
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 import shiva_dit
 from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.backbone import PEFT_NAME, backbone_weights
+from shiva_dit.models.backbone import add_lora as add_adapters_lora
 from shiva_dit.report import markdown_rows
 from tests import families, tiny
 from tests.test_pipelines import Flux
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "composition.md"
 COUNTS = [[64, 5, 30, 17], [64, 33, 2, 48], [64, 63, 20, 9]]
-Outcome = Literal["works", "refused"]
+Kind = Literal["frozen", "lora", "dora", "full"]
+KINDS: tuple[Kind, ...] = ("frozen", "lora", "dora", "full")
+Outcome = Literal["works", "refused", "works; can't be removed"]
 When = Literal["before", "after", "beside"]
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+several_families = pytest.mark.parametrize("family", ["sd3", "flux", "wan"])
 
 
 @dataclass(frozen=True)
 class Cell:
     what: str
     when: When
+    kind: Kind
     outcome: Outcome
     check: str
 
 
 CELLS: list[Cell] = []
+Outcomes = Outcome | Mapping[Kind | tuple[Kind, When], Outcome]
 
 
 def cells(
-    what: str, outcome: Outcome, check: str, *, order: bool = False
+    what: str, outcomes: Outcomes, check: str, *, order: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Note what a test shows; with `order` it takes `first`: whether the neighbour comes first."""
+    """Note what a test shows; with `order` it takes `first`: whether the neighbour comes first.
+
+    Args:
+        what: The neighbour.
+        outcomes: For all kinds of backbones, or what differs from "works", by kind, or by kind and
+            order.
+        check: How it is known.
+        order: Whether it matters which came first.
+    """
 
     def note(test: Callable[..., None]) -> Callable[..., None]:
         for when in ("before", "after") if order else ("beside",):
-            CELLS.append(Cell(what, when, outcome, check))  # type: ignore[arg-type]
+            for kind in KINDS:
+                outcome: Any = outcomes
+                if not isinstance(outcomes, str):
+                    found: Any = outcomes
+                    outcome = found.get((kind, when), found.get(kind, "works"))
+                CELLS.append(Cell(what, when, kind, outcome, check))  # type: ignore[arg-type]
         if not order:
             return test
         return pytest.mark.parametrize("first", [True, False], ids=["before", "after"])(test)
@@ -71,8 +94,32 @@ def cells(
     return note
 
 
-def adapter(model: Any, **options: Any) -> shiva_dit.ShivaAdapter:
-    return tiny.adapter(model, tiny.from_counts(COUNTS), **options)
+@cache
+def tuned(family: str, kind: Kind) -> dict[str, Tensor]:
+    """Weights of a backbone that was tuned in this way."""
+    model = families.made(family)
+    if kind == "full":
+        for parameter, other in zip(model.parameters(), _other(family), strict=True):
+            parameter.data = parameter.data + 0.3 * (other - parameter.data)
+    elif kind != "frozen":
+        add_adapters_lora(model, {"r": 3, "lora_alpha": 3, "use_dora": kind == "dora"})
+        tiny.fill_lora(model, PEFT_NAME, seed=7)
+    return backbone_weights(model, kind)
+
+
+def _other(family: str) -> list[Tensor]:
+    model = families.made(family)
+    tiny.randomize(model, seed=7)
+    return [parameter.data for parameter in model.parameters()]
+
+
+def adapter(
+    model: Any, kind: Kind = "frozen", family: str = "sd3", **options: Any
+) -> shiva_dit.ShivaAdapter:
+    schedule = families.schedule(model, COUNTS)
+    made = tiny.adapter(model, schedule, backbone=kind, lora_rank=3, **options)
+    made.backbone_weights = {name: each.clone() for name, each in tuned(family, kind).items()}
+    return made
 
 
 def both(first: bool, put: Callable[[], object], apply: Callable[[], object]) -> None:
@@ -93,21 +140,32 @@ def selected(model: Any, run: Callable[[], object]) -> list[Tensor]:
 
 
 class Case:
-    """A tiny SD3 and what it gives bare and pruned, with nothing else on it."""
+    """A tiny model and what it gives bare and pruned, with nothing else on it."""
 
-    def __init__(self) -> None:
-        self.model: Any = tiny.sd3()
-        self.made = adapter(self.model)
+    def __init__(self, kind: Kind = "frozen", family: str = "sd3", **options: Any) -> None:
+        self.kind, self.family = kind, family
+        self.model: Any = families.made(family)
+        self.made = adapter(self.model, kind, family, **options)
         self.bare = self.run()
         self.apply()
         self.pruned = self.run()
         shiva_dit.remove(self.model)
 
-    def apply(self) -> None:
-        shiva_dit.apply(self.model, self.made)
+    def apply(self, **options: Any) -> None:
+        shiva_dit.apply(self.model, self.made, **options)
 
     def run(self, **options: Any) -> Tensor:
-        return tiny.run(self.model, {**tiny.inputs(), **options})
+        with torch.no_grad():
+            return families.run(self.model, {**families.arguments(self.family), **options})
+
+    def run_tuned(self, **options: Any) -> Tensor:
+        """The dense model with the adapter's weights."""
+        attachment = attachment_of(self.model)
+        assert attachment is not None
+        attachment.enabled = False
+        found = self.run(**options)
+        attachment.enabled = True
+        return found
 
 
 def near(found: Tensor, expected: Tensor, bound: float) -> bool:
@@ -117,25 +175,34 @@ def near(found: Tensor, expected: Tensor, bound: float) -> bool:
 # --- LoRA ---------------------------------------------------------------------------------------
 
 
-def add_lora(model: Any, name: str, seed: int) -> None:
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), adapter_name=name)
-    tiny.fill_lora(model, name, seed)
+def add_lora(model: Any, name: str, seed: int, kind: Any = LoraConfig, **options: Any) -> None:
+    options = options or {"r": 2}
+    model.add_adapter(kind(target_modules=["to_q", "to_v"], **options), adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}" in key:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def with_lora(*names: str) -> tuple[Tensor, Tensor]:
+def with_lora(kind: Kind, family: str, *names: str) -> tuple[Tensor, Tensor]:
     """Bare and pruned results of a model whose LoRAs were there before all."""
-    model: Any = tiny.sd3()
+    model: Any = families.made(family)
+    made, given = adapter(model, kind, family), families.arguments(family)
     for seed, name in enumerate(names):
         add_lora(model, name, seed=11 + seed)
     model.set_adapter(list(names))
-    bare = tiny.run(model, tiny.inputs())
-    shiva_dit.apply(model, adapter(model))
-    return bare, tiny.run(model, tiny.inputs())
+    with torch.no_grad():
+        bare = families.run(model, given)
+        shiva_dit.apply(model, made)
+        return bare, families.run(model, given)
 
 
+@kinds
+@several_families
 @cells("LoRA", "works", "as with the LoRA there from the start, to the bit", order=True)
-def test_a_lora_in_either_order(first: bool) -> None:
-    case, (bare, pruned) = Case(), with_lora("mine")
+def test_a_lora_in_either_order(first: bool, family: str, kind: Kind) -> None:
+    case, (bare, pruned) = Case(kind, family), with_lora(kind, family, "mine")
     both(first, lambda: add_lora(case.model, "mine", seed=11), case.apply)
     assert torch.equal(case.run(), pruned)
     assert not torch.equal(pruned, case.pruned)
@@ -143,9 +210,11 @@ def test_a_lora_in_either_order(first: bool) -> None:
     assert torch.equal(case.run(), bare)
 
 
+@kinds
 @cells("Several LoRAs, one swapped for another", "works", "as with the other from the start")
-def test_loras_are_swapped_while_applied() -> None:
-    case, (_, two), (_, second) = Case(), with_lora("mine", "other"), with_lora("other")
+def test_loras_are_swapped_while_applied(kind: Kind) -> None:
+    case, (_, two) = Case(kind), with_lora(kind, "sd3", "mine", "other")
+    _, second = with_lora(kind, "sd3", "other")
     add_lora(case.model, "mine", seed=11)
     case.apply()
     add_lora(case.model, "other", seed=12)
@@ -156,14 +225,16 @@ def test_loras_are_swapped_while_applied() -> None:
     assert torch.equal(case.run(), second)
 
 
+@kinds
 @cells("LoRA, hot-swapped in place", "works", "as with the other from the start, to the bit")
-def test_a_lora_is_hot_swapped_while_applied(tmp_path: Path) -> None:
-    case, (bare, pruned) = Case(), with_lora("mine")
-    donor: Any = tiny.sd3()
+def test_a_lora_is_hot_swapped_while_applied(kind: Kind, tmp_path: Path) -> None:
+    case, (bare, pruned) = Case(kind), with_lora(kind, "sd3", "mine")
+    donor: Any = families.made("sd3")
     add_lora(donor, "mine", seed=11)
     donor.save_lora_adapter(tmp_path, adapter_name="mine")
-    add_lora(case.model, "mine", seed=12)
     case.apply()
+    case.model.enable_lora_hotswap(target_rank=2)
+    add_lora(case.model, "mine", seed=12)
     assert not torch.equal(case.run(), pruned)
     case.model.load_lora_adapter(
         tmp_path,
@@ -177,17 +248,107 @@ def test_a_lora_is_hot_swapped_while_applied(tmp_path: Path) -> None:
     assert torch.equal(case.run(), bare)
 
 
+@kinds
+@several_families
 @cells("LoRA, fused and unfused again", "works", "fused as unfused, within 1e-5", order=True)
-def test_a_fused_lora(first: bool) -> None:
-    case, (bare, pruned) = Case(), with_lora("mine")
+def test_a_fused_lora(first: bool, family: str, kind: Kind) -> None:
+    case, (bare, pruned) = Case(kind, family), with_lora(kind, family, "mine")
     add_lora(case.model, "mine", seed=11)
     both(first, case.model.fuse_lora, case.apply)
-    assert near(case.run(), pruned, 1e-5)  # fused weights round otherwise; same tokens
+    # Fused weights round otherwise; chosen tokens are the same.
+    assert near(case.run(), pruned, 1e-5)
+    with shiva_dit.disabled(case.model):
+        assert near(case.run(), bare, 1e-5)
     shiva_dit.remove(case.model)
     assert near(case.run(), bare, 1e-5)
     case.apply()
     case.model.unfuse_lora()
     assert near(case.run(), pruned, 1e-5)
+    shiva_dit.remove(case.model)
+    assert near(case.run(), bare, 1e-5)
+
+
+@kinds
+@cells(
+    "LoRA, fused and then unloaded",
+    dict.fromkeys(("lora", "dora", "full"), "works; can't be removed"),
+    "as before it was unloaded, to the bit; `remove` then a RuntimeError",
+)
+def test_a_fused_and_unloaded_lora(kind: Kind) -> None:
+    case, (bare, pruned) = Case(kind), with_lora(kind, "sd3", "mine")
+    case.apply()
+    add_lora(case.model, "mine", seed=11)
+    case.model.fuse_lora()
+    fused = case.run()
+    case.model.unload_lora()
+    assert torch.equal(case.run(), fused)
+    assert near(fused, pruned, 1e-5)
+    if kind == "frozen":
+        shiva_dit.remove(case.model)
+        assert near(case.run(), bare, 1e-5)
+        return
+    with pytest.raises(RuntimeError, match=r"can't be given back.*unloaded"):
+        shiva_dit.remove(case.model)
+    assert torch.equal(case.run(), fused)
+
+
+OTHERS: dict[Any, dict[str, Any]] = {
+    LoHaConfig: {"r": 2},
+    LoKrConfig: {"r": 2},
+    OFTConfig: {"oft_block_size": 4, "r": 0},
+}
+
+
+@kinds
+@pytest.mark.parametrize("other", OTHERS)
+@cells("LoHa, LoKr and OFT of PEFT", "works", "either order alike; theirs stays", order=True)
+def test_other_adapters_of_peft(first: bool, other: Any, kind: Kind) -> None:
+    case, late = Case(kind), Case(kind)
+
+    def put(model: Any) -> None:
+        add_lora(model, "mine", 11, other, **OTHERS[other])
+
+    put(late.model)
+    bare = late.run()
+    late.apply()
+    both(first, lambda: put(case.model), case.apply)
+    assert torch.equal(case.run(), late.run())
+    assert not near(case.run(), case.pruned, 1e-3)
+    shiva_dit.remove(case.model)
+    assert torch.equal(case.run(), bare)
+
+
+@kinds
+@several_families
+@cells(
+    "fuse_qkv_projections",
+    {"lora": "refused", "dora": "refused", "full": "refused"},
+    "as unfused, within 1e-5; or an error before the next image",
+    order=True,
+)
+def test_fused_projections(first: bool, family: str, kind: Kind) -> None:
+    case = Case(kind, family)
+    if kind == "frozen":
+        both(first, case.model.fuse_qkv_projections, case.apply)
+        assert near(case.run(), case.pruned, 1e-5)
+        shiva_dit.remove(case.model)
+        assert near(case.run(), case.bare, 1e-5)
+        return
+    if first:
+        case.model.fuse_qkv_projections()
+        with pytest.raises(ValueError, match="fused"):
+            case.apply()
+        assert near(case.run(), case.bare, 1e-5)
+        return
+    case.apply()
+    case.model.fuse_qkv_projections()
+    for act in (case.run, lambda: shiva_dit.remove(case.model)):
+        with pytest.raises(RuntimeError, match=r"fused.*unfuse_qkv_projections\(\) first"):
+            act()
+    case.model.unfuse_qkv_projections()
+    assert torch.equal(case.run(), case.pruned)
+    shiva_dit.remove(case.model)
+    assert torch.equal(case.run(), case.bare)
 
 
 # --- further inputs -----------------------------------------------------------------------------
@@ -202,181 +363,217 @@ def permuted(model: Any, run: Callable[[], Tensor], monkeypatch: pytest.MonkeyPa
     return result
 
 
-@cells("ControlNet (SD3)", "works", "ratio 1 to the bit; all tokens in random order within 2e-6")
-def test_a_controlnet_on_sd3(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case()
+FURTHER = "ratio 1 to the bit as the dense model with the adapter's weights; random order: 2e-6"
+
+
+def further_inputs(case: Case, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments reach the blocks with an adapter on as they do without."""
+    bare = case.run(**given)
+    assert not near(bare, case.bare, 1e-3)
+    assert near(permuted(case.model, lambda: case.run(**given), monkeypatch), bare, 2e-6)
+    case.apply(keep_ratio=1.0)
+    assert torch.equal(case.run(**given), case.run_tuned(**given))
+    assert torch.equal(case.run(**given), bare) == (case.kind == "frozen")
+    case.apply()
+    assert not near(case.run(**given), case.pruned, 1e-3)
+    shiva_dit.remove(case.model)
+    assert torch.equal(case.run(**given), bare)
+
+
+@kinds
+@cells("ControlNet (SD3)", "works", FURTHER)
+def test_a_controlnet_on_sd3(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(kind)
     net = SD3ControlNetModel.from_transformer(
         case.model, num_layers=2, num_extra_conditioning_channels=0
     )
     tiny.randomize(net, seed=21)
-    condition = torch.randn(2, tiny.CHANNELS, 16, 16, generator=torch.Generator().manual_seed(2))
+    given = families.arguments("sd3")
+    condition = torch.randn_like(given["hidden_states"])
     with torch.no_grad():
         (residuals,) = net.eval()(
-            **tiny.inputs(), controlnet_cond=condition, conditioning_scale=2.0, return_dict=False
+            **given, controlnet_cond=condition, conditioning_scale=2.0, return_dict=False
         )
-    given = {"block_controlnet_hidden_states": residuals}
-    bare = case.run(**given)
-    assert not near(bare, case.bare, 1e-2)
-    assert near(permuted(case.model, lambda: case.run(**given), monkeypatch), bare, 2e-6)
-    shiva_dit.apply(case.model, case.made, keep_ratio=1.0)
-    assert torch.equal(case.run(**given), bare)
-    case.apply()
-    assert not near(case.run(**given), case.pruned, 1e-2)
+    further_inputs(case, {"block_controlnet_hidden_states": residuals}, monkeypatch)
 
 
-@cells("ControlNet (Flux)", "works", "ratio 1 to the bit; all tokens in random order within 2e-6")
-def test_a_controlnet_on_flux(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, given = families.made("flux"), families.arguments("flux")
+@kinds
+@cells("ControlNet (Flux)", "works", FURTHER)
+def test_a_controlnet_on_flux(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, given = Case(kind, "flux"), families.arguments("flux")
     net = FluxControlNetModel.from_transformer(
-        model, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+        case.model, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
     )
     tiny.randomize(net, seed=21)
     condition = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         double, single = net.eval()(**given, controlnet_cond=condition, return_dict=False)
-        further = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
-
-        def run() -> Tensor:
-            return families.run(model, {**given, **further})
-
-        bare = run()
-        assert not near(bare, families.run(model, given), 1e-2)
-        assert near(permuted(model, run, monkeypatch), bare, 2e-6)
-        shiva_dit.apply(model, tiny.adapter(model), keep_ratio=1.0)
-        assert torch.equal(run(), bare)
+    further_inputs(
+        case,
+        {"controlnet_block_samples": double, "controlnet_single_block_samples": single},
+        monkeypatch,
+    )
 
 
-@cells("IP-Adapter (SD3)", "works", "ratio 1 to the bit; all tokens in random order within 2e-6")
-def test_an_ip_adapter_on_sd3(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case()
+@kinds
+@cells("IP-Adapter (SD3)", "works", FURTHER)
+def test_an_ip_adapter_on_sd3(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(kind)
+    width = case.model.inner_dim
     processors = {}
     for name in case.model.attn_processors:
         made = SD3IPAdapterJointAttnProcessor2_0(
-            hidden_size=32, ip_hidden_states_dim=12, head_dim=8, timesteps_emb_dim=10, scale=1.0
+            hidden_size=width,
+            ip_hidden_states_dim=12,
+            head_dim=case.model.config.attention_head_dim,
+            timesteps_emb_dim=10,
+            scale=1.0,
         )
         tiny.randomize(made, seed=5)
         processors[name] = made
     case.model.set_attn_processor(processors)
     draw = torch.Generator().manual_seed(4)
-    given = {
-        "joint_attention_kwargs": {
-            "ip_hidden_states": torch.randn(2, 5, 12, generator=draw),
-            "temb": torch.randn(2, 10, generator=draw),
-        }
+    image = {
+        "ip_hidden_states": torch.randn(2, 5, 12, generator=draw),
+        "temb": torch.randn(2, 10, generator=draw),
     }
-    bare = case.run(**given)
-    assert not near(bare, case.bare, 1e-3)
-    assert near(permuted(case.model, lambda: case.run(**given), monkeypatch), bare, 2e-6)
-    shiva_dit.apply(case.model, case.made, keep_ratio=1.0)
-    assert torch.equal(case.run(**given), bare)
-    case.apply()
-    assert not near(case.run(**given), case.pruned, 1e-3)
+    further_inputs(case, {"joint_attention_kwargs": image}, monkeypatch)
 
 
-@cells("IP-Adapter (Flux)", "works", "ratio 1 to the bit; all tokens in random order within 2e-6")
-def test_an_ip_adapter_on_flux(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, given = families.made("flux"), families.arguments("flux")
-    processors = dict(model.attn_processors)
+@kinds
+@cells("IP-Adapter (Flux)", "works", FURTHER)
+def test_an_ip_adapter_on_flux(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(kind, "flux")
+    processors = dict(case.model.attn_processors)
     for name in processors:
         if name.startswith("transformer_blocks"):
             made = FluxIPAdapterAttnProcessor(32, 12, num_tokens=(5,))
             tiny.randomize(made, seed=5)
             processors[name] = made
-    plain = families.run(model, given).detach()
-    model.set_attn_processor(processors)
+    case.model.set_attn_processor(processors)
     image = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(4))
-    given["joint_attention_kwargs"] = {"ip_hidden_states": [image]}
-    with torch.no_grad():
-        bare = families.run(model, given)
-        assert not near(bare, plain, 1e-3)
-        result = permuted(model, lambda: families.run(model, given), monkeypatch)
-        assert near(result, bare, 2e-6)
-        shiva_dit.apply(model, tiny.adapter(model), keep_ratio=1.0)
-        assert torch.equal(families.run(model, given), bare)
+    further_inputs(case, {"joint_attention_kwargs": {"ip_hidden_states": [image]}}, monkeypatch)
 
 
 # --- memory and numbers -------------------------------------------------------------------------
 
 
-def offload(kind: str, pipe: Any) -> None:
+def offload(kind: str, model: Any) -> None:
     cpu = torch.device("cpu")
     if kind == "model":
-        pipe.enable_model_cpu_offload(device="cpu")
+        cpu_offload_with_hook(model, cpu)
     elif kind == "sequential":
-        cpu_offload(pipe.transformer, cpu, offload_buffers=True)
+        cpu_offload(model, cpu, offload_buffers=True)
     elif kind == "blocks":
-        pipe.transformer.enable_group_offload(cpu, cpu, "block_level", num_blocks_per_group=1)
+        model.enable_group_offload(cpu, cpu, "block_level", num_blocks_per_group=1)
     else:
-        pipe.transformer.enable_group_offload(cpu, cpu, "leaf_level")
+        model.enable_group_offload(cpu, cpu, "leaf_level")
 
 
-@cells("Model offload", "works", "the same images, to the bit, twice", order=True)
-def test_model_offload(first: bool) -> None:
-    _offloaded("model", first)
+SAME = "the same, to the bit, twice; after `remove` the bare model's, to the bit"
 
 
-@cells("Sequential offload", "works", "the same images, to the bit, twice", order=True)
-def test_sequential_offload(first: bool) -> None:
-    _offloaded("sequential", first)
+@kinds
+@several_families
+@cells("Model offload", "works", SAME, order=True)
+def test_model_offload(first: bool, family: str, kind: Kind) -> None:
+    _offloaded("model", first, family, kind)
 
 
-@cells("Group offload, by blocks", "works", "the same images, to the bit, twice", order=True)
-def test_group_offload_by_blocks(first: bool) -> None:
-    _offloaded("blocks", first)
+@kinds
+@pytest.mark.parametrize("family", ["sd3", "flux", "wan", "ltx", "pixart-sigma", "allegro"])
+@cells("Sequential offload", "works", SAME, order=True)
+def test_sequential_offload(first: bool, family: str, kind: Kind) -> None:
+    """Wan, LTX, PixArt and others have blocks that own parameters, which are brought for them."""
+    if hasattr(families.FAMILIES[family].build(), "add_adapter") or kind in ("frozen", "full"):
+        _offloaded("sequential", first, family, kind)
 
 
-@cells("Group offload, by layers", "works", "the same images, to the bit, twice", order=True)
-def test_group_offload_by_layers(first: bool) -> None:
-    _offloaded("layers", first)
+@kinds
+@several_families
+@cells("Group offload, by blocks", "works", SAME, order=True)
+def test_group_offload_by_blocks(first: bool, family: str, kind: Kind) -> None:
+    _offloaded("blocks", first, family, kind)
 
 
-def _offloaded(kind: str, first: bool) -> None:
-    case = Case()
-    pipe = tiny.pipeline(case.model)
-    bare = tiny.generate(pipe, 5.0)
-    shiva_dit.apply(pipe, case.made)
-    pruned = tiny.generate(pipe, 5.0)
-    shiva_dit.remove(pipe)
-    both(first, lambda: offload(kind, pipe), lambda: shiva_dit.apply(pipe, case.made))
+@kinds
+@several_families
+@cells("Group offload, by layers", "works", SAME, order=True)
+def test_group_offload_by_layers(first: bool, family: str, kind: Kind) -> None:
+    _offloaded("layers", first, family, kind)
+
+
+def _offloaded(how: str, first: bool, family: str, kind: Kind) -> None:
+    case = Case(kind, family)
+    both(first, lambda: offload(how, case.model), case.apply)
     for _ in range(2):
-        assert torch.equal(tiny.generate(pipe, 5.0), pruned)
-    shiva_dit.remove(pipe)
-    assert torch.equal(tiny.generate(pipe, 5.0), bare)
+        assert torch.equal(case.run(), case.pruned)
+    with shiva_dit.disabled(case.model):
+        assert torch.equal(case.run(), case.bare)
+    assert torch.equal(case.run(), case.pruned)
+    shiva_dit.remove(case.model)
+    assert torch.equal(case.run(), case.bare)
+    if kind in ("lora", "dora"):
+        case.apply(merge=False)
+        assert near(case.run(), case.pruned, 1e-5)  # it rounds otherwise
+        shiva_dit.remove(case.model)
+        assert torch.equal(case.run(), case.bare)
 
 
-@cells("Layerwise casting (fp8)", "works", "as on weights rounded to fp8, to the bit", order=True)
-def test_layerwise_casting(first: bool) -> None:
+@kinds
+@cells(
+    "Layerwise casting (fp8)",
+    "works",
+    "as on weights rounded to fp8, to the bit where these are the model's; off by what dense is",
+    order=True,
+)
+def test_layerwise_casting(first: bool, kind: Kind) -> None:
     stored = torch.float8_e4m3fn
-    rounded = Case()
+    case, rounded = Case(kind), Case(kind)
+    off = float("nan")
     skipped = "pos_embed", "norm", "proj_out"  # what diffusers leaves as it is
-    for name, module in rounded.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not any(s in name for s in skipped):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(stored).float()
-    rounded.apply()
-    case = Case()
-    both(
-        first,
-        lambda: case.model.enable_layerwise_casting(stored, torch.float32),
-        case.apply,
-    )
-    assert torch.equal(case.run(), rounded.run())
+
+    def round_weights() -> None:
+        for name, module in rounded.model.named_modules():
+            if isinstance(module, torch.nn.Linear) and not any(s in name for s in skipped):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(stored).float()
+
+    both(first, round_weights, rounded.apply)
+    both(first, lambda: case.model.enable_layerwise_casting(stored, torch.float32), case.apply)
+    off = float((rounded.run_tuned() - case.bare).norm() / case.bare.norm())
+    if first and kind == "full":  # its own weights are rounded where they are put
+        assert near(case.run(), case.pruned, max(4 * off, 0.3))
+    else:
+        # A LoRA merged before is rounded with the weight; beside a stored weight it is not.
+        exact = kind == "frozen" or not first
+        assert near(case.run(), rounded.run(), 0.0 if exact else 0.1)
+    shiva_dit.remove(case.model)
+    plain = families.made("sd3")
+    plain.enable_layerwise_casting(stored, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(case.run(), families.run(plain, families.arguments("sd3")))
 
 
-@cells("bfloat16", "works", "scores stay float32: tokens as by scores of the same activations")
-def test_bfloat16() -> None:
-    _half(torch.bfloat16)
+HALF = "scores stay float32: tokens as by scores of the same activations"
 
 
-@cells("float16", "works", "scores stay float32: tokens as by scores of the same activations")
-def test_float16() -> None:
-    _half(torch.float16)
+@kinds
+@cells("bfloat16", "works", HALF)
+def test_bfloat16(kind: Kind) -> None:
+    _half(torch.bfloat16, kind)
 
 
-def _half(dtype: torch.dtype) -> None:
-    case = Case()
+@kinds
+@cells("float16", "works", HALF)
+def test_float16(kind: Kind) -> None:
+    _half(torch.float16, kind)
+
+
+def _half(dtype: torch.dtype, kind: Kind) -> None:
+    case = Case(kind)
     model = case.model.to(dtype)
-    shiva_dit.apply(model, case.made)
+    case.apply()
     attachment = attachment_of(model)
     assert attachment is not None
     seen: list[tuple[torch.dtype, Tensor]] = []
@@ -389,7 +586,11 @@ def _half(dtype: torch.dtype) -> None:
         return found
 
     hook.scores = scores
-    given = {name: value.to(dtype) for name, value in tiny.inputs().items() if name != "timestep"}
+    given = {
+        name: value.to(dtype)
+        for name, value in families.arguments("sd3").items()
+        if name != "timestep"
+    }
     chosen = selected(model, lambda: case.run(**given))
     assert seen[0][0] == torch.float32
     best = seen[0][1].topk(chosen[0].shape[1]).indices
@@ -424,27 +625,43 @@ def quantise(model: torch.nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, QuantisedLinear(child, dtype))
 
 
-QUANTISED = "pruned off by what dense is off, within a factor of 4"
+QUANTISED = "pruned off by what dense is off, within a factor of 4; or an error that says the order"
+NOT_AFTER: dict[Any, Outcome] = {
+    ("lora", "after"): "refused",
+    ("dora", "after"): "refused",
+    "full": "refused",
+}
 
 
-@cells("Linear layers replaced by int8 ones", "works", QUANTISED, order=True)
-def test_int8_weights(first: bool) -> None:
-    _quantised(torch.int8, first)
+@kinds
+@cells("Linear layers replaced by int8 ones", NOT_AFTER, QUANTISED, order=True)
+def test_int8_weights(first: bool, kind: Kind) -> None:
+    _quantised(torch.int8, first, kind)
 
 
-@cells("Linear layers replaced by fp8 ones", "works", QUANTISED, order=True)
-def test_fp8_weights(first: bool) -> None:
-    _quantised(torch.float8_e4m3fn, first)
+@kinds
+@cells("Linear layers replaced by fp8 ones", NOT_AFTER, QUANTISED, order=True)
+def test_fp8_weights(first: bool, kind: Kind) -> None:
+    _quantised(torch.float8_e4m3fn, first, kind)
 
 
-def _quantised(dtype: torch.dtype, first: bool) -> None:
-    case = Case()
+def _quantised(dtype: torch.dtype, first: bool, kind: Kind) -> None:
+    case = Case(kind)
+    if kind == "full" and first:
+        quantise(case.model, dtype)
+        with pytest.raises(ValueError, match="doesn't fit this model"):
+            case.apply()
+        return
     both(first, lambda: quantise(case.model, dtype), case.apply)
+    if kind != "frozen" and not first:
+        with pytest.raises(RuntimeError, match="was replaced while the adapter's weights"):
+            case.run()
+        return
     pruned = case.run()
     shiva_dit.remove(case.model)
     dense = case.run()
     off = float((dense - case.bare).norm() / case.bare.norm())
-    assert 1e-4 < off < 0.05
+    assert 1e-4 < off < 0.1
     # Some tokens at the edge differ as well.
     assert near(pruned, case.pruned, 4 * off)
     case.apply()
@@ -454,25 +671,46 @@ def _quantised(dtype: torch.dtype, first: bool) -> None:
 # --- caches -------------------------------------------------------------------------------------
 
 
-def cached(config: Any, first: bool) -> tuple[Flux, Any]:
+def cached(config: Any, first: bool, kind: Kind = "frozen") -> tuple[Flux, Any]:
     made = Flux()
     made.pipe.set_progress_bar_config(disable=True)
     model: Any = made.pipe.transformer
+    made_for = adapter_of_flux(model, kind)
     both(
         first,
         lambda: model.enable_cache(config),
-        lambda: shiva_dit.apply(made.pipe, adapter(model)),
+        lambda: shiva_dit.apply(made.pipe, made_for),
     )
     return made, model
 
 
-@cells("FirstBlockCache", "works", "never hit: as without; hit: fewer blocks run", order=True)
-def test_first_block_cache(first: bool) -> None:
-    _block_cache(lambda hit: FirstBlockCacheConfig(threshold=0.9 if hit else 0.0), first)
+def adapter_of_flux(model: Any, kind: Kind) -> shiva_dit.ShivaAdapter:
+    """For the transformer of the tiny Flux pipeline."""
+    made = tiny.adapter(model, tiny.from_counts(COUNTS), backbone=kind, lora_rank=3)
+    twin = copy.deepcopy(model)
+    if kind == "full":
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(1.1)
+    elif kind != "frozen":
+        add_adapters_lora(twin, {"r": 3, "lora_alpha": 3, "use_dora": kind == "dora"})
+        tiny.fill_lora(twin, PEFT_NAME, seed=7)
+    made.backbone_weights = backbone_weights(twin, kind)
+    return made
 
 
-@cells("MagCache", "works", "never hit: as without; hit: fewer blocks run", order=True)
-def test_mag_cache(first: bool) -> None:
+CACHED = "never hit: as without; hit: fewer blocks run"
+
+
+@kinds
+@cells("FirstBlockCache (Flux)", "works", CACHED, order=True)
+def test_first_block_cache(first: bool, kind: Kind) -> None:
+    _block_cache(lambda hit: FirstBlockCacheConfig(threshold=0.9 if hit else 0.0), first, kind)
+
+
+@kinds
+@cells("MagCache (Flux)", "works", CACHED, order=True)
+def test_mag_cache(first: bool, kind: Kind) -> None:
     def config(hit: bool) -> MagCacheConfig:
         return MagCacheConfig(
             num_inference_steps=8,
@@ -481,36 +719,37 @@ def test_mag_cache(first: bool) -> None:
             retention_ratio=0.1 if hit else 1.0,
         )
 
-    _block_cache(config, first)
+    _block_cache(config, first, kind)
 
 
+@kinds
 @cells(
     "torch.compile by blocks, under FirstBlockCache or MagCache",
     "refused",
     "a ValueError that names it",
 )
-def test_compile_under_a_cache() -> None:
+def test_compile_under_a_cache(kind: Kind) -> None:
     configs = {
         "FirstBlockCache": FirstBlockCacheConfig(threshold=0.5),
         "MagCache": MagCacheConfig(num_inference_steps=8, mag_ratios=torch.ones(8)),
     }
     for name, config in configs.items():
-        made, model = cached(config, first=True)
+        made, model = cached(config, first=True, kind=kind)
         with pytest.raises(ValueError, match=f"{name} can't be compiled"):
             shiva_dit.compile(made.pipe)
         model.disable_cache()
         shiva_dit.compile(made.pipe)
 
 
-def _block_cache(config: Callable[[bool], Any], first: bool) -> None:
+def _block_cache(config: Callable[[bool], Any], first: bool, kind: Kind) -> None:
     plain = Flux()
     plain.pipe.set_progress_bar_config(disable=True)
     dense = plain(False, 8)
-    shiva_dit.apply(plain.pipe, adapter(plain.pipe.transformer))
+    shiva_dit.apply(plain.pipe, adapter_of_flux(plain.pipe.transformer, kind))
     expected = plain(False, 8)
-    made, model = cached(config(False), first)
+    made, model = cached(config(False), first, kind)
     assert torch.equal(made(False, 8), expected)
-    made, model = cached(config(True), first)
+    made, model = cached(config(True), first, kind)
     results: list[Tensor] = []
     ran = len(selected(model, lambda: results.append(made(False, 8))))
     assert 0 < ran < 8 * 3
@@ -522,23 +761,26 @@ def _block_cache(config: Callable[[bool], Any], first: bool) -> None:
     assert torch.equal(made(False, 8), dense)
 
 
+@kinds
 @cells("TaylorSeer", "refused", "a ValueError that names it", order=True)
-def test_taylorseer(first: bool) -> None:
-    _refused(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1), first)
+def test_taylorseer(first: bool, kind: Kind) -> None:
+    _refused(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1), first, kind)
 
 
+@kinds
 @cells("Pyramid Attention Broadcast", "refused", "a ValueError that names it", order=True)
-def test_pyramid_attention_broadcast(first: bool) -> None:
+def test_pyramid_attention_broadcast(first: bool, kind: Kind) -> None:
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(0, 1001),
         current_timestep_callback=lambda: 500,
     )
-    _refused(config, first)
+    _refused(config, first, kind)
 
 
+@kinds
 @cells("FasterCache", "refused", "a ValueError that names it", order=True)
-def test_faster_cache(first: bool) -> None:
+def test_faster_cache(first: bool, kind: Kind) -> None:
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 1001),
@@ -546,22 +788,23 @@ def test_faster_cache(first: bool) -> None:
         attention_weight_callback=lambda _: 0.5,
         tensor_format="BCHW",
     )
-    _refused(config, first)
+    _refused(config, first, kind)
 
 
-def _refused(config: Any, first: bool) -> None:
+def _refused(config: Any, first: bool, kind: Kind) -> None:
     def run() -> None:
-        made, _ = cached(config, first)
+        made, _ = cached(config, first, kind)
         made(False)
 
     with pytest.raises(ValueError, match=r"disable_cache\(\) first"):
         run()
 
 
+@kinds
 @cells("Context parallelism", "refused", "a ValueError that names it", order=True)
-def test_context_parallelism(first: bool) -> None:
+def test_context_parallelism(first: bool, kind: Kind) -> None:
     """What diffusers records on a model; the processes themselves are not needed."""
-    case = Case()
+    case = Case(kind)
     parallel = type("ParallelConfig", (), {"context_parallel_config": object()})()
 
     def run() -> None:
@@ -575,58 +818,78 @@ def test_context_parallelism(first: bool) -> None:
 # --- compilation, copies, threads ---------------------------------------------------------------
 
 
+@kinds
 @cells("Gradient checkpointing", "works", "the same gradients, to the bit", order=True)
-def test_gradient_checkpointing(first: bool) -> None:
+def test_gradient_checkpointing(first: bool, kind: Kind) -> None:
     def gradient(checkpointing: bool) -> Tensor:
-        model: Any = tiny.sd3()
+        model: Any = families.made("sd3")
+        made = adapter(model, kind)
         both(
             first,
             lambda: model.enable_gradient_checkpointing() if checkpointing else None,
-            lambda: shiva_dit.apply(model, adapter(model)),
+            lambda: shiva_dit.apply(model, made),
         )
-        model(**tiny.inputs()).sample.square().sum().backward()
+        model(**families.arguments("sd3")).sample.square().sum().backward()
         return model.transformer_blocks[2].ff.net[2].weight.grad
 
     assert torch.equal(gradient(True), gradient(False))
 
 
 @pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("merge", [True, False])
 @cells("torch.compile, by blocks", "works", "as eager, within 1e-5", order=True)
-def test_compiled_blocks(first: bool) -> None:
+def test_compiled_blocks(first: bool, kind: Kind, merge: bool) -> None:
+    if not merge and kind in ("frozen", "full"):
+        return
     made = Flux()
     made.pipe.set_progress_bar_config(disable=True)
     model: Any = made.pipe.transformer
-    made_for = adapter(model)
-    shiva_dit.apply(made.pipe, made_for)
+    made_for = adapter_of_flux(model, kind)
+    dense = made(True)
+    shiva_dit.apply(made.pipe, made_for, merge=merge)
     expected = made(True)
     shiva_dit.remove(made.pipe)
+
+    def compile_and_run() -> None:
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True, recompile_limit=64)
+        made(True)  # graphs of what is on now must not serve what comes
+
     both(
         first,
-        lambda: model.compile_repeated_blocks(backend="aot_eager", fullgraph=True),
-        lambda: shiva_dit.apply(made.pipe, made_for),
+        compile_and_run,
+        lambda: shiva_dit.apply(made.pipe, made_for, merge=merge),
     )
     assert near(made(True), expected, 1e-5)
+    with shiva_dit.disabled(made.pipe):
+        assert near(made(True), dense, 1e-5)
+    assert near(made(True), expected, 1e-5)
+    shiva_dit.remove(made.pipe)
+    assert near(made(True), dense, 1e-5)
 
 
 @pytest.mark.slow
+@kinds
 @cells("torch.compile, the whole model", "works", "as eager, within 1e-5", order=True)
-def test_a_compiled_model(first: bool) -> None:
-    case = Case()
+def test_a_compiled_model(first: bool, kind: Kind) -> None:
+    case = Case(kind)
     both(first, lambda: case.model.compile(backend="aot_eager"), case.apply)
     assert near(case.run(), case.pruned, 1e-5)
 
 
+@kinds
 @cells("copy.deepcopy", "refused", "a RuntimeError that says: remove, copy, apply to both")
-def test_a_deep_copy() -> None:
-    case = Case()
+def test_a_deep_copy(kind: Kind) -> None:
+    case = Case(kind)
     case.apply()
     with pytest.raises(RuntimeError, match=r"cannot be deep-copied.*shiva_dit\.remove"):
         copy.deepcopy(case.model)
 
 
+@kinds
 @cells("pickle, torch.save of the whole model", "refused", "a RuntimeError that says what to do")
-def test_pickling() -> None:
-    case = Case()
+def test_pickling(kind: Kind) -> None:
+    case = Case(kind)
     case.apply()
     with pytest.raises(RuntimeError, match=r"cannot be pickled.*save_pretrained"):
         pickle.dumps(tiny.pipeline(case.model))
@@ -634,15 +897,19 @@ def test_pickling() -> None:
     assert pickle.dumps(case.model)
 
 
+@kinds
+@several_families
 @cells("Saving and loading the model while applied", "works", "the saved one is bare, to the bit")
-def test_saving_while_applied(tmp_path: Path) -> None:
-    case = Case()
+def test_saving_while_applied(family: str, kind: Kind, tmp_path: Path) -> None:
+    case = Case(kind, family)
     case.apply()
     case.model.save_pretrained(tmp_path)
-    twin = type(case.model).from_pretrained(tmp_path)
-    assert torch.equal(tiny.run(twin, tiny.inputs()), case.bare)
-    shiva_dit.apply(twin, case.made)
-    assert torch.equal(tiny.run(twin, tiny.inputs()), case.pruned)
+    assert torch.equal(case.run(), case.pruned)
+    twin = copy.copy(case)
+    twin.model = type(case.model).from_pretrained(tmp_path)
+    assert torch.equal(twin.run(), case.bare)
+    twin.apply()
+    assert torch.equal(twin.run(), case.pruned)
 
 
 def _sharded(rank: int, folder: str, first: bool, threads: int) -> None:
@@ -650,35 +917,62 @@ def _sharded(rank: int, folder: str, first: bool, threads: int) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    model: Any = tiny.sd3()
+    for kind in KINDS:
+        results: dict[str, Any] = {}
+        case = Case(kind)
 
-    def shard() -> None:
-        for block in model.transformer_blocks:
-            fully_shard(block)
-        fully_shard(model)
+        def shard(model: Any = case.model) -> None:
+            for block in model.transformer_blocks:
+                fully_shard(block)
+            fully_shard(model)
 
-    both(first, shard, lambda: shiva_dit.apply(model, adapter(model)))
-    torch.save(tiny.run(model, tiny.inputs()), f"{folder}/{rank}.pt")
-    shiva_dit.remove(model)
-    torch.save(tiny.run(model, tiny.inputs()), f"{folder}/{rank}-bare.pt")
+        try:
+            both(first, shard, case.apply)
+            results["pruned"] = case.run()
+            shiva_dit.remove(case.model)
+            results["bare"] = case.run()
+        except (RuntimeError, ValueError) as error:
+            results["error"] = f"{type(error).__name__}: {error}"
+        torch.save(results, f"{folder}/{kind}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@cells("FSDP2, two processes", "works", "as one process, to the bit", order=True)
+@cells(
+    "FSDP2, two processes",
+    {
+        ("full", "before"): "refused",
+        ("lora", "after"): "works; can't be removed",
+        ("dora", "after"): "works; can't be removed",
+        ("full", "after"): "works; can't be removed",
+    },
+    "as one process: to the bit, a LoRA beside sharded layers within 1e-5; or an error",
+    order=True,
+)
 def test_fsdp2(first: bool, tmp_path: Path) -> None:
-    case = Case()
     given = str(tmp_path), first, torch.get_num_threads()
     torch.multiprocessing.spawn(_sharded, args=given, nprocs=2)
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), case.pruned)
-        assert torch.equal(torch.load(tmp_path / f"{rank}-bare.pt"), case.bare)
+    for kind in KINDS:
+        case = Case(kind)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            if kind == "full" and first:
+                assert "sharded" in found["error"]
+                continue
+            exact = kind == "frozen" or not first
+            assert near(found["pruned"], case.pruned, 0.0 if exact else 1e-5)
+            if kind == "frozen" or first:
+                assert torch.equal(found["bare"], case.bare)
+            else:
+                assert "can't be given back" in found["error"]
+                assert "merge=False" in found["error"]
 
 
+@kinds
 @cells("Two pipelines with an adapter each", "works", "each as alone, to the bit")
-def test_two_pipelines_in_one_process() -> None:
-    one, other = Case(), Case()
-    other.made = adapter(other.model, hidden=4)
+def test_two_pipelines_in_one_process(kind: Kind) -> None:
+    one, other = Case(kind), Case(kind)
+    other.made = adapter(other.model, kind, hidden=4)
     other.apply()
     alone = other.run()
     assert not torch.equal(alone, one.pruned)
@@ -688,18 +982,23 @@ def test_two_pipelines_in_one_process() -> None:
         assert torch.equal(other.run(), alone)
 
 
+@kinds
 @cells("One adapter on two models", "works", "each as alone, to the bit")
-def test_one_adapter_on_two_models() -> None:
-    one, other = Case(), Case()
+def test_one_adapter_on_two_models(kind: Kind) -> None:
+    one, other = Case(kind), Case(kind)
     shiva_dit.apply(one.model, one.made)
     shiva_dit.apply(other.model, one.made)
     assert torch.equal(one.run(), one.pruned)
     assert torch.equal(other.run(), one.pruned)
+    shiva_dit.remove(one.model)
+    assert torch.equal(one.run(), one.bare)
+    assert torch.equal(other.run(), one.pruned)
 
 
+@kinds
 @cells("Two threads, a model each", "works", "each as alone, to the bit")
-def test_two_threads_with_a_model_each() -> None:
-    cases = [Case(), Case()]
+def test_two_threads_with_a_model_each(kind: Kind) -> None:
+    cases = [Case(kind), Case(kind)]
     results: list[list[Tensor]] = [[], []]
 
     def serve(index: int) -> None:
@@ -717,9 +1016,10 @@ def test_two_threads_with_a_model_each() -> None:
         assert all(torch.equal(result, case.pruned) for result in found)
 
 
+@kinds
 @cells("Two threads on one model at once", "refused", "a RuntimeError; the first goes on unharmed")
-def test_two_threads_on_one_model() -> None:
-    case = Case()
+def test_two_threads_on_one_model(kind: Kind) -> None:
+    case = Case(kind)
     case.apply()
     attachment = attachment_of(case.model)
     assert attachment is not None
@@ -747,16 +1047,20 @@ def test_two_threads_on_one_model() -> None:
 
 
 def table() -> str:
-    """A row for everything, what holds before and after, and how that is known."""
-    rows: dict[str, dict[str, Cell]] = {}
+    """A row for everything, what holds for each kind of backbone, and how that is known."""
+    rows: dict[str, list[Cell]] = {}
     for cell in CELLS:
-        rows.setdefault(cell.what, {})[cell.when] = cell
-    lines = [["", "put on before", "put on after", "what is asserted"]]
+        rows.setdefault(cell.what, []).append(cell)
+    lines = [["", *KINDS, "what is asserted"]]
     for what, found in rows.items():
-        any_cell = next(iter(found.values()))
-        beside = found.get("beside")
-        outcomes = [(beside or found[when]).outcome for when in ("before", "after")]
-        lines.append([what, *outcomes, any_cell.check])
+        columns = []
+        for kind in KINDS:
+            outcomes = {cell.when: cell.outcome for cell in found if cell.kind == kind}
+            if len(set(outcomes.values())) == 1:
+                columns.append(next(iter(outcomes.values())))
+            else:
+                columns.append(", ".join(f"{when}: {each}" for when, each in outcomes.items()))
+        lines.append([what, *columns, found[0].check])
     return markdown_rows(lines)
 
 

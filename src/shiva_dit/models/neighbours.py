@@ -33,7 +33,7 @@ def register_innermost(module: nn.Module, hook: ModelHook, name: str) -> None:
     These then see all tokens, whichever came first.
     """
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    with _below_offloading(module), _lifted(registry, registry._hook_order):
+    with below_offloading(module), _lifted(registry, registry._hook_order):
         registry.register_hook(hook, name)
 
 
@@ -47,7 +47,7 @@ def unregister(module: nn.Module, name: str) -> None:
         return
     if name in registry.hooks:
         above = registry._hook_order[registry._hook_order.index(name) + 1 :]
-        with _below_offloading(module), _lifted(registry, above):
+        with below_offloading(module), _lifted(registry, above):
             registry.remove_hook(name, recurse=False)
     if registry.hooks:
         return
@@ -59,7 +59,7 @@ def unregister(module: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def _below_offloading(module: nn.Module) -> Iterator[None]:
+def below_offloading(module: nn.Module) -> Iterator[None]:
     """Within: what accelerate has put in the forward's place is lifted, and then on top again.
 
     It would else go with a hook that is taken off below it, or take one along that lies above it.
@@ -77,8 +77,8 @@ def _below_offloading(module: nn.Module) -> Iterator[None]:
         entries["forward"] = top
 
 
-def reaches(forward: Any, hook: ModelHook) -> bool:
-    """Whether a forward, replaced by whomever, still leads to a hook.
+def reaches(forward: Any, target: object) -> bool:
+    """Whether a forward, replaced by whomever, still leads to a hook or function.
 
     Looks through what wrappers hold: partials, closures, methods, the forwards that diffusers and
     accelerate keep.
@@ -87,7 +87,7 @@ def reaches(forward: Any, hook: ModelHook) -> bool:
     todo = [forward]
     while todo and len(seen) < 500:
         item = todo.pop()
-        if item is hook:
+        if item is target:
             return True
         if item is None or id(item) in seen:
             continue

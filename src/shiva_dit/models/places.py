@@ -197,3 +197,13 @@ def linear_weight(layer: nn.Module, width: int) -> Tensor:
     with torch.no_grad():
         rows = layer(torch.eye(width, dtype=dtype, device=tensors[0].device)).float()  # (in, out)
     return (rows if bias is None else rows - bias.float()).T
+
+
+def linear_bias(layer: nn.Module) -> Tensor | None:
+    """What a layer adds to its product, in float32, if anything."""
+    bias = layer._parameters.get("bias")
+    if bias is None:
+        return None
+    if isinstance(bias, DTensor):
+        return bias.full_tensor().detach().float()
+    return Place(layer, "bias", "bias").get().detach().float()

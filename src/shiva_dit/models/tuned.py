@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiva_dit.models.neighbours import unhook
+from shiva_dit.models.neighbours import below_offloading, reaches
 from shiva_dit.models.places import (
     PLAIN,
     Fused,
@@ -23,6 +24,7 @@ from shiva_dit.models.places import (
     are_streamed,
     fused_into,
     layer_at,
+    linear_bias,
     linear_weight,
     links,
     own_parameters,
@@ -97,7 +99,11 @@ class Merged:
 
 
 class Beside:
-    """A torch hook that adds a LoRA to what a linear layer gives, or scales it as DoRA does.
+    """A LoRA beside a linear layer, or a DoRA, which scales what the layer gives as well.
+
+    What it is made of is an attribute of the layer, and one function stands in the place of all
+    such layers' forwards: compiled blocks then share a graph. (Dynamo looks at no torch hooks when
+    it looks for a graph that fits, and would take one layer's for another's.)
 
     Args:
         layer: The layer; its weight is read once, for DoRA's norms.
@@ -107,34 +113,85 @@ class Beside:
 
     def __init__(self, layer: nn.Module, change: LowRank, path: str) -> None:
         self.layer, self.path = layer, path
-        factor = None
+        self.own: Parts = (change.a, change.b, None, None)
         if change.magnitude is not None:
-            total = linear_weight(layer, change.a.shape[1])
-            factor = change.factor(total + change.b.to(total) @ change.a.to(total))
-        self.own = change.a, change.b, factor
-        self.cast = self.own
-        """The same as the layer's last input."""
+            # f (W x + B A x) + b from W x + b: f times that, and what is then missing of b.
+            weight, bias = linear_weight(layer, change.a.shape[1]), linear_bias(layer)
+            factor = change.factor(weight + change.b.to(weight) @ change.a.to(weight))
+            assert factor is not None
+            shift = None if bias is None else (1 - factor) * bias.to(factor)
+            self.own = (change.a, change.b, factor, shift)
+
+    @property
+    def scales(self) -> bool:
+        """Whether what the layer gives is multiplied."""
+        return self.own[2] is not None
 
     def flops(self, rows: int) -> int:
         """FLOPs for so many tokens."""
         return 2 * rows * (self.own[0].numel() + self.own[1].numel())
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        """The layer's output with this in it."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self.cast[0].dtype != x.dtype or self.cast[0].device != x.device:
-            a, b, factor = self.own
-            self.cast = a.to(x), b.to(x), None if factor is None else factor.to(x)
-        a, b, factor = self.cast
-        extra = F.linear(F.linear(x, a), b).to(output.dtype)
-        if factor is None:
-            return output + extra
-        bias = module._parameters.get("bias")
-        product = output if bias is None else output - bias
-        scaled = factor.to(output.dtype) * (product + extra)
-        return scaled if bias is None else scaled + bias
+    def put_on(self) -> None:
+        """Let it act."""
+        self.take_off()  # where that broke off after all
+        with below_offloading(self.layer):
+            entries = self.layer.__dict__
+            parts = self.own
+            weight = self.layer._parameters.get("weight")
+            if weight is not None and weight.dtype in PLAIN and not weight.is_meta:
+                parts = _cast(self.own, weight)
+            entries[PARTS], entries[BEFORE] = (parts, self.own), entries.get("forward")
+            entries["forward"] = MethodType(forward_with_low_rank, self.layer)
+
+    def take_off(self) -> None:
+        """Leave the layer as it was; a wrapper that lies above then passes through."""
+        with below_offloading(self.layer):
+            entries = self.layer.__dict__
+            before = entries.get(BEFORE)
+            if getattr(entries.get("forward"), "__func__", None) is forward_with_low_rank:
+                del entries["forward"]
+                if before is not None:
+                    entries["forward"] = before
+                entries.pop(BEFORE, None)
+            elif before is None:
+                entries.pop(BEFORE, None)
+            entries.pop(PARTS, None)
+
+
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A (r, in), B (out, r); for DoRA the factor of each row and what that leaves out of the bias."""
+PARTS, BEFORE = "_shiva_dit_low_rank", "_shiva_dit_forward"
+
+
+def forward_with_low_rank(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """In the place of a linear layer's forward: what that gives, with a LoRA or DoRA in it."""
+    entries: Any = layer
+    before = entries._shiva_dit_forward if hasattr(layer, BEFORE) else None
+    output: Tensor = (
+        type(layer).forward(layer, *args, **kwargs) if before is None else before(*args, **kwargs)
+    )
+    if not hasattr(layer, PARTS):  # taken off below a wrapper that stays
+        return output
+    parts, own = entries._shiva_dit_low_rank
+    x = args[0] if args else next(iter(kwargs.values()))
+    if parts[0].dtype != x.dtype or parts[0].device != x.device:
+        parts = _cast(own, x)
+        entries._shiva_dit_low_rank = (parts, own)
+    a, b, factor, shift = parts
+    total = output + F.linear(F.linear(x, a), b).to(output.dtype)
+    if factor is not None:
+        total = factor.to(output.dtype) * total
+    return total if shift is None else total + shift.to(output.dtype)
+
+
+def _cast(parts: Parts, like: Tensor) -> Parts:
+    a, b, factor, shift = parts
+    return (
+        a.to(like),
+        b.to(like),
+        None if factor is None else factor.to(like),
+        None if shift is None else shift.to(like),
+    )
 
 
 class TunedBackbone:
@@ -197,15 +254,21 @@ class TunedBackbone:
 
     def _read_whole(self) -> None:
         places, weights = own_parameters(self.model), self.weights
-        if places.keys() != weights.keys():
-            odd = sorted(places.keys() ^ weights.keys())
+        odd = sorted(
+            # IP-Adapters bring weights of their own, in the processors.
+            name
+            for name in places.keys() ^ weights.keys()
+            if ".processor." not in name
+        )
+        if odd:
             raise ValueError(
                 f"the tuned backbone doesn't fit this model: {odd[:3]} differ. Apply to the model "
                 "that it was trained on, before its projections are fused or layers replaced."
             )
         streamed = are_streamed(self.model)
         by_layer: dict[int, tuple[list[Place], list[Whole]]] = {}
-        for name, place in places.items():
+        for name in weights:
+            place = places[name]
             parameter = place.parameter
             assert parameter is not None
             why = place.obstacle()
@@ -242,7 +305,7 @@ class TunedBackbone:
 
     def _scaled(self) -> dict[int, Beside]:
         """Layers that a DoRA beside them scales, by id."""
-        return {id(b.layer): b for b in self.beside if b.own[2] is not None}
+        return {id(beside.layer): beside for beside in self.beside if beside.scales}
 
     def _refuse_fused_under_dora(self) -> None:
         """A DoRA beside a layer would scale what the user has fused into that."""
@@ -275,8 +338,8 @@ class TunedBackbone:
             for entry in self._merged:
                 _exchange(entry, over.get(id(entry.layer), []), enabled, undo)
             for beside in self.beside:
-                undo.add(partial(_unhook if enabled else _hook, beside))
-                (_hook if enabled else _unhook)(beside)
+                undo.add(beside.take_off if enabled else beside.put_on)
+                (beside.put_on if enabled else beside.take_off)()
         except BaseException:
             undo.run()
             raise
@@ -333,6 +396,9 @@ class TunedBackbone:
         for path in sorted(self._touched()):
             for parent, name, child in links(self.model, path):
                 watch.add(parent._modules, name, partial(self._judge_link, parent, name, child))
+        for beside in self.beside:
+            judge = partial(self._judge_forward, beside)
+            watch.add(beside.layer.__dict__, "forward", judge)
         scaled = self._scaled()
         for number, layers in wrappers(self.model).items() if scaled else ():
             if number in scaled:
@@ -348,6 +414,14 @@ class TunedBackbone:
         why = _changed(entry, wrappers(self.model).get(id(entry.layer), []))
         if self.enabled and why is not None and not why.endswith("sharded"):
             raise RuntimeError(f"{why} while the adapter's weights were on it: {ADVICE}")
+
+    def _judge_forward(self, beside: Beside) -> None:
+        forward = beside.layer.__dict__.get("forward")
+        if self.enabled and not reaches(forward, forward_with_low_rank):
+            raise RuntimeError(
+                f"the layer {beside.path} runs past the adapter's LoRA: its forward was replaced, "
+                "or put back by something that was on the model before. Call shiva_dit.apply again."
+            )
 
     def _judge_link(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         now = parent._modules.get(name)
@@ -507,12 +581,3 @@ def _changed(entry: Merged, layers: list[Any]) -> str | None:
         if not off <= max(0.5 * coarse, 1e-5) * torch.linalg.vector_norm(expected):
             return f"{place.path} was changed"
     return None
-
-
-def _hook(beside: Beside) -> None:
-    _unhook(beside)  # where taking it off broke off after all
-    beside.layer.register_forward_hook(beside, with_kwargs=True)
-
-
-def _unhook(beside: Beside) -> None:
-    unhook(beside.layer, beside)
