@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 
 from shiva_dit.models.backbone import (
     LORA_TARGETS,
+    PEFT_NAME,
     add_lora,
     backbone_weights,
     first_not_finite,
@@ -281,6 +288,45 @@ def test_other_kinds_of_the_users_stay(method: str, kind: Any) -> None:
     assert not near(tiny.run(model, tiny.inputs()), alone, 0.05)
     backbone.restore()
     assert torch.equal(tiny.run(model, tiny.inputs()), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@low_rank
+def test_in_16_bits_merged_weights_are_no_further_from_float32(
+    method: str, dtype: torch.dtype
+) -> None:
+    """Than PEFT's layers are, on the weights of 16 bits. Measured: 0.94 to 0.97 of these."""
+    weights, _ = tiny.tuned(method)
+    given = {n: v if n == "timestep" else v.to(dtype) for n, v in tiny.inputs().items()}
+    off: dict[str, list[float]] = {"merged": [], "PEFT's": []}
+    for seed in range(6):
+        truth = tiny.sd3(seed=seed).to(dtype).float()
+        put(truth, weights, SETTINGS[method])
+        exact = tiny.run(truth, {name: value.float() for name, value in given.items()})
+        merged, peft = tiny.sd3(seed=seed).to(dtype), tiny.sd3(seed=seed)
+        put(merged, weights, SETTINGS[method])
+        settings = SETTINGS[method]
+        assert settings is not None
+        add_lora(peft, settings)
+        names = {name.removeprefix("transformer."): value for name, value in weights.items()}
+        set_peft_model_state_dict(peft, names, adapter_name=PEFT_NAME)
+        for name, model in (("merged", merged), ("PEFT's", peft.to(dtype))):
+            found = tiny.run(model, given).float()
+            off[name].append(float((found - exact).norm() / exact.norm()))
+    assert sum(off["merged"]) <= 1.1 * sum(off["PEFT's"])  # the draws of rounding differ
+    assert sum(off["merged"]) > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])  # DoRA divides by its norms
+def test_weights_that_the_dtype_cannot_hold_are_refused(method: str) -> None:
+    weights, _ = tiny.tuned(method)
+    name = next(n for n in weights if n.endswith(("lora_B.weight", "ff.net.2.weight")))
+    weights[name] = torch.full_like(weights[name], 7e4)
+    model = tiny.sd3().half()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"holds values that torch.float16 can't: .*bfloat16"):
+        put(model, weights, SETTINGS[method])
+    assert same_state(model, before)
 
 
 # --- LoRAs of the user that are fused ---------------------------------------------------------

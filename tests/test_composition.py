@@ -19,6 +19,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from diffusers import (
     FirstBlockCacheConfig,
     FluxControlNetModel,
@@ -518,6 +519,20 @@ def _offloaded(how: str, first: bool, family: str, kind: Kind) -> None:
         assert near(case.run(), case.pruned, 1e-5)  # it rounds otherwise
         shiva_dit.remove(case.model)
         assert torch.equal(case.run(), case.bare)
+
+
+@kinds
+@pytest.mark.parametrize("family", ["sd3", "wan"])
+@cells("Sequential offload, taken off again", "works", SAME, order=True)
+def test_offloading_is_taken_off(first: bool, family: str, kind: Kind) -> None:
+    case = Case(kind, family)
+    both(first, lambda: offload("sequential", case.model), case.apply)
+    assert torch.equal(case.run(), case.pruned)
+    remove_hook_from_module(case.model, recurse=True)
+    for _ in range(2):
+        assert torch.equal(case.run(), case.pruned)
+    shiva_dit.remove(case.model)
+    assert torch.equal(case.run(), case.bare)
 
 
 @kinds

@@ -229,7 +229,7 @@ class Attachment(Uncopied):
         return [self.selector] if self.updates is None else [self.selector, self.updates]
 
     def flops(self, num_tokens: int, text_tokens: int, counts: Sequence[int]) -> int:
-        """FLOPs of one forward of one sample, router and update of the rejected tokens included.
+        """FLOPs of one forward of one sample, with router, updates and what lies beside layers.
 
         Args:
             num_tokens: Image tokens N.
@@ -237,7 +237,15 @@ class Attachment(Uncopied):
             counts: k of every block (a row of `table`).
         """
         update = 0 if self.updates is None else self.updates.flops(num_tokens)
-        total = self.spec.flops(self.model, num_tokens, text_tokens).pruned(counts, update)
+        model_flops = self.spec.flops(self.model, num_tokens, text_tokens)
+        total = model_flops.pruned(counts, update)
+        if self.backbone is not None and self.backbone.beside:
+            paths = [
+                f"{name}.{key}"
+                for name in self.spec.block_lists
+                for key in self.model.get_submodule(name)._modules
+            ]
+            total += self.backbone.flops(model_flops, counts, paths)
         pruned = [block for block, k in enumerate(counts) if k < num_tokens]
         if pruned:
             total += self.selector.condition_flops()

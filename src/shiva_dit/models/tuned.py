@@ -6,7 +6,8 @@ top.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
 from shiva_dit.models.neighbours import below_offloading, reaches
 from shiva_dit.models.places import (
     PLAIN,
@@ -444,6 +446,46 @@ class TunedBackbone:
     def is_merged(self) -> bool:
         """Whether weights of the model are replaced."""
         return bool(self._merged)
+
+    def flops(self, model_flops: ModelFlops, counts: Sequence[int], block_paths: list[str]) -> int:
+        """FLOPs of what lies beside layers, of one forward of one sample.
+
+        Args:
+            model_flops: Of the model; its blocks know how many text tokens they see.
+            counts: k of every block.
+            block_paths: The blocks' names in the model.
+        """
+        index_of = {path: index for index, path in enumerate(block_paths)}
+        text = max(getattr(shape, "text_tokens", 0) for shape in model_flops.blocks)
+        total = 0
+        for beside in self.beside:
+            block = index_of.get(_block_of(beside.path))
+            if block is None:  # refiners of text or latents, side blocks
+                image = model_flops.num_tokens
+                is_text = not re.match(r"noise_refiner|vace_blocks", beside.path)
+                rows = text if is_text or CROSS.search(beside.path) else image
+            else:
+                rows = _rows(beside.path, model_flops.blocks[block], counts[block])
+            total += beside.flops(rows)
+        return total
+
+
+TEXT = re.compile(r"\.(add_[qkv]_proj|to_add_out|ff_context|txt_\w+)(\.|$)")
+CROSS = re.compile(r"\.attn2\.to_[kv]$")
+
+
+def _block_of(path: str) -> str:
+    """The first two parts of a layer's path: blocks lie in lists of the model's."""
+    return ".".join(path.split(".")[:2])
+
+
+def _rows(path: str, shape: Any, image: int) -> int:
+    """How many tokens a layer of a block sees."""
+    text: int = getattr(shape, "text_tokens", 0)
+    if isinstance(shape, SharedBlockShape):
+        return image + text
+    crosses = not isinstance(shape, JointBlockShape) and CROSS.search(path)
+    return text if crosses or TEXT.search(path) else image
 
 
 def low_ranks(weights: Mapping[str, Tensor]) -> dict[str, LowRank]:
