@@ -1,4 +1,4 @@
-"""Gates teach routers and policy, and nothing else: the backbone's gradient is the forward's own."""
+"""Gates teach routers and policy: the backbone's gradient is that of its own forward."""
 
 from typing import Any, get_args
 

@@ -61,10 +61,11 @@ def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) 
 
 
 def _widen_lora(model: nn.Module) -> None:
-    """Our untrained LoRA in float32. PEFT's layers then compute it so, and return their base's dtype.
+    """Our untrained LoRA in float32: PEFT computes it so, and gives back what the base layer gives.
 
     DoRA's magnitudes are taken anew: rounded ones would change the model before any step.
     """
+    layer: Any
     for _, layer in _lora_layers(model):
         if PEFT_NAME not in getattr(layer, "lora_A", {}):
             continue
