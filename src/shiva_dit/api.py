@@ -201,17 +201,20 @@ def compile(target: T, **options: Any) -> T:
     return target
 
 
-def cuda_graphs(target: T, *, limit: int = 64) -> T:
+def cuda_graphs(target: T, *, limit: int = 128) -> T:
     """Capture forwards as CUDA graphs and replay them: launching kernels then costs nothing.
 
-    One graph for each different row of token counts, shape of the arguments and set of weights;
-    what comes for the first time runs as usual, and so do training and whatever watches the
-    blocks. All graphs share one pool of memory. `apply(..., segments=, multiple=)` makes rows few.
-    Compile first, if at all. Until `remove`.
+    One graph for each different row of token counts, shape of the arguments and set of weights, or
+    two where the passes of guidance run in turn; what comes for the first time (the first image)
+    runs as usual, and so do training and whatever watches the blocks. All graphs share one pool of
+    memory. `apply(..., segments=, multiple=)` makes rows few. Compile first, if at all. Until
+    `remove`.
 
     Args:
         target: A pipeline or transformer with an adapter attached, on a CUDA device.
-        limit: Graphs at most; what comes beyond them runs as usual.
+        limit: Rows, shapes and weights at most that have graphs: the 64 rows of a learned schedule
+            for two shapes by default. If more of them come in turn, what is beyond runs as usual,
+            and a warning says how much; one that no longer comes makes room.
 
     Raises:
         ValueError: If no adapter is attached, the model isn't on a CUDA device, or something on
