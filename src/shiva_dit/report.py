@@ -104,8 +104,20 @@ def quickstart_note(record: dict[str, Any]) -> str:
         + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
         + "Distances are Frechet's, in the judge's features. "
         f"Floor of that to real ({config['count']} real training digits): "
-        f"{record['frechet_floor']:.2f}."
+        f"{record['frechet_floor']:.2f}. {sampled_by(record.get('sampler'))}"
     )
+
+
+SAMPLERS = {
+    "euler": "Sampled by Euler over t = 1, 1 - 1/n, ..., 1/n unless a row says otherwise.",
+    "unipc": "Sampled by UniPC unless a row says otherwise.",
+    None: "Sampled by Euler with diffusers' default steps, before the fix.",
+}
+
+
+def sampled_by(sampler: str | None) -> str:
+    """How a record's pictures were sampled, as a sentence; None: the record doesn't say."""
+    return SAMPLERS.get(sampler, f"Sampled by {sampler}.")
 
 
 def quickstart_table(record: dict[str, Any]) -> str:
@@ -142,7 +154,7 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
         return _spread([scale * value for value in values], form)
 
     return {
-        "arm": row["name"],
+        "arm": row["name"] + (f" ({_failures(row)})" if "failed" in row else ""),
         "FLOPs": f"{row['flops'] / unpruned['flops']:.3f}",
         "keep": f"{row['keep_ratio']:.3f}",
         "keep, asked": _known(row.get("keep_ratio_asked"), "{:.3f}"),
@@ -163,6 +175,19 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
             f"{row['train_cpu_s'] / row['steps']:.2f}" if "steps" in row else "-"
         ),
     }
+
+
+def _failures(row: dict[str, Any]) -> str:
+    """What became of the seeds that gave no result."""
+    failed = row["failed"]
+    steps = [str(found["step"]) for found in failed if found["step"] is not None]
+    said = []
+    if steps:
+        said.append(f"diverged at step {', '.join(steps)}")
+    if len(steps) < len(failed):
+        said.append("pictures not finite")
+    whole = len(row.get("frechet_by_seed", []))
+    return (f"{whole} of {whole + len(failed)} seeds; " if whole else "") + "; ".join(said)
 
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "place")
@@ -193,6 +218,9 @@ def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[li
     columns = COLUMNS[kind]
     rows = [list(columns)]
     for row in record["rows"]:
+        if "frechet" not in row:
+            rows.append([row["name"], _failures(row), *["-"] * (len(columns) - 2)])
+            continue
         cells = _cells(row, record["rows"][0])
         missing = [column for column in columns if column not in cells]
         if missing:
@@ -208,7 +236,8 @@ def comparison_table(record: dict[str, Any], kind: str = "comparison") -> str:
     note = (
         f"{record['about']} {config['settings']['count']} images per arm and seed, {seeds} seed"
         + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
-        + f"Floor of the distance to real: {record['floor']['frechet']:.2f}."
+        + f"Floor of the distance to real: {record['floor']['frechet']:.2f}. "
+        + sampled_by(config["settings"].get("sampler"))
     )
     return f"{markdown_rows(comparison_rows(record, kind))}\n\n{note}"
 

@@ -54,12 +54,13 @@ def row(
 ) -> dict[str, Any]:
     """One contestant's row: `x` is the mean over seeds of what `x_by_seed` lists.
 
-    What isn't there for every seed is left out.
+    What isn't there for every seed is left out; without outcomes (it diverged) that is everything.
     """
     twins = unpruned if unpruned is not None else [None] * len(outcomes)
     by_seed = [measure(o, twin, judge) for o, twin in zip(outcomes, twins, strict=True)]
     made: dict[str, Any] = {"method": key, "name": name}
-    shared = [name for name in by_seed[0] if all(name in found for found in by_seed)]
+    names = by_seed[0] if by_seed else {}
+    shared = [name for name in names if all(name in found for found in by_seed)]
     for measured in shared:
         values = [found[measured] for found in by_seed]
         made[measured] = statistics.fmean(values)

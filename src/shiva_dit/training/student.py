@@ -244,7 +244,7 @@ class Student:
 
 
 def _adapter(config: TrainConfig, model: Any) -> ShivaAdapter:
-    made = _adapter_config(config, model)
+    made = adapter_config(config, model)
     shape = config.policy.shape
     if shape == ShapeConfig():
         return ShivaAdapter(made)
@@ -260,7 +260,8 @@ def _adapter(config: TrainConfig, model: Any) -> ShivaAdapter:
     return ShivaAdapter(made, schedule)
 
 
-def _adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
+def adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
+    """What an adapter for a model is, by a recipe."""
     options: dict[str, Any] = {
         "keep_ratio": config.keep_ratio,
         "hidden": config.router.hidden,
