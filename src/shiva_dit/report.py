@@ -109,15 +109,20 @@ def quickstart_note(record: dict[str, Any]) -> str:
 
 
 SAMPLERS = {
-    "euler": "Sampled by Euler over t = 1, 1 - 1/n, ..., 1/n unless a row says otherwise.",
-    "unipc": "Sampled by UniPC unless a row says otherwise.",
-    None: "Sampled by Euler with diffusers' default steps, before the fix.",
+    "euler": "Euler over t = 1, 1 - 1/n, ..., 1/n",
+    "unipc": "UniPC",
+    "euler_diffusers": "Euler with diffusers' default steps",
 }
 
 
 def sampled_by(sampler: str | None) -> str:
-    """How a record's pictures were sampled, as a sentence; None: the record doesn't say."""
-    return SAMPLERS.get(sampler, f"Sampled by {sampler}.")
+    """How a record's pictures were sampled, in a sentence or two; None: the record doesn't say."""
+    if sampler is None:
+        return "Sampled by Euler with diffusers' default steps, before the fix."
+    return (
+        f"Sampled by {SAMPLERS[sampler]} unless a row says otherwise; what is compared with the "
+        "unpruned model is with its pictures by UniPC in twice the steps."
+    )
 
 
 def quickstart_table(record: dict[str, Any]) -> str:
@@ -149,7 +154,7 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
 
     def to_unpruned(measured: str, form: str, scale: float = 1.0) -> str:
         values = row.get(f"{measured}_by_seed")
-        if values is None or row is unpruned:
+        if values is None or (row is unpruned and measured.startswith("held_out")):
             return "-"
         return _spread([scale * value for value in values], form)
 
@@ -304,9 +309,9 @@ def _known(value: float | int | None, form: str) -> str:
 
 
 def _paired(row: dict[str, Any], name: str, form: str) -> str:
-    """What compares a method with the unpruned model, which has no such entry itself."""
-    values = row.get(f"{name}_by_seed")  # none for the unpruned model, no PSNR for its equal
-    return "-" if values is None or row["method"] == "dense" else _spread(values, form)
+    """What compares a method with the unpruned model's pictures; these have no such entry."""
+    values = row.get(f"{name}_by_seed")
+    return "-" if values is None else _spread(values, form)
 
 
 def _spread(values: list[float], form: str) -> str:

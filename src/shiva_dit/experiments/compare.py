@@ -22,6 +22,7 @@ from shiva_dit.experiments.contest import (
     Job,
     Outcome,
     Settings,
+    reference,
     saved_settings,
 )
 from shiva_dit.experiments.held_out import HeldOut
@@ -39,6 +40,8 @@ RUN_BY = ("run_at", "num_steps", "sampler")
 """What decides how a trained `Contestant` is run; None where nothing is said."""
 UNPRUNED = "unpruned"
 """Key of the model as it ships: it is always among the contestants."""
+REFERENCE = "reference"
+"""Key of what distances to the unpruned model are taken to: always there, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,16 +86,17 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.seeds or not self.arms:
             raise ValueError("a comparison needs at least one seed and one arm.")
-        if UNPRUNED in self.arms:
-            raise ValueError(f"{UNPRUNED!r} is always there: give the arm another key.")
+        for key in (UNPRUNED, REFERENCE):
+            if key in self.arms:
+                raise ValueError(f"{key!r} is always there: give the arm another key.")
 
     def contestants(self) -> dict[str, Contestant]:
-        """All arms, the unpruned model first.
+        """All arms, the unpruned model and the reference first.
 
         Raises:
             ValueError: If an arm has no name or its recipe is wrong.
         """
-        made = {UNPRUNED: Contestant(name="unpruned")}
+        made = {UNPRUNED: Contestant(name="unpruned"), REFERENCE: reference(self.settings)}
         own = {field.name for field in dataclasses.fields(Arm)}
         for key, data in self.arms.items():
             where = f"arms.{key}"
@@ -185,11 +189,11 @@ def _record(
     task = load_task(comparison.settings.task)
     judge = comparison.settings.judge(task)
     found = {key: {s: _load(out, key, s) for s in comparison.seeds} for key in contestants}
-    unpruned = {s: o for s, o in found[UNPRUNED].items() if isinstance(o, Outcome)}
+    truth = {s: o for s, o in found[REFERENCE].items() if isinstance(o, Outcome)}
     rows = []
     for key, contestant in contestants.items():
         outcomes = {s: o for s, o in found[key].items() if isinstance(o, Outcome)}
-        twins = None if key == UNPRUNED else [unpruned[seed] for seed in outcomes]
+        twins = None if key == REFERENCE else [truth[seed] for seed in outcomes]
         made = row(key, contestant.name, list(outcomes.values()), twins, judge)
         made |= _arm(contestant, list(outcomes.values()))
         failed = {s: o for s, o in found[key].items() if isinstance(o, Diverged)}

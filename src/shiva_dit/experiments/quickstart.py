@@ -20,6 +20,7 @@ from shiva_dit.experiments.contest import (
     Outcome,
     Settings,
     compete,
+    reference,
 )
 from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.picture import draw_quickstart
@@ -31,6 +32,7 @@ from shiva_dit.training.recipe import Method, TrainConfig
 
 NAMES: dict[str, str] = {
     "dense": "unpruned",
+    "reference": reference(Settings()).name,
     "random": "random, no training",
     "shiva": "Shiva",
     "shiva_unipc": "Shiva, by UniPC",
@@ -43,7 +45,7 @@ NAMES: dict[str, str] = {
     "fewer_steps": "unpruned, fewer steps",
     "fewer_steps_unipc": "unpruned, fewer steps, by UniPC",
 }
-FEW = ("dense", "random", "random_tuned", "shiva", "shiva_unipc", "fewer_steps_unipc")
+FEW = ("dense", "reference", "random", "random_tuned", "shiva", "shiva_unipc", "fewer_steps_unipc")
 """What runs unless all controls are asked for."""
 FEWER_STEPS = ("fewer_steps", "fewer_steps_unipc")
 CONTROLS: dict[str, Method] = {
@@ -138,7 +140,7 @@ class Quickstart:
 
     def _recipe(self, method: str) -> TrainConfig | None:
         config = self.config
-        if method in ("dense", "dense_unipc", *FEWER_STEPS):
+        if method in ("dense", "reference", "dense_unipc", *FEWER_STEPS):
             return None
         recipe = dataclasses.replace(
             config.recipe, method=CONTROLS.get(method, "shiva"), keep_ratio=config.keep_ratio
@@ -150,6 +152,8 @@ class Quickstart:
         return recipe
 
     def _contestant(self, method: str) -> Contestant:
+        if method == "reference":
+            return reference(self.settings)
         return Contestant(
             name=NAMES[method],
             recipe=self._recipe(method),
@@ -168,13 +172,13 @@ class Quickstart:
 
     def record(self) -> dict[str, Any]:
         """Everything that was measured, as plain data."""
-        dense = self.outcomes["dense"]
+        truth = self.outcomes["reference"]
         rows = [
             row(
                 method,
                 NAMES[method],
                 self.outcomes[method],
-                None if method == "dense" else dense,
+                None if method == "reference" else truth,
                 self.judge,
             )
             for method in self.methods
@@ -195,6 +199,8 @@ class Quickstart:
         assert maps is not None
         rows = {}
         for method in self.methods:
+            if method == "reference":
+                continue
             first = self.outcomes[method][0]
             share = first.flops / self.outcomes["dense"][0].flops
             caption = (
