@@ -58,6 +58,8 @@ def apply(
         adapter: A `ShivaAdapter`, a folder, or a Hub id "user/name".
         schedule: Keep ratios to use instead of the adapter's.
         keep_ratio: Mean keep ratio in (0, 1] to move the adapter's policy to; 1 keeps all tokens.
+            Far from what the adapter was trained for (`ShivaAdapter.trained_for`), a warning is
+            logged.
         multiple: Round the number of tokens kept to a multiple of this; the adapter's by default.
         segments: At most so many different numbers of tokens per block over time
             (`Schedule.for_tokens`): few shapes, for CUDA graphs. As many as time bins by default.
@@ -88,6 +90,8 @@ def apply(
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
         schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
+    if schedule is not None:
+        adapter.warn_if_far(schedule)
     kind = adapter.config.backbone
     lora = lora_metadata(adapter.config) if kind in ("lora", "dora") else None
     backbone = TunedBackbone(model, adapter.backbone_weights, lora)
