@@ -338,12 +338,13 @@ def test_shapes_in_turn_within_the_limit_keep_their_graphs() -> None:
 
 
 def test_what_came_once_is_not_remembered_for_ever() -> None:
-    model, graphs, _ = learned(limit=1)
-    for seed in range(40):
-        tiny_case = families.arguments("flux", batch=1 + seed % 20, t=0.3 + seed / 100)
-        with torch.no_grad():
-            families.run(model, tiny_case)
-    assert len(graphs.known) <= 17
+    model, graphs, recorder = learned(limit=1)
+    with torch.no_grad():
+        for seed in range(40):
+            families.run(model, families.arguments("flux", batch=1, t=seed / 40))
+            assert len(graphs.known) <= 16
+        families.run(model, families.arguments("flux", batch=1, t=39 / 40))
+    assert (recorder.captured, graphs.replays) == (1, 1)  # what came last is
 
 
 def test_dense_forwards_are_captured_too() -> None:

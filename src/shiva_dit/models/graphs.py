@@ -150,14 +150,13 @@ class GraphRunner(Uncopied, ModelHook):
 
     def _visit(self, key: tuple[Hashable, ...]) -> Combination:
         """A combination that comes now. Passes of one step follow each other: they count as one."""
-        known = self.known.get(key)
-        if known is None:
-            known = self.known[key] = Combination()
-            self._forget_old()
+        known = self.known.setdefault(key, Combination())
         if known is not self._current:
             self._visits += 1
             self._current = known
             known.visit_before, known.visit = known.visit, self._visits
+            if not known.visit_before:
+                self._forget_old()
         return known
 
     def _forget_old(self) -> None:
