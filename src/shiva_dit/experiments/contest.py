@@ -186,15 +186,16 @@ def compete(job: Job) -> list[Outcome | Diverged]:
     """Train once if there is anything to train, then sample and judge each contestant."""
     task = load_task(job.settings.task)
     recipe = job.contestants[0].recipe
+    held: dict[float | None, HeldOut] = {}
     if recipe is None:
-        return [_run(job, task, contestant, None) for contestant in job.contestants]
+        return [_run(job, task, contestant, None, held) for contestant in job.contestants]
     trained, seconds = _train(job, task, recipe)
     if isinstance(trained, Diverged):
         return [trained for _ in job.contestants]
     kept = None
     if job.keep is not None and not recipe.trains_nothing:
         kept = keep(trained, recipe, job.keep)
-    outcomes = [_run(job, task, contestant, trained) for contestant in job.contestants]
+    outcomes = [_run(job, task, contestant, trained, held) for contestant in job.contestants]
     return [
         outcome
         if isinstance(outcome, Diverged)
@@ -204,9 +205,13 @@ def compete(job: Job) -> list[Outcome | Diverged]:
 
 
 def _run(
-    job: Job, task: DemoTask, contestant: Contestant, trained: Trained | None
+    job: Job,
+    task: DemoTask,
+    contestant: Contestant,
+    trained: Trained | None,
+    held: dict[float | None, HeldOut],
 ) -> Outcome | Diverged:
-    """One contestant on a backbone of its own."""
+    """One contestant on a backbone of its own; errors held out are measured once for each ratio."""
     backbone = job.settings.backbone(task)
     attachment = schedule = None
     if trained is not None:
@@ -216,9 +221,11 @@ def _run(
         # Random tokens differ from the noise that pictures start from.
         attachment = put_trained_on(trained, schedule, backbone, seed=noise_seed(job.seed) + 500)
     try:
-        outcome = _judged(job.settings, contestant, job.seed, task, backbone, attachment)
+        found = held.get(contestant.run_at)
+        outcome = _judged(job.settings, contestant, job.seed, task, backbone, attachment, found)
     except FloatingPointError as error:
         return Diverged(step=None, reason=str(error))
+    held[contestant.run_at] = outcome.held_out
     return dataclasses.replace(outcome, schedule=schedule if attachment else None)
 
 
@@ -250,6 +257,7 @@ def _judged(
     task: DemoTask,
     backbone: Any,
     attachment: Attachment | None,
+    found: HeldOut | None,
 ) -> Outcome:
     """Sample and judge; the noise is the same for all contestants of a seed."""
     num_steps = contestant.num_steps or settings.num_steps
@@ -273,7 +281,7 @@ def _judged(
         parts.append(images)
         seconds += cpu_s
     images = torch.cat(parts)
-    found = held_out(task, settings.backbone(task), backbone, attachment)
+    found = found or held_out(task, settings.backbone(task), backbone, attachment)
     if not (float(images.abs().max()) < LARGEST and math.isfinite(found.error)):
         raise FloatingPointError("its pictures, or its predictions, are not finite")
     keep_ratio, maps = 1.0, None
