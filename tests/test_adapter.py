@@ -516,3 +516,38 @@ def test_nothing_is_pickled() -> None:
 )
 def test_the_search_for_pickles_finds_them(code: str) -> None:
     assert len(unsafe_uses(ast.parse(code))) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "warns"),
+    [(0.25, True), (0.35, True), (0.38, False), (0.4, False), (0.5, False), (0.6, True)],
+)
+@pytest.mark.parametrize("by", ["keep_ratio", "schedule"])
+def test_moving_an_adapter_far_from_what_it_was_trained_for_warns(
+    asked: float, warns: bool, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.sd3()
+    adapter = tiny.adapter(model, keep_ratio=0.4)
+    assert adapter.trained_for == (0.4, 0.4)
+    schedule = Schedule.uniform(asked, num_blocks=tiny.NUM_LAYERS)
+    options: dict[str, Any] = {by: asked if by == "keep_ratio" else schedule}
+    shiva_dit.apply(model, adapter, **options)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [f"ratio of 0.4 and is asked for {asked:g}" in line for line in said] == [True] * warns
+
+
+def test_what_was_trained_for_a_range_may_move_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.sd3()
+    adapter = tiny.adapter(model, keep_ratio=0.5)
+    adapter.training_record = {"recipe": {"policy": {"target_range": [0.3, 0.8]}}}
+    adapter.save_pretrained(tmp_path)
+    loaded = ShivaAdapter.from_pretrained(tmp_path)
+    assert loaded.trained_for == (0.3, 0.8)
+    for asked in (0.3, 0.5, 0.8, 1.0):  # all tokens of a frozen backbone are the model itself
+        shiva_dit.apply(model, loaded, keep_ratio=asked)
+    shiva_dit.apply(model, loaded)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    shiva_dit.apply(model, loaded, keep_ratio=0.2)
+    assert "of 0.3 to 0.8 and is asked for 0.2" in caplog.text

@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import flops_per_image
 from shiva_dit.experiments.maps import kept_maps
-from shiva_dit.experiments.quickstart import CONTROLS, NAMES, load_quickstart_recipe
-from shiva_dit.experiments.scoring import floors, sample, sampler_times, score
+from shiva_dit.experiments.quickstart import CONTROLS, FEW, NAMES, load_quickstart_recipe
+from shiva_dit.experiments.scoring import Sampler, floors, sample, sampler_times, score
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.metrics import psnr
 from shiva_dit.models.attach import attach
@@ -128,11 +129,39 @@ def test_maps_show_what_a_selector_keeps(task: DigitsTask) -> None:
     assert 0.4 < flops_per_image(task, backbone, attachment, 12) / dense < 0.55
 
 
-def test_the_sampler_visits_these_times() -> None:
-    times = sampler_times(4)
-    assert times[0] == 1.0
-    assert times == sorted(times, reverse=True)
-    assert min(times) > 0
+def test_samplers_visit_these_times() -> None:
+    """No step is wasted, but by diffusers' default, which older records were made with."""
+    assert sampler_times(4) == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-6)
+    # UniPC takes whole timesteps of 1,000.
+    assert sampler_times(4, "unipc") == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=2e-3)
+    assert sampler_times(2, "euler_diffusers") == pytest.approx([1.0, 0.001], abs=1e-6)
+
+
+def test_models_are_called_at_the_times_that_are_counted(task: DigitsTask) -> None:
+    backbone: Any = load_backbone(task)
+    seen: list[float] = []
+    backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(float(kwargs["timestep"][0]) / 1000),
+        with_kwargs=True,
+    )
+    for sampler in get_args(Sampler):
+        for num_steps in (1, 3):
+            seen.clear()
+            sample(task, backbone, 2, seed=0, num_steps=num_steps, sampler=sampler)
+            assert seen == pytest.approx(sampler_times(num_steps, sampler), abs=1e-6)
+
+
+def test_better_steps_come_nearer_to_the_samplers_limit(task: DigitsTask) -> None:
+    """With six forwards; by 1 dB and by 6 when this was written."""
+    backbone = load_backbone(task)
+    limit, _ = sample(task, backbone, 20, seed=5, num_steps=48, sampler="unipc")
+    samplers: tuple[Sampler, ...] = ("euler_diffusers", "euler", "unipc")
+    found = [
+        psnr(sample(task, backbone, 20, seed=5, num_steps=6, sampler=sampler)[0], limit)
+        for sampler in samplers
+    ]
+    assert found[0] + 0.5 < found[1]
+    assert found[1] + 3.0 < found[2]
 
 
 def test_quickstart_writes_picture_record_and_table(
@@ -140,7 +169,8 @@ def test_quickstart_writes_picture_record_and_table(
 ) -> None:
     assert main(["quickstart", "--out", str(tmp_path), "--count", "20", *SHORT]) == 0
     record = json.loads((tmp_path / "quickstart.json").read_text())
-    assert [row["method"] for row in record["rows"]] == ["dense", "random", "random_tuned", "shiva"]
+    assert tuple(row["method"] for row in record["rows"]) == FEW
+    assert record["sampler"] == "euler"
     assert record["keep_ratio_executed"] == pytest.approx(0.4, abs=0.01)
     rows = {row["method"]: row for row in record["rows"]}
     assert rows["shiva"]["flops"] < 0.62 * rows["dense"]["flops"]
@@ -150,7 +180,11 @@ def test_quickstart_writes_picture_record_and_table(
     assert re.search(r"Shiva +\d\.\d\d G \(0\.\d\d\)", printed)
     assert "Floor of that to real (20 real training digits)" in printed
     assert rows["shiva"]["frechet_to_dense"] > 0
-    assert "frechet_to_dense" not in rows["dense"]
+    assert "frechet_to_dense" not in rows["reference"]
+    assert rows["dense"]["psnr"] > 30.0
+    assert rows["shiva_unipc"]["flops"] == pytest.approx(rows["shiva"]["flops"], rel=0.01)
+    assert rows["shiva_unipc"]["train_cpu_s"] == rows["shiva"]["train_cpu_s"]
+    assert "Sampled by Euler over t = 1, 1 - 1/n" in printed
 
 
 @pytest.mark.slow
@@ -168,11 +202,13 @@ def test_all_controls_are_compared_at_equal_flops(tmp_path: Path) -> None:
     assert rows["dense_tuned"]["flops"] == dense
     # Whole steps of the twelve: half a step away at most.
     assert abs(rows["fewer_steps"]["flops"] - ours) <= dense / 12 / 2
+    assert rows["fewer_steps_unipc"]["flops"] == rows["fewer_steps"]["flops"]
+    assert rows["dense_unipc"]["flops"] == dense == rows["reference"]["flops"] / 2
     for method, row in rows.items():
         assert len(row["frechet_by_seed"]) == 2
-        assert (row["train_cpu_s"] > 0) == (method in CONTROLS or method == "shiva")
+        assert (row["train_cpu_s"] > 0) == (method in CONTROLS or method.startswith("shiva"))
     with Image.open(tmp_path / "quickstart.png") as picture:
-        assert picture.size == (1320, 1545)
+        assert picture.size == (1320, 1859)
 
 
 def test_train_command_saves_refuses_and_resumes(

@@ -4,6 +4,7 @@ Off a GPU a stand-in captures: it keeps a call with the states of the blocks at 
 it again on the very tensors that it was captured with, as a graph would.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -250,6 +251,102 @@ def test_beyond_the_limit_forwards_run_as_usual() -> None:
     assert (recorder.captured, len(graphs.graphs)) == (4, 2)
 
 
+ROW_OF = [[64, 63 - b // 2, 60 - (b + 1) // 2, 33 + b // 4] for b in range(64)]
+"""As a learned schedule has them: another row in every time bin."""
+DEFAULT_LIMIT = inspect.signature(shiva_dit.cuda_graphs).parameters["limit"].default
+
+
+def image(model: Any, graphs: GraphRunner, steps: int, **text: int) -> tuple[list[Tensor], int]:
+    """Outputs of the forwards of one image with guidance in turn, and how many were replays."""
+    before, found = graphs.replays, []
+    for step in range(steps):
+        for name in ("cond", "uncond"):
+            with model.cache_context(name), torch.no_grad():
+                case = families.arguments("flux", t=1 - step / steps - 0.001)
+                tokens = text.get(name, families.TEXT)
+                case["encoder_hidden_states"] = case["encoder_hidden_states"][:, :tokens]
+                case["txt_ids"] = case["txt_ids"][:tokens]
+                found.append(families.run(model, case))
+    return found, graphs.replays - before
+
+
+def learned(limit: int, rows: int = 64) -> tuple[Any, GraphRunner, Again]:
+    """A model with guidance in turn and many rows of token counts, which runs by graphs."""
+    model = families.made("flux")
+    adapter = tiny.adapter(model, families.schedule(model, ROW_OF[:rows]))
+    shiva_dit.apply(model, adapter, multiple=1)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    recorder = Again(attachment)
+    attachment.use_graphs(recorder, limit)
+    assert attachment.graphs is not None
+    return model, attachment.graphs, recorder
+
+
+@pytest.mark.parametrize("text", [{}, {"uncond": 5}], ids=["equal texts", "other texts"])
+def test_all_forwards_from_the_second_image_on_are_replays(
+    text: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fifty steps, guidance in turn, a learned schedule, the default limit."""
+    model, graphs, recorder = learned(DEFAULT_LIMIT)
+    counts = [image(model, graphs, 50, **text)[1] for _ in range(3)]
+    assert counts == [0, 100, 100]
+    assert recorder.captured == len(graphs.graphs) == 100
+    assert not caplog.records
+
+
+def test_both_passes_of_a_step_count_as_one_against_the_limit() -> None:
+    model, graphs, recorder = learned(limit=12)
+    assert [image(model, graphs, 12)[1] for _ in range(3)] == [0, 24, 24]
+    assert recorder.captured == len(graphs.graphs) == 24
+
+
+def test_more_forwards_than_the_limit_keep_a_stable_set_and_say_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, graphs, recorder = learned(limit=5)
+    plain = image(model, graphs, 12)[0]
+    for _ in range(3):
+        found, replayed = image(model, graphs, 12)
+        assert replayed == 10
+        assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+    assert recorder.captured == 10
+    (record,) = caplog.records
+    assert "24 different forwards come in turn, and 14 of them run without" in record.getMessage()
+    assert "segments=8" in record.getMessage()
+
+
+def test_forwards_that_no_longer_come_make_room(caplog: pytest.LogCaptureFixture) -> None:
+    """A change of the number of steps, or of the weights: new graphs take the places of the old."""
+    model, graphs, recorder = learned(limit=8)
+    assert [image(model, graphs, 8)[1] for _ in range(2)] == [0, 16]
+    assert [image(model, graphs, 8, cond=5, uncond=5)[1] for _ in range(3)] == [0, 16, 16]
+    model.proj_out.weight.data = model.proj_out.weight.data.clone()
+    assert [image(model, graphs, 8)[1] for _ in range(3)] == [0, 16, 16]
+    assert len(graphs.graphs) == 16
+    assert recorder.captured == 48
+    assert len(graphs._inputs) == 1  # those of shapes that are gone are gone
+    assert not caplog.records
+
+
+def test_shapes_in_turn_within_the_limit_keep_their_graphs() -> None:
+    model, graphs, recorder = learned(limit=16)
+    for _ in range(3):
+        image(model, graphs, 8)
+        image(model, graphs, 8, cond=5, uncond=5)
+    assert (recorder.captured, graphs.replays) == (32, 64)
+
+
+def test_what_came_once_is_not_remembered_for_ever() -> None:
+    model, graphs, recorder = learned(limit=1)
+    with torch.no_grad():
+        for seed in range(40):
+            families.run(model, families.arguments("flux", batch=1, t=seed / 40))
+            assert len(graphs.known) <= 16
+        families.run(model, families.arguments("flux", batch=1, t=39 / 40))
+    assert (recorder.captured, graphs.replays) == (1, 1)  # what came last is
+
+
 def test_dense_forwards_are_captured_too() -> None:
     """So that a comparison within `disabled` compares like with like."""
     model = tiny.sd3()
@@ -261,7 +358,7 @@ def test_dense_forwards_are_captured_too() -> None:
     assert (recorder.captured, graphs.replays) == (1, 2)
 
 
-def test_training_and_watchers_see_real_forwards() -> None:
+def test_training_and_watchers_see_real_forwards(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.sd3()
     graphs, recorder = with_graphs(model, rows=[ROWS[0]])
     attachment = attachment_of(model)
@@ -285,6 +382,7 @@ def test_training_and_watchers_see_real_forwards() -> None:
     for _ in range(3):
         tiny.run(model, tiny.inputs())
     assert len(outputs) == 3
+    assert [record.getMessage().split(": ")[2][:11] for record in caplog.records] == ["torch hooks"]
     handle.remove()
     replays = graphs.replays
     tiny.run(model, tiny.inputs())

@@ -11,9 +11,11 @@ from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from shiva_dit.core.budget import stratified
 from shiva_dit.models.families import MODELS, model_spec
 from shiva_dit.models.spec import ModelSpec
-from shiva_dit.training.data import Batch
+from shiva_dit.training.data import Batch, ShuffledIndices
+from shiva_dit.training.fit import NUM_BATCHES, fit_updates
 from shiva_dit.training.paths import Diffusion, FlowMatching, path_of
 from shiva_dit.training.recipe import OptimizerConfig, PolicyConfig, TrainConfig
 from shiva_dit.training.trainer import Trainer
@@ -144,3 +146,29 @@ def test_a_diffusion_model_needs_its_scheduler(tmp_path: Path) -> None:
         Trainer(TrainConfig(out=tmp_path), model, FamilyData("pixart-sigma", spec))
     with pytest.raises(ValueError, match="prediction_type must be"):
         path_of(spec, DDPMScheduler(prediction_type="flow_prediction"))
+
+
+@pytest.mark.parametrize("name", ["pixart-sigma", "dit", "cogvideox", "flux"])
+def test_updates_are_fitted_on_the_path_of_the_model(name: str, tmp_path: Path) -> None:
+    """Least squares on the very states that the model is trained on, and not on others."""
+    spec = model_spec(families.made(name))
+    rank = 4
+    trainer = trainer_for(name, tmp_path, backbone="full", rejected="low_rank", rejected_rank=rank)
+    student, data = trainer.student, trainer.data
+    seen: list[Tensor] = []
+    path = student.path
+    model: Any = student.teacher
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs[spec.sample]), with_kwargs=True
+    )
+    fit_updates(student, data)
+    handle.remove()
+    generator = torch.Generator().manual_seed(trainer.config.seed)
+    order = ShuffledIndices(len(data), trainer.config.seed)
+    for found in seen:
+        batch = data.batch(order.take(2), generator)
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        t = stratified(2, generator)
+        assert torch.equal(found, path.noisy(batch.latents, noise, t))
+    assert len(seen) == NUM_BATCHES
+    assert isinstance(path, Diffusion) == spec.diffusion

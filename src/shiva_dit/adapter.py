@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from shiva_dit.modules.router import ShivaRouter
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import file_digest, write_atomically, write_json
 
+logger = logging.getLogger("shiva_dit")
+
 FORMAT_VERSION = 1
 CLASS_NAME = "ShivaAdapter"
 CONFIG_FILE = "config.json"
@@ -32,6 +35,11 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 BACKBONE_FILE = "tuned_backbone.safetensors"
 CARD_FILE = "README.md"
 WEIGHTS_FILES = (WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE)
+
+FAR_BELOW, FAR_ABOVE = 0.04, 0.15
+"""How far a mean keep ratio may lie outside of what was trained for without a warning. Measured on
+the shipped adapters for 0.4: the error is twice as large at 0.35, least at 0.5, and at 0.6 larger
+than there again."""
 
 BackboneKind = Literal["frozen", "lora", "dora", "full"]
 RejectedKind = Literal["identity", "low_rank"]
@@ -169,6 +177,36 @@ class ShivaAdapter(nn.Module):
     def selector(self) -> ShivaSelector:
         """The router as a selection method; shares its weights."""
         return ShivaSelector(self.router)
+
+    @property
+    def trained_for(self) -> tuple[float, float]:
+        """Mean keep ratios, lowest and highest, that it was trained for."""
+        found: Any = self.training_record  # of any form: it is said to be plain data, no more
+        for key in ("recipe", "policy", "target_range"):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if not isinstance(found, (list, tuple)) or list(map(type, found)) != [float, float]:
+            return self.config.keep_ratio, self.config.keep_ratio
+        return found[0], found[1]
+
+    def warn_if_far(self, schedule: Schedule) -> None:
+        """Log a warning if a schedule's mean lies far from what the adapter was trained for.
+
+        All tokens of a frozen backbone are no reason: that is the model itself.
+        """
+        mean, (low, high) = schedule.mean_keep_ratio, self.trained_for
+        is_bare = self.config.backbone == "frozen" and mean == 1.0
+        if low - FAR_BELOW <= mean <= high + FAR_ABOVE or is_bare:
+            return
+        trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        logger.warning(
+            "shiva_dit: the adapter was trained for a mean keep ratio of %s and is asked for %.3g: "
+            "%s Train one for that ratio, or for a range (policy.target_range).",
+            trained,
+            mean,
+            "pictures soon get much worse below what was trained for."
+            if mean < low
+            else "so much more than what was trained for costs time and gains little or nothing.",
+        )
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise unless this adapter was made for models of this class, depth and width.

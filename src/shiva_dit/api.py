@@ -62,6 +62,8 @@ def apply(
         adapter: A `ShivaAdapter`, a folder, or a Hub id "user/name".
         schedule: Keep ratios to use instead of the adapter's.
         keep_ratio: Mean keep ratio in (0, 1] to move the adapter's policy to; 1 keeps all tokens.
+            Far from what the adapter was trained for (`ShivaAdapter.trained_for`), a warning is
+            logged.
         multiple: Round the number of tokens kept to a multiple of this; the adapter's by default.
         segments: At most so many different numbers of tokens per block over time
             (`Schedule.for_tokens`): few shapes, for CUDA graphs. As many as time bins by default.
@@ -96,6 +98,8 @@ def apply(
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
         schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
+    if schedule is not None:
+        adapter.warn_if_far(schedule)
     attachment = Attachment(
         model,
         copy.deepcopy(adapter.selector()),  # its own: a model moves it to its device
@@ -231,17 +235,20 @@ def compile(target: T, **options: Any) -> T:
     return target
 
 
-def cuda_graphs(target: T, *, limit: int = 64) -> T:
+def cuda_graphs(target: T, *, limit: int = 128) -> T:
     """Capture forwards as CUDA graphs and replay them: launching kernels then costs nothing.
 
-    One graph for each different row of token counts, shape of the arguments and set of weights;
-    what comes for the first time runs as usual, and so do training and whatever watches the
-    blocks. All graphs share one pool of memory. `apply(..., segments=, multiple=)` makes rows few.
-    Compile first, if at all. Until `remove`.
+    One graph for each different row of token counts, shape of the arguments and set of weights, or
+    two where the passes of guidance run in turn; what comes for the first time (the first image)
+    runs as usual, and so do training and whatever watches the blocks. All graphs share one pool of
+    memory. `apply(..., segments=, multiple=)` makes rows few. Compile first, if at all. Until
+    `remove`.
 
     Args:
         target: A pipeline or transformer with an adapter attached, on a CUDA device.
-        limit: Graphs at most; what comes beyond them runs as usual.
+        limit: Rows, shapes and weights at most that have graphs: the 64 rows of a learned schedule
+            for two shapes by default. If more of them come in turn, what is beyond runs as usual,
+            and a warning says how much; one that no longer comes makes room.
 
     Raises:
         ValueError: If no adapter is attached, the model isn't on a CUDA device, or something on

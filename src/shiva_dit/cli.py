@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add = command("compare", _compare, "train and judge many recipes side by side")
     add("recipe", type=Path, help="such as recipes/compare-estimators-digits.toml")
     add("--out", type=Path, help="folder to fill or to go on in; runs/<what> by default")
-    add("--workers", type=_positive, default=2, help="runs at a time")
+    add("--workers", type=_positive, default=2, help="recipes at a time")
+    add("--retry-failed", action="store_true", help="run arms that diverged again")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
     add = command("merge", _merge, "one record from several whose seeds ran apart")
@@ -275,7 +276,9 @@ def _compare(options: argparse.Namespace) -> int:
 
     comparison = load_recipe(Comparison, options.recipe, options.overrides)
     out = options.out or Path("runs") / comparison.what
-    record = run_comparison(comparison, out, workers=options.workers)
+    record = run_comparison(
+        comparison, out, workers=options.workers, retry_failed=options.retry_failed
+    )
     print(f"\n{plain_rows(comparison_rows(record))}\n\nRecord: {out / 'record.json'}")
     return 0
 

@@ -104,7 +104,24 @@ def quickstart_note(record: dict[str, Any]) -> str:
         + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
         + "Distances are Frechet's, in the judge's features. "
         f"Floor of that to real ({config['count']} real training digits): "
-        f"{record['frechet_floor']:.2f}."
+        f"{record['frechet_floor']:.2f}. {sampled_by(record.get('sampler'))}"
+    )
+
+
+SAMPLERS = {
+    "euler": "Euler over t = 1, 1 - 1/n, ..., 1/n",
+    "unipc": "UniPC",
+    "euler_diffusers": "Euler with diffusers' default steps",
+}
+
+
+def sampled_by(sampler: str | None) -> str:
+    """How a record's pictures were sampled, in a sentence or two; None: the record doesn't say."""
+    if sampler is None:
+        return "Sampled by Euler with diffusers' default steps, before the fix."
+    return (
+        f"Sampled by {SAMPLERS[sampler]} unless a row says otherwise; what is compared with the "
+        "unpruned model is with its pictures by UniPC in twice the steps."
     )
 
 
@@ -137,12 +154,12 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
 
     def to_unpruned(measured: str, form: str, scale: float = 1.0) -> str:
         values = row.get(f"{measured}_by_seed")
-        if values is None or row is unpruned:
+        if values is None or (row is unpruned and measured.startswith("held_out")):
             return "-"
         return _spread([scale * value for value in values], form)
 
     return {
-        "arm": row["name"],
+        "arm": row["name"] + (f" ({_failures(row)})" if "failed" in row else ""),
         "FLOPs": f"{row['flops'] / unpruned['flops']:.3f}",
         "keep": f"{row['keep_ratio']:.3f}",
         "keep, asked": _known(row.get("keep_ratio_asked"), "{:.3f}"),
@@ -163,6 +180,19 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
             f"{row['train_cpu_s'] / row['steps']:.2f}" if "steps" in row else "-"
         ),
     }
+
+
+def _failures(row: dict[str, Any]) -> str:
+    """What became of the seeds that gave no result."""
+    failed = row["failed"]
+    steps = [str(found["step"]) for found in failed if found["step"] is not None]
+    said = []
+    if steps:
+        said.append(f"diverged at step {', '.join(steps)}")
+    if len(steps) < len(failed):
+        said.append("pictures not finite")
+    whole = len(row.get("frechet_by_seed", []))
+    return (f"{whole} of {whole + len(failed)} seeds; " if whole else "") + "; ".join(said)
 
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "place")
@@ -193,6 +223,9 @@ def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[li
     columns = COLUMNS[kind]
     rows = [list(columns)]
     for row in record["rows"]:
+        if "frechet" not in row:
+            rows.append([row["name"], _failures(row), *["-"] * (len(columns) - 2)])
+            continue
         cells = _cells(row, record["rows"][0])
         missing = [column for column in columns if column not in cells]
         if missing:
@@ -208,7 +241,8 @@ def comparison_table(record: dict[str, Any], kind: str = "comparison") -> str:
     note = (
         f"{record['about']} {config['settings']['count']} images per arm and seed, {seeds} seed"
         + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
-        + f"Floor of the distance to real: {record['floor']['frechet']:.2f}."
+        + f"Floor of the distance to real: {record['floor']['frechet']:.2f}. "
+        + sampled_by(config["settings"].get("sampler"))
     )
     return f"{markdown_rows(comparison_rows(record, kind))}\n\n{note}"
 
@@ -275,9 +309,9 @@ def _known(value: float | int | None, form: str) -> str:
 
 
 def _paired(row: dict[str, Any], name: str, form: str) -> str:
-    """What compares a method with the unpruned model, which has no such entry itself."""
-    values = row.get(f"{name}_by_seed")  # none for the unpruned model, no PSNR for its equal
-    return "-" if values is None or row["method"] == "dense" else _spread(values, form)
+    """What compares a method with the unpruned model's pictures; these have no such entry."""
+    values = row.get(f"{name}_by_seed")
+    return "-" if values is None else _spread(values, form)
 
 
 def _spread(values: list[float], form: str) -> str:

@@ -13,6 +13,9 @@ residual              <dL/d output, F>, F the block's update   <dL/d output, est
                       (less what a rejected token gets instead, where it gets anything)
 residual, KV gate     also <dL/dv, v> at the value projection
 ====================  =======================================  ===========================
+
+The backbone's own gradient is that of the same forward without gates, whatever the estimator: a
+gate hands it through, and what scores and inclusion are computed from is detached.
 """
 
 from __future__ import annotations

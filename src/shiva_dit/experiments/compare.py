@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,32 @@ from tqdm import tqdm
 from shiva_dit.config import from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.tasks import load_task
-from shiva_dit.experiments.contest import Contestant, Outcome, Settings
+from shiva_dit.experiments.contest import (
+    Contestant,
+    Diverged,
+    Job,
+    Outcome,
+    Settings,
+    reference,
+    saved_settings,
+)
 from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.pool import run_jobs
-from shiva_dit.experiments.scoring import Score, floors
+from shiva_dit.experiments.scoring import Sampler, Score, floors
 from shiva_dit.provenance import provenance, write_atomically, write_json
 from shiva_dit.training.recipe import TrainConfig
 
-PLAIN = ("flops", "sample_s", "train_s", "keep_ratio", "parameters")
-"""Numbers of an `Outcome` that a run's file holds as they are."""
-RUN_BY = ("run_at", "num_steps")
+PLAIN = ("flops", "sample_s", "train_s", "keep_ratio", "parameters", "kept")
+"""What of an `Outcome` a run's file holds as it is."""
+TRAINED = "trained"
+"""Folder, within a comparison's, of what was trained: one for each recipe and seed."""
+RUN_BY = ("run_at", "num_steps", "sampler")
 """What decides how a trained `Contestant` is run; None where nothing is said."""
 UNPRUNED = "unpruned"
 """Key of the model as it ships: it is always among the contestants."""
+REFERENCE = "reference"
+"""Key of what distances to the unpruned model are taken to: always there, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +56,8 @@ class Arm:
     """Mean keep ratio in (0, 1) to run at, where it isn't the one trained for."""
     num_steps: int | None = None
     """Sampler steps, where they are not the settings'."""
+    sampler: Sampler | None = None
+    """How they are made, where that is not the settings'."""
 
     def __post_init__(self) -> None:
         if self.run_at is not None and not 0.0 < self.run_at < 1.0:
@@ -72,16 +86,17 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.seeds or not self.arms:
             raise ValueError("a comparison needs at least one seed and one arm.")
-        if UNPRUNED in self.arms:
-            raise ValueError(f"{UNPRUNED!r} is always there: give the arm another key.")
+        for key in (UNPRUNED, REFERENCE):
+            if key in self.arms:
+                raise ValueError(f"{key!r} is always there: give the arm another key.")
 
     def contestants(self) -> dict[str, Contestant]:
-        """All arms, the unpruned model first.
+        """All arms, the unpruned model and the reference first.
 
         Raises:
             ValueError: If an arm has no name or its recipe is wrong.
         """
-        made = {UNPRUNED: Contestant(name="unpruned")}
+        made = {UNPRUNED: Contestant(name="unpruned"), REFERENCE: reference(self.settings)}
         own = {field.name for field in dataclasses.fields(Arm)}
         for key, data in self.arms.items():
             where = f"arms.{key}"
@@ -93,19 +108,29 @@ class Comparison:
             if arm.run_at is not None and not recipe.learns_policy:
                 raise ValueError(f"{where}: run_at needs a learned schedule to move.")
             made[key] = Contestant(
-                name=arm.name, recipe=recipe, run_at=arm.run_at, num_steps=arm.num_steps
+                name=arm.name,
+                recipe=recipe,
+                run_at=arm.run_at,
+                num_steps=arm.num_steps,
+                sampler=arm.sampler,
             )
         return made
 
 
-def run_comparison(comparison: Comparison, out: Path, *, workers: int) -> dict[str, Any]:
+def run_comparison(
+    comparison: Comparison, out: Path, *, workers: int, retry_failed: bool = False
+) -> dict[str, Any]:
     """Run what is not done yet, and write the record.
+
+    An arm that diverges is recorded as failed, with the step and the reason, and the others go on.
 
     Args:
         comparison: What to run.
-        out: Folder for one JSON file and one file of images per arm and seed, and `record.json`.
-            Arms that it holds already are not run again.
-        workers: Arms at a time, each in a process of one thread.
+        out: Folder for one JSON file and one file of images per arm and seed, what each recipe and
+            seed trained (`trained/<arm>-<seed>`, see `kept.put_on`), and `record.json`. Arms that
+            it holds already are not run again.
+        workers: Recipes at a time, each in a process of one thread.
+        retry_failed: Whether arms that are recorded as failed are run again.
 
     Returns:
         The record.
@@ -116,17 +141,28 @@ def run_comparison(comparison: Comparison, out: Path, *, workers: int) -> dict[s
     contestants = comparison.contestants()
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    keys = [(key, seed) for seed in comparison.seeds for key in contestants]
     todo = []
-    for key, seed in keys:
-        if not _is_done(out, comparison.settings, contestants[key], key, seed):
-            todo.append((key, seed))
-    jobs = [(comparison.settings, contestants[key], seed) for key, seed in todo]
-    bar = tqdm(total=len(keys), initial=len(keys) - len(todo), desc=comparison.what, unit="run")
+    for seed in comparison.seeds:
+        for key, contestant in contestants.items():
+            if not _is_done(out, comparison.settings, contestant, key, seed, retry_failed):
+                todo.append((key, seed))
+    groups = _by_training(contestants, todo)
+    jobs = [
+        Job(
+            settings=comparison.settings,
+            contestants=tuple(contestants[key] for key in keys),
+            seed=seed,
+            keep=out / TRAINED / name,
+        )
+        for name, seed, keys in groups
+    ]
+    total = len(comparison.seeds) * len(contestants)
+    bar = tqdm(total=total, initial=total - len(todo), desc=comparison.what, unit="run")
     with bar:
-        for (key, seed), outcome in zip(todo, run_jobs(jobs, workers), strict=True):
-            _save(out, comparison.settings, contestants[key], key, seed, outcome)
-            bar.update()
+        for (name, seed, keys), outcomes in zip(groups, run_jobs(jobs, workers), strict=True):
+            for key, outcome in zip(keys, outcomes, strict=True):
+                _save(out, comparison.settings, contestants[key], key, seed, outcome, name)
+                bar.update()
     record = _record(comparison, contestants, out)
     record["wall_s"] = time.perf_counter() - start
     record["runs_of_this_call"] = len(todo)
@@ -134,27 +170,38 @@ def run_comparison(comparison: Comparison, out: Path, *, workers: int) -> dict[s
     return record
 
 
+def _by_training(
+    contestants: Mapping[str, Contestant], todo: list[tuple[str, int]]
+) -> list[tuple[str, int, list[str]]]:
+    """Runs that share a training: its name (of the first arm with that recipe), seed, and arms."""
+    first: dict[TrainConfig | None, str] = {}
+    for key, contestant in contestants.items():
+        first.setdefault(contestant.recipe, key)
+    groups: dict[tuple[str, int], list[str]] = {}
+    for key, seed in todo:
+        groups.setdefault((first[contestants[key].recipe], seed), []).append(key)
+    return [(f"{name}-{seed}", seed, keys) for (name, seed), keys in groups.items()]
+
+
 def _record(
     comparison: Comparison, contestants: Mapping[str, Contestant], out: Path
 ) -> dict[str, Any]:
     task = load_task(comparison.settings.task)
     judge = comparison.settings.judge(task)
-    outcomes = {key: [_load(out, key, seed) for seed in comparison.seeds] for key in contestants}
+    found = {key: {s: _load(out, key, s) for s in comparison.seeds} for key in contestants}
+    truth = {s: o for s, o in found[REFERENCE].items() if isinstance(o, Outcome)}
     rows = []
     for key, contestant in contestants.items():
-        twins = None if key == UNPRUNED else outcomes[UNPRUNED]
-        made = row(key, contestant.name, outcomes[key], twins, judge)
-        if contestant.recipe is not None:
-            if not contestant.recipe.trains_nothing:
-                made["steps"] = contestant.recipe.total_steps
-            if contestant.recipe.method != "dense":
-                made["keep_ratio_asked"] = contestant.run_at or contestant.recipe.keep_ratio
-            made["parameters"] = outcomes[key][0].parameters
-        schedules = [o.schedule for o in outcomes[key] if o.schedule is not None]
-        if schedules and contestant.recipe is not None and contestant.recipe.learns_policy:
-            made["schedules"] = [
-                [[round(ratio, 4) for ratio in bin_] for bin_ in s.ratios] for s in schedules
-            ]
+        outcomes = {s: o for s, o in found[key].items() if isinstance(o, Outcome)}
+        twins = None if key == REFERENCE else [truth[seed] for seed in outcomes]
+        made = row(key, contestant.name, list(outcomes.values()), twins, judge)
+        made |= _arm(contestant, list(outcomes.values()))
+        failed = {s: o for s, o in found[key].items() if isinstance(o, Diverged)}
+        if failed:
+            made["failed"] = [{"seed": s, **dataclasses.asdict(o)} for s, o in failed.items()]
+        kept = [_kept(out, key, seed) for seed in outcomes]
+        if any(kept):
+            made["kept_by_seed"] = kept
         rows.append(made)
     return {
         "what": comparison.what,
@@ -165,6 +212,25 @@ def _record(
         "runs_at": _where_run(comparison, contestants, out),
         "provenance": provenance(),
     }
+
+
+def _arm(contestant: Contestant, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What a row says of how an arm was trained."""
+    recipe, made = contestant.recipe, {}
+    if recipe is None or not outcomes:
+        return {}
+    if not recipe.trains_nothing:
+        made["steps"] = recipe.total_steps
+    if recipe.method != "dense":
+        made["keep_ratio_asked"] = contestant.run_at or recipe.keep_ratio
+    made["parameters"] = outcomes[0].parameters
+    if recipe.learns_policy:
+        made["schedules"] = [
+            [[round(ratio, 4) for ratio in bin_] for bin_ in outcome.schedule.ratios]
+            for outcome in outcomes
+            if outcome.schedule is not None
+        ]
+    return made
 
 
 def _where_run(
@@ -181,29 +247,37 @@ def _where_run(
     return found
 
 
-def _is_done(out: Path, settings: Settings, contestant: Contestant, key: str, seed: int) -> bool:
+def _is_done(
+    out: Path, settings: Settings, contestant: Contestant, key: str, seed: int, retry_failed: bool
+) -> bool:
     """Whether a run is there; settings that it was saved without count as their defaults."""
     path = out / f"{key}-{seed}.json"
     if not path.is_file():
         return False
-    run = json.loads(path.read_text(encoding="utf-8"))["run"]
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    run = plain["run"]
     recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
     same = recipe == contestant.recipe and run["seed"] == seed
     same = same and all(run.get(name) == getattr(contestant, name) for name in RUN_BY)
-    if not same or from_dict(Settings, run["settings"], str(path)) != settings:
+    if not same or saved_settings(run["settings"], str(path)) != settings:
         raise ValueError(
             f"{path} was made with other settings: remove it to run that arm again, or use "
             "another folder (--out)."
         )
-    return True
+    return not (retry_failed and "failed" in plain)
 
 
 def _save(
-    out: Path, settings: Settings, contestant: Contestant, key: str, seed: int, outcome: Outcome
+    out: Path,
+    settings: Settings,
+    contestant: Contestant,
+    key: str,
+    seed: int,
+    outcome: Outcome | Diverged,
+    training: str,
 ) -> None:
     """The images first: a run whose JSON is there is whole."""
     path = out / f"{key}-{seed}.safetensors"
-    write_atomically(path, lambda file: save_file({"images": outcome.images}, file))
     plain = {
         "run": {
             "settings": to_dict(settings),
@@ -212,18 +286,28 @@ def _save(
             "seed": seed,
         },
         "provenance": provenance(),
-        "score": dataclasses.asdict(outcome.score),
-        "held_out": dataclasses.asdict(outcome.held_out),
-        "schedule": None if outcome.schedule is None else outcome.schedule.to_json(),
-        **{name: getattr(outcome, name) for name in PLAIN},
     }
+    if isinstance(outcome, Diverged):
+        plain["failed"] = dataclasses.asdict(outcome)
+    else:
+        write_atomically(path, lambda file: save_file({"images": outcome.images}, file))
+        plain |= {
+            "score": dataclasses.asdict(outcome.score),
+            "held_out": dataclasses.asdict(outcome.held_out),
+            "schedule": None if outcome.schedule is None else outcome.schedule.to_json(),
+            **{name: getattr(outcome, name) for name in PLAIN},
+            "trained": training if outcome.kept else None,
+        }
     write_json(path.with_suffix(".json"), plain)
 
 
-def _load(out: Path, key: str, seed: int) -> Outcome:
+def _load(out: Path, key: str, seed: int) -> Outcome | Diverged:
     path = out / f"{key}-{seed}.json"
     plain = json.loads(path.read_text(encoding="utf-8"))
-    del plain["run"], plain["provenance"]
+    if "failed" in plain:
+        return Diverged(**plain["failed"])
+    for name in ("run", "provenance", "trained"):
+        plain.pop(name, None)
     schedule = plain.pop("schedule")
     return Outcome(
         score=Score(**plain.pop("score")),
@@ -232,3 +316,11 @@ def _load(out: Path, key: str, seed: int) -> Outcome:
         images=load_file(path.with_suffix(".safetensors"))["images"],
         **plain,
     )
+
+
+def _kept(out: Path, key: str, seed: int) -> dict[str, Any] | None:
+    """Where an arm's weights are, and the SHA-256 of each file."""
+    plain = json.loads((out / f"{key}-{seed}.json").read_text(encoding="utf-8"))
+    if not plain.get("kept"):
+        return None
+    return {"folder": f"{TRAINED}/{plain['trained']}", "files": plain["kept"]}

@@ -1,14 +1,15 @@
-"""One contestant with one seed: train it, sample, judge."""
+"""Contestants with one seed: train once, then sample and judge each."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import multiprocessing
 import tempfile
 import time
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shiva_dit.config import from_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import ASSETS, load_backbone, load_judge, usable_device
 from shiva_dit.demo.judge import Judge
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.held_out import HeldOut, held_out
+from shiva_dit.experiments.kept import keep, put_trained_on
 from shiva_dit.experiments.maps import kept_maps
-from shiva_dit.experiments.scoring import NUM_STEPS, Score, sample, sampler_times, score
-from shiva_dit.models.attach import Attachment, attach
+from shiva_dit.experiments.scoring import (
+    NUM_STEPS,
+    UNNAMED,
+    Sampler,
+    Score,
+    sample,
+    sampler_times,
+    score,
+)
+from shiva_dit.models.attach import Attachment
 from shiva_dit.models.families import model_spec
-from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trained, Trainer
 
 CHUNK = 100
 """Images per call of the pipeline."""
 MIN_COUNT = 20
+LARGEST = 1e6
+"""Pictures lie about [-1, 1]; a judge's features of larger ones than this overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +57,8 @@ class Settings:
     """Images that are judged, per contestant and seed."""
     num_steps: int = NUM_STEPS
     """Sampler steps."""
+    sampler: Sampler = "euler"
+    """How they are made."""
     guidance: float = 1.0
     """Guidance scale; 1 is none."""
     device: str = "cpu"
@@ -79,6 +93,11 @@ class Settings:
         return load_judge(task, self.base or ASSETS)
 
 
+def saved_settings(data: Mapping[str, Any], where: str) -> Settings:
+    """Settings as a record has them; older ones name no sampler: `UNNAMED` is meant."""
+    return from_dict(Settings, {"sampler": UNNAMED, **data}, where)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contestant:
     """A way to run the backbone."""
@@ -92,8 +111,20 @@ class Contestant:
     is moved there."""
     num_steps: int | None = None
     """Sampler steps, where they are not the settings'."""
+    sampler: Sampler | None = None
+    """How they are made, where that is not the settings'."""
     draws_maps: bool = False
     """Whether the kept tokens of ten images are recorded while sampling."""
+
+
+def reference(settings: Settings) -> Contestant:
+    """The unpruned model by UniPC with twice the steps: what distances to it are taken to.
+
+    Its pictures from the settings' own steps are off by what the sampler leaves (36 dB with 12
+    steps of Euler on the digits): taken to these, better samplers would look worse.
+    """
+    steps = 2 * settings.num_steps
+    return Contestant(name=f"unpruned, {steps} steps of UniPC", num_steps=steps, sampler="unipc")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +149,30 @@ class Outcome:
     """Ratios by time bin and block."""
     maps: Tensor | None = None
     """Kept tokens of the first ten, (L, T, 10, N), where they are recorded."""
+    kept: dict[str, str] | None = None
+    """SHA-256 of the files that hold what was trained, by name; None where nothing was kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diverged:
+    """A contestant that gave no result for one seed."""
+
+    step: int | None
+    """Of the training; None where it trained, and its pictures are not finite."""
+    reason: str
+    """In words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What one process does at a time."""
+
+    settings: Settings
+    contestants: tuple[Contestant, ...]
+    """All of one recipe, which is trained once for all."""
+    seed: int
+    keep: Path | None = None
+    """Folder for what is trained; None to keep nothing."""
 
 
 def start_worker(lock: Any) -> None:
@@ -127,49 +182,70 @@ def start_worker(lock: Any) -> None:
     logging.disable(logging.WARNING)  # each process would repeat the libraries' notices
 
 
-def compete(job: tuple[Settings, Contestant, int]) -> Outcome:
-    """One contestant with one seed: train it if it is trained, then sample and judge."""
-    settings, contestant, seed = job
-    task = load_task(settings.task)
-    backbone = settings.backbone(task)
-    recipe = contestant.recipe
-    if recipe is None:
-        return _judged(settings, contestant, seed, task, backbone, None)
-    trained, seconds = _train(_Training(settings, recipe, seed, contestant.name))
-    schedule = trained.schedule
-    if contestant.run_at is not None:
-        schedule = trained.at(contestant.run_at)
-    if trained.backbone_weights:
-        TunedBackbone(backbone, trained.backbone_weights, trained.lora).put_on()
-    attachment = None
-    if trained.selector is not None:
-        attachment = attach(backbone, trained.selector, schedule, updates=trained.updates)
-    outcome = _judged(settings, contestant, seed, task, backbone, attachment)
-    return dataclasses.replace(outcome, train_s=seconds, schedule=schedule if attachment else None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Training:
-    settings: Settings
-    recipe: TrainConfig
-    seed: int
-    name: str = field(compare=False)
-
-
-@lru_cache(maxsize=1)
-def _train(job: _Training) -> tuple[Trained, float]:
-    """A trained recipe and its CPU seconds; the next contestant may run it at another ratio."""
+def compete(job: Job) -> list[Outcome | Diverged]:
+    """Train once if there is anything to train, then sample and judge each contestant."""
     task = load_task(job.settings.task)
-    label = _label("train", job.name, job.seed)
+    recipe = job.contestants[0].recipe
+    held: dict[float | None, HeldOut] = {}
+    if recipe is None:
+        return [_run(job, task, contestant, None, held) for contestant in job.contestants]
+    trained, seconds = _train(job, task, recipe)
+    if isinstance(trained, Diverged):
+        return [trained for _ in job.contestants]
+    kept = None
+    if job.keep is not None and not recipe.trains_nothing:
+        kept = keep(trained, recipe, job.keep)
+    outcomes = [_run(job, task, contestant, trained, held) for contestant in job.contestants]
+    return [
+        outcome
+        if isinstance(outcome, Diverged)
+        else dataclasses.replace(outcome, train_s=seconds, kept=kept)
+        for outcome in outcomes
+    ]
+
+
+def _run(
+    job: Job,
+    task: DemoTask,
+    contestant: Contestant,
+    trained: Trained | None,
+    held: dict[float | None, HeldOut],
+) -> Outcome | Diverged:
+    """One contestant on a backbone of its own; errors held out are measured once for each ratio."""
+    backbone = job.settings.backbone(task)
+    attachment = schedule = None
+    if trained is not None:
+        schedule = trained.schedule
+        if contestant.run_at is not None:
+            schedule = trained.at(contestant.run_at)
+        # Random tokens differ from the noise that pictures start from.
+        attachment = put_trained_on(trained, schedule, backbone, seed=noise_seed(job.seed) + 500)
+    try:
+        found = held.get(contestant.run_at)
+        outcome = _judged(job.settings, contestant, job.seed, task, backbone, attachment, found)
+    except FloatingPointError as error:
+        return Diverged(step=None, reason=str(error))
+    held[contestant.run_at] = outcome.held_out
+    return dataclasses.replace(outcome, schedule=schedule if attachment else None)
+
+
+def _train(job: Job, task: DemoTask, recipe: TrainConfig) -> tuple[Trained | Diverged, float]:
+    """What was trained, or why not, and its CPU seconds."""
+    label = _label("train", job.contestants[0].name, job.seed)
     with tempfile.TemporaryDirectory() as out:
-        config = dataclasses.replace(job.recipe, task=task.name, seed=job.seed, out=Path(out))
+        config = dataclasses.replace(recipe, task=task.name, seed=job.seed, out=Path(out))
         trainer = Trainer(config, job.settings.backbone(task), task)
-        start = time.process_time()
         if config.trains_nothing:
-            trained, seconds = trainer.result(), 0.0
-        else:
+            trained = trainer.result()
+            trainer.close()
+            return trained, 0.0
+        start = time.process_time()
+        try:
             trained = trainer.run(description=label, position=_place())
-            seconds = time.process_time() - start
+        except FloatingPointError as error:
+            # What the trainer advises is for a run with a folder of its own.
+            return Diverged(step=trainer.step, reason=str(error).partition(" at step ")[0]), 0.0
+        seconds = time.process_time() - start
         trainer.close()
     return trained, seconds
 
@@ -181,9 +257,11 @@ def _judged(
     task: DemoTask,
     backbone: Any,
     attachment: Attachment | None,
+    found: HeldOut | None,
 ) -> Outcome:
     """Sample and judge; the noise is the same for all contestants of a seed."""
     num_steps = contestant.num_steps or settings.num_steps
+    sampler = contestant.sampler or settings.sampler
     parts, seconds = [], 0.0
     starts = range(0, settings.count, CHUNK)
     label = _label("sample", contestant.name, seed)
@@ -197,21 +275,32 @@ def _judged(
             seed=noise_seed(seed) + part,
             start=start,
             num_steps=num_steps,
+            sampler=sampler,
             guidance=settings.guidance,
         )
         parts.append(images)
         seconds += cpu_s
     images = torch.cat(parts)
+    found = found or held_out(task, settings.backbone(task), backbone, attachment)
+    if not (float(images.abs().max()) < LARGEST and math.isfinite(found.error)):
+        raise FloatingPointError("its pictures, or its predictions, are not finite")
     keep_ratio, maps = 1.0, None
     if attachment is not None:
         table = attachment.counts.table(task.num_tokens)
-        keep_ratio = table.mean_keep_ratio_at(sampler_times(num_steps))
+        keep_ratio = table.mean_keep_ratio_at(sampler_times(num_steps, sampler))
         if contestant.draws_maps:
-            maps = kept_maps(task, attachment, 10, seed=noise_seed(seed), num_steps=num_steps)
+            maps = kept_maps(
+                task,
+                attachment,
+                10,
+                seed=noise_seed(seed),
+                num_steps=num_steps,
+                sampler=sampler,
+            )
     return Outcome(
         score=score(task, settings.judge(task), images),
-        held_out=held_out(task, settings.backbone(task), backbone, attachment),
-        flops=flops_per_image(task, backbone, attachment, num_steps),
+        held_out=found,
+        flops=flops_per_image(task, backbone, attachment, num_steps, sampler),
         images=images,
         sample_s=seconds,
         keep_ratio=keep_ratio,
@@ -231,13 +320,18 @@ def _place() -> int:
 
 
 def flops_per_image(
-    task: DemoTask, backbone: Any, attachment: Attachment | None, num_steps: int
+    task: DemoTask,
+    backbone: Any,
+    attachment: Attachment | None,
+    num_steps: int,
+    sampler: Sampler = "euler",
 ) -> float:
     """True FLOPs of one image without guidance: every sampler step with its own tokens."""
     size = task.num_tokens, task.captions.max_words
     if attachment is None:
         return float(num_steps * model_spec(backbone).flops(backbone, *size).dense())
-    rows = [attachment.counts.table(task.num_tokens).row(t) for t in sampler_times(num_steps)]
+    table = attachment.counts.table(task.num_tokens)
+    rows = [table.row(t) for t in sampler_times(num_steps, sampler)]
     return float(sum(attachment.flops(*size, row) for row in rows))
 
 

@@ -8,12 +8,18 @@ from torch import Tensor
 
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.experiments.held_out import masks, recorded
-from shiva_dit.experiments.scoring import NUM_STEPS, sample
+from shiva_dit.experiments.scoring import NUM_STEPS, Sampler, sample
 from shiva_dit.models.attach import Attachment
 
 
 def kept_maps(
-    task: DemoTask, attachment: Attachment, count: int, *, seed: int, num_steps: int = NUM_STEPS
+    task: DemoTask,
+    attachment: Attachment,
+    count: int,
+    *,
+    seed: int,
+    num_steps: int = NUM_STEPS,
+    sampler: Sampler = "euler",
 ) -> Bool[Tensor, "L T B N"]:
     """Kept tokens per block, sampler step (noisiest first), image and token.
 
@@ -23,9 +29,10 @@ def kept_maps(
         count: Images of the first prompts, as `sample` makes them.
         seed: Of the initial noise.
         num_steps: Sampler steps.
+        sampler: How they are made.
     """
     with recorded(attachment) as chosen:
-        sample(task, attachment.model, count, seed=seed, num_steps=num_steps)
+        sample(task, attachment.model, count, seed=seed, num_steps=num_steps, sampler=sampler)
     kept = torch.ones(len(attachment.blocks), num_steps, count, task.num_tokens, dtype=torch.bool)
     step, seen = 0, set()
     for (block, _), mask in zip(chosen, masks(chosen, task.num_tokens), strict=True):

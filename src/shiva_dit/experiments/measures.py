@@ -14,12 +14,13 @@ from shiva_dit.experiments.scoring import distance_between
 from shiva_dit.metrics import psnr
 
 
-def measure(outcome: Outcome, unpruned: Outcome | None, judge: Judge) -> dict[str, float]:
+def measure(outcome: Outcome, reference: Outcome | None, judge: Judge) -> dict[str, float]:
     """All numbers of one outcome.
 
     Args:
         outcome: What is measured.
-        unpruned: The unpruned model's, from the same noise; None if this is it.
+        reference: The unpruned model's, from the same noise (`contest.reference`); None if this is
+            it.
         judge: Gives the features of distances.
     """
     score = outcome.score
@@ -38,10 +39,10 @@ def measure(outcome: Outcome, unpruned: Outcome | None, judge: Judge) -> dict[st
         values["held_out_cosine"] = outcome.held_out.cosine
     if outcome.held_out.ink_kept is not None:
         values["ink_kept"] = outcome.held_out.ink_kept
-    if unpruned is not None:
-        if not torch.equal(outcome.images, unpruned.images):  # of equal images it is infinite
-            values["psnr"] = psnr(outcome.images, unpruned.images)
-        values["frechet_to_dense"] = distance_between(judge, outcome.images, unpruned.images)
+    if reference is not None:
+        if not torch.equal(outcome.images, reference.images):  # of equal images it is infinite
+            values["psnr"] = psnr(outcome.images, reference.images)
+        values["frechet_to_dense"] = distance_between(judge, outcome.images, reference.images)
     return values
 
 
@@ -49,17 +50,18 @@ def row(
     key: str,
     name: str,
     outcomes: Sequence[Outcome],
-    unpruned: Sequence[Outcome] | None,
+    references: Sequence[Outcome] | None,
     judge: Judge,
 ) -> dict[str, Any]:
     """One contestant's row: `x` is the mean over seeds of what `x_by_seed` lists.
 
-    What isn't there for every seed is left out.
+    What isn't there for every seed is left out; without outcomes (it diverged) that is everything.
     """
-    twins = unpruned if unpruned is not None else [None] * len(outcomes)
+    twins = references if references is not None else [None] * len(outcomes)
     by_seed = [measure(o, twin, judge) for o, twin in zip(outcomes, twins, strict=True)]
     made: dict[str, Any] = {"method": key, "name": name}
-    shared = [name for name in by_seed[0] if all(name in found for found in by_seed)]
+    names = by_seed[0] if by_seed else {}
+    shared = [name for name in names if all(name in found for found in by_seed)]
     for measured in shared:
         values = [found[measured] for found in by_seed]
         made[measured] = statistics.fmean(values)

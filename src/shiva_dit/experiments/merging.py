@@ -8,9 +8,11 @@ from typing import Any
 
 from shiva_dit.config import from_dict
 from shiva_dit.experiments.compare import Comparison
+from shiva_dit.experiments.scoring import UNNAMED
 
 BY_SEED = "_by_seed"
 SCHEDULES = "schedules"
+FAILED = "failed"
 
 
 def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -29,10 +31,7 @@ def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if any(not record.keys() >= {"config", "rows", "runs_at"} for record in records):
         raise ValueError("one of these is no record of a comparison (`shiva-dit compare`).")
     first = records[0]
-    # Read as recipes are: what a record was written without counts as its default.
-    plain = [
-        from_dict(Comparison, {**record["config"], "seeds": [0]}, "a record") for record in records
-    ]
+    plain = [_comparison(record["config"]) for record in records]
     names = [[row["method"] for row in record["rows"]] for record in records]
     for record, config, methods in zip(records[1:], plain[1:], names[1:], strict=True):
         if config != plain[0] or methods != names[0]:
@@ -55,13 +54,21 @@ def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _comparison(config: dict[str, Any]) -> Comparison:
+    """Read as recipes are: what a record was written without counts as its default."""
+    settings = {"sampler": UNNAMED, **config["settings"]}
+    return from_dict(Comparison, {**config, "settings": settings, "seeds": [0]}, "a record")
+
+
 def _merged_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One arm's row, over all seeds."""
-    merged = dict(rows[0])
-    for name in rows[0]:
+    """One arm's row, over all seeds; a record in which all of its seeds diverged adds no values."""
+    whole = [row for row in rows if f"flops{BY_SEED}" in row] or rows[:1]
+    merged = dict(whole[0])
+    for name in whole[0]:
         if name.endswith(BY_SEED) or name == SCHEDULES:
-            merged[name] = [value for row in rows for value in row[name]]
-    for name in rows[0]:
+            merged[name] = [value for row in whole for value in row[name]]
+    for name in whole[0]:
         if name + BY_SEED in merged:
             merged[name] = statistics.fmean(merged[name + BY_SEED])
-    return merged
+    failed = [found for row in rows for found in row.get(FAILED, [])]
+    return {**merged, FAILED: failed} if failed else merged

@@ -122,7 +122,10 @@ def draw_comparison(record: dict[str, Any], path: Path) -> None:
     )
     for axis, (measured, scale, label) in zip(axes, panels, strict=True):
         for place, row in enumerate(rows):
-            values = [scale * value for value in row[f"{measured}_by_seed"]]
+            values = [scale * value for value in row.get(f"{measured}_by_seed", [])]
+            if not values:
+                axis.text(0.0, place, " diverged", va="center", fontsize=8)
+                continue
             axis.barh(place, scale * row[measured], 0.7, color="0.8")
             axis.plot(values, [place] * len(values), "o", ms=4, color="tab:blue", alpha=0.8)
         axis.set_xlabel(label, fontsize=9)
@@ -136,7 +139,7 @@ def draw_comparison(record: dict[str, Any], path: Path) -> None:
 
 def draw_schedules(record: dict[str, Any], path: Path) -> None:
     """The learned tables of a comparison, first seeds: keep ratio by block and time."""
-    rows = [row for row in record["rows"] if "schedules" in row]
+    rows = [row for row in record["rows"] if row.get("schedules")]
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(
@@ -167,6 +170,7 @@ def draw_tradeoff(record: dict[str, Any], path: Path) -> None:
     for axis, (measured, scale, label) in zip(axes, panels, strict=True):
         for series in dict.fromkeys(arm["series"] for arm in arms.values() if "series" in arm):
             ours = [row for row in rows if arms.get(row["method"], {}).get("series") == series]
+            ours = [row for row in ours if measured in row]  # all seeds of others diverged
             ours.sort(key=lambda row: row["flops"])
             at = [row["flops"] / rows[0]["flops"] for row in ours]
             (line,) = axis.plot(at, [scale * row[measured] for row in ours], lw=1, label=series)

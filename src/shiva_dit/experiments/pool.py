@@ -6,17 +6,17 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete, start_worker
+from shiva_dit.experiments.contest import Diverged, Job, Outcome, compete, start_worker
 
 
-def run_jobs(jobs: Sequence[tuple[Settings, Contestant, int]], workers: int) -> Iterator[Outcome]:
-    """Outcomes in the order of the jobs, as they come.
+def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[list[Outcome | Diverged]]:
+    """Outcomes of each job, in the order of the jobs, as they come.
 
     Tiny models gain little from a second thread: two processes of one thread each get more done
     than one process of two.
 
     Args:
-        jobs: Settings, contestant and seed of each.
+        jobs: What to run.
         workers: Processes at a time.
     """
     context = multiprocessing.get_context("spawn")

@@ -13,7 +13,15 @@ from typing import Any
 from shiva_dit.config import load_recipe, to_dict
 from shiva_dit.demo.base import ASSETS, load_judge
 from shiva_dit.demo.digits import DigitsTask
-from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete
+from shiva_dit.experiments.contest import (
+    Contestant,
+    Diverged,
+    Job,
+    Outcome,
+    Settings,
+    compete,
+    reference,
+)
 from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.picture import draw_quickstart
 from shiva_dit.experiments.pool import run_jobs
@@ -24,15 +32,22 @@ from shiva_dit.training.recipe import Method, TrainConfig
 
 NAMES: dict[str, str] = {
     "dense": "unpruned",
+    "reference": reference(Settings()).name,
     "random": "random, no training",
     "shiva": "Shiva",
+    "shiva_unipc": "Shiva, by UniPC",
     "random_tuned": "random + fine-tuning",
     "centre_tuned": "fixed centre map + fine-tuning",
     "fixed_map_tuned": "fixed learned map + fine-tuning",
     "norm_tuned": "feature norm + fine-tuning",
     "dense_tuned": "unpruned, fine-tuned",
+    "dense_unipc": "unpruned, by UniPC",
     "fewer_steps": "unpruned, fewer steps",
+    "fewer_steps_unipc": "unpruned, fewer steps, by UniPC",
 }
+FEW = ("dense", "reference", "random", "random_tuned", "shiva", "shiva_unipc", "fewer_steps_unipc")
+"""What runs unless all controls are asked for."""
+FEWER_STEPS = ("fewer_steps", "fewer_steps_unipc")
 CONTROLS: dict[str, Method] = {
     "random_tuned": "random",
     "centre_tuned": "centre",
@@ -85,27 +100,48 @@ class Quickstart:
     @property
     def methods(self) -> list[str]:
         """Keys of `NAMES` that this run covers, in the table's order."""
-        if self.config.all_controls:
-            return list(NAMES)
-        return ["dense", "random", "random_tuned", "shiva"]
+        return list(NAMES if self.config.all_controls else FEW)
 
     def run(self) -> dict[str, Any]:
-        """Train, sample and judge; returns the record."""
+        """Train, sample and judge; returns the record.
+
+        Raises:
+            FloatingPointError: If a method diverges.
+        """
         config = self.config
+        groups: dict[TrainConfig | None, list[str]] = {}
+        for method in self.methods:
+            if method not in FEWER_STEPS:
+                groups.setdefault(self._recipe(method), []).append(method)
         # The longest first, so that the processes end together.
-        order = sorted(self.methods, key=lambda m: (m != "shiva", m not in CONTROLS))
-        order = [method for method in order if method != "fewer_steps"]
-        keys = [(method, seed) for seed in config.seeds for method in order]
-        jobs = [(self.settings, self._contestant(method), seed) for method, seed in keys]
-        found = dict(zip(keys, run_jobs(jobs, config.workers), strict=True))
-        for method in order:
-            self.outcomes[method] = [found[method, seed] for seed in config.seeds]
-        if "fewer_steps" in self.methods:
-            self.outcomes["fewer_steps"] = [self._fewer_steps(seed) for seed in config.seeds]
+        order = sorted(groups.values(), key=lambda g: ("shiva" not in g, g[0] not in CONTROLS))
+        keys = [(group, seed) for seed in config.seeds for group in order]
+        jobs = [self._job(group, seed) for group, seed in keys]
+        for (group, _), outcomes in zip(keys, run_jobs(jobs, config.workers), strict=True):
+            self._take(group, outcomes)
+        fewer = [method for method in self.methods if method in FEWER_STEPS]
+        for seed in config.seeds:
+            self._take(fewer, compete(self._job(fewer, seed)))
         return self.record()
 
-    def _contestant(self, method: str) -> Contestant:
+    def _take(self, methods: Sequence[str], outcomes: Sequence[Outcome | Diverged]) -> None:
+        for method, outcome in zip(methods, outcomes, strict=True):
+            if isinstance(outcome, Diverged):
+                at = "" if outcome.step is None else f" at step {outcome.step}"
+                raise FloatingPointError(
+                    f"{NAMES[method]} diverged{at}: {outcome.reason}. Lower the learning rates "
+                    "(optimizer.*), or take another seed."
+                )
+            self.outcomes.setdefault(method, []).append(outcome)
+
+    def _job(self, methods: Sequence[str], seed: int) -> Job:
+        contestants = tuple(self._contestant(method) for method in methods)
+        return Job(settings=self.settings, contestants=contestants, seed=seed)
+
+    def _recipe(self, method: str) -> TrainConfig | None:
         config = self.config
+        if method in ("dense", "reference", "dense_unipc", *FEWER_STEPS):
+            return None
         recipe = dataclasses.replace(
             config.recipe, method=CONTROLS.get(method, "shiva"), keep_ratio=config.keep_ratio
         )
@@ -113,31 +149,36 @@ class Quickstart:
             recipe = dataclasses.replace(
                 recipe, method="random", backbone="frozen", rejected="identity"
             )
+        return recipe
+
+    def _contestant(self, method: str) -> Contestant:
+        if method == "reference":
+            return reference(self.settings)
         return Contestant(
             name=NAMES[method],
-            recipe=None if method == "dense" else recipe,
+            recipe=self._recipe(method),
+            sampler="unipc" if method.endswith("unipc") else None,
+            num_steps=self._fewer_steps() if method in FEWER_STEPS else None,
             draws_maps=method == "shiva",
         )
 
-    def _fewer_steps(self, seed: int) -> Outcome:
-        """The unpruned model with as many steps as our FLOPs allow."""
+    def _fewer_steps(self) -> int:
+        """As many steps of the unpruned model as our FLOPs allow."""
         share = self._mean_flops("shiva") / self._mean_flops("dense")
-        num_steps = max(1, round(NUM_STEPS * share))
-        contestant = Contestant(name=NAMES["fewer_steps"], num_steps=num_steps)
-        return compete((self.settings, contestant, seed))
+        return max(1, round(NUM_STEPS * share))
 
     def _mean_flops(self, method: str) -> float:
         return statistics.fmean(o.flops for o in self.outcomes[method])
 
     def record(self) -> dict[str, Any]:
         """Everything that was measured, as plain data."""
-        dense = self.outcomes["dense"]
+        truth = self.outcomes["reference"]
         rows = [
             row(
                 method,
                 NAMES[method],
                 self.outcomes[method],
-                None if method == "dense" else dense,
+                None if method == "reference" else truth,
                 self.judge,
             )
             for method in self.methods
@@ -145,6 +186,7 @@ class Quickstart:
         return {
             "what": f"quickstart-keep{round(100 * self.config.keep_ratio)}",
             "config": to_dict(self.config),
+            "sampler": self.settings.sampler,
             "keep_ratio_executed": self.outcomes["shiva"][0].keep_ratio,
             "frechet_floor": floors(self.task, self.judge, self.config.count).frechet,
             "rows": rows,
@@ -157,6 +199,8 @@ class Quickstart:
         assert maps is not None
         rows = {}
         for method in self.methods:
+            if method == "reference":
+                continue
             first = self.outcomes[method][0]
             share = first.flops / self.outcomes["dense"][0].flops
             caption = (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +15,12 @@ from shiva_dit.demo.judge import Judge
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.metrics import frechet_distance, kernel_distance
 
+Sampler = Literal["euler", "unipc", "euler_diffusers"]
+"""How a backbone is sampled. "euler": over t = 1, 1 - 1/n, ..., 1/n. "unipc": UniPC of second order
+over the same. "euler_diffusers": Euler over diffusers' default steps, whose last does next to
+nothing (it starts at t = 0.001: of two steps one is left)."""
+UNNAMED: Sampler = "euler_diffusers"
+"""That of records which name none."""
 NUM_STEPS = 12
 VAE_SCALE = 8  # the stock pipeline divides by this; without an autoencoder a latent is a pixel
 
@@ -38,6 +45,7 @@ def sample(
     seed: int,
     start: int = 0,
     num_steps: int = NUM_STEPS,
+    sampler: Sampler = "euler",
     guidance: float = 1.0,
 ) -> tuple[Float[Tensor, "N C H W"], float]:
     """Images of the task's prompts by the stock SD3 pipeline, and the CPU seconds they took.
@@ -48,7 +56,8 @@ def sample(
         count: Number of images.
         seed: Of the initial noise: the same for every method that is compared.
         start: First prompt.
-        num_steps: Euler steps.
+        num_steps: Sampler steps, each a forward.
+        sampler: How the steps are made.
         guidance: Guidance scale; 1 is none, the harsher test.
 
     Returns:
@@ -59,15 +68,17 @@ def sample(
     conditioning = {name: value.to(device) for name, value in task.conditioning(captions).items()}
     shape = (count, task.channels, task.image_size, task.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    pipe = task.pipeline(backbone)
+    pipe.scheduler = _scheduler(sampler)
     began = time.process_time()
-    images = task.pipeline(backbone)(
+    images = pipe(
         prompt_embeds=conditioning["encoder_hidden_states"],
         pooled_prompt_embeds=conditioning["pooled_projections"],
         negative_prompt_embeds=torch.zeros_like(conditioning["encoder_hidden_states"]),
         negative_pooled_prompt_embeds=torch.zeros_like(conditioning["pooled_projections"]),
         height=VAE_SCALE * task.image_size,
         width=VAE_SCALE * task.image_size,
-        num_inference_steps=num_steps,
+        **_steps(sampler, num_steps),
         guidance_scale=guidance,
         latents=noise.to(device),
         output_type="latent",
@@ -75,10 +86,26 @@ def sample(
     return images.cpu(), time.process_time() - began
 
 
-def sampler_times(num_steps: int) -> list[float]:
-    """The times t that the demo's sampler visits, noisiest first."""
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(num_steps)
+def _scheduler(sampler: Sampler) -> Any:
+    if sampler == "unipc":
+        return UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
+        )
+    return FlowMatchEulerDiscreteScheduler()
+
+
+def _steps(sampler: Sampler, num_steps: int) -> dict[str, Any]:
+    """What a pipeline is called with."""
+    if sampler == "euler":
+        return {"sigmas": [1.0 - step / num_steps for step in range(num_steps)]}
+    return {"num_inference_steps": num_steps}  # UniPC's own are the same to 0.001
+
+
+def sampler_times(num_steps: int, sampler: Sampler = "euler") -> list[float]:
+    """The times t that a sampler visits, noisiest first."""
+    scheduler = _scheduler(sampler)
+    steps = _steps(sampler, num_steps)
+    scheduler.set_timesteps(steps.pop("num_inference_steps", None), **steps)
     scale = scheduler.config["num_train_timesteps"]
     return (scheduler.timesteps / scale).tolist()
 

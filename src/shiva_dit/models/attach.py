@@ -411,7 +411,9 @@ class Attachment(Uncopied):
                 module.to(time.device)
         pruned = [hook for hook in self.hooks if not hook.slot.state.dense]
         choosing = [hook for hook in pruned if hook.slot.state.chosen is None]
-        terms = self.selector.condition(time, self._context) if choosing else None
+        terms = None
+        if choosing:  # what chooses reads the model and trains nothing in it
+            terms = self.selector.condition(time.detach(), self._context.detach())
         if terms is not None:
             for hook in choosing:
                 hook.slot.state.condition = terms[hook.index]

@@ -29,12 +29,14 @@ LORA_TARGETS = re.compile(
 )
 
 
-def add_lora(model: Any, settings: Mapping[str, Any]) -> None:
+def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) -> None:
     """Add an untrained LoRA or DoRA on all linear layers of attention and feed-forward.
 
     Args:
         model: A diffusers transformer.
         settings: PEFT's `r`, `lora_alpha` and `use_dora`.
+        float32: Whether its weights are float32 over a model in 16 bits too, as training needs
+            them; in the model's dtype else.
 
     Raises:
         ValueError: If the model has none of these layers, runs past them (fused projections), or
@@ -62,6 +64,27 @@ def add_lora(model: Any, settings: Mapping[str, Any]) -> None:
         model.add_adapter(LoraConfig(target_modules=targets, **settings), adapter_name=PEFT_NAME)
         model.enable_adapters()
         model.set_adapter([*active, PEFT_NAME])
+    if float32:
+        _widen_lora(model)
+
+
+def _widen_lora(model: nn.Module) -> None:
+    """Our untrained LoRA in float32: PEFT computes it so, and gives back what the base layer gives.
+
+    DoRA's magnitudes are taken anew: rounded ones would change the model before any step.
+    """
+    layer: Any
+    for _, layer in _lora_layers(model):
+        if PEFT_NAME not in getattr(layer, "lora_A", {}):
+            continue
+        down, up = layer.lora_A[PEFT_NAME].float(), layer.lora_B[PEFT_NAME].float()
+        if PEFT_NAME in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[PEFT_NAME].update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=down.weight,
+                lora_B=up.weight,
+                scaling=layer.scaling[PEFT_NAME],
+            )
 
 
 def lora_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shiva_dit.models.tuned import PARTS
+
 
 class Fingerprint:
     """Of some modules and all inside them.
@@ -67,7 +69,8 @@ class Fingerprint:
         self._layers = [m for m in modules if isinstance(m.__dict__.get("scaling"), dict)]
         self._seen = self._glance()
         places = tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors)
-        self._value = hash((places, tuple(self._seen[3]), tuple(self._seen[5])))
+        beside = tuple(own[PARTS][0][0].data_ptr() for own in self._own if PARTS in own)
+        self._value = hash((places, beside, tuple(self._seen[3]), tuple(self._seen[5])))
 
 
 def _mixture(layer: Any) -> Hashable:

@@ -2,14 +2,21 @@
 
 A graph holds fixed addresses and a fixed course. So there is one for each combination of what could
 change either: shapes and plain values of the arguments, the numbers of tokens kept, and where the
-weights lie. A combination is run as usual when it first comes, captured when it comes again.
+weights lie. A combination is run as usual when it first comes, captured when it comes again. The
+passes of guidance that run in turn are one combination with a graph for each: one chooses tokens,
+the other is given them.
+
+When there are as many combinations as the limit allows, a new one takes the place of the one that
+hasn't come for longest, but only if it has itself come twice since that. Combinations that come in
+turn, more of them than the limit, thus don't push each other out for ever: some are replayed, the
+others run as usual, and the log says how many.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -59,13 +66,31 @@ class Captured:
     """Where it writes what the model returns, and the tokens chosen by block."""
 
 
+@dataclass(slots=True)
+class Combination:
+    """What is known of one combination."""
+
+    visit: int = 0
+    """When it came last, counted in changes of the combination."""
+    visit_before: int = 0
+    """When it came before that; 0 for never."""
+    passes: set[Hashable] = field(default_factory=set)
+    """Passes that have run: the next of their kind can be captured."""
+    graphs: dict[Hashable, Captured] = field(default_factory=dict)
+    """By pass."""
+
+
+REMEMBERED = 16
+"""So many times the limit are combinations remembered that have no graph."""
+
+
 class GraphRunner(Uncopied, ModelHook):
     """Stands in the place of a model's forward; see the module.
 
     Args:
         owner: The attachment.
         recorder: What captures.
-        limit: Graphs at most; combinations beyond them run as usual.
+        limit: Combinations at most that have graphs.
     """
 
     def __init__(self, owner: Any, recorder: Recorder, limit: int) -> None:
@@ -73,12 +98,19 @@ class GraphRunner(Uncopied, ModelHook):
             raise ValueError(f"limit must be at least 1, got {limit}.")
         super().__init__()
         self.owner, self.recorder, self.limit = owner, recorder, limit
-        self.graphs: dict[Hashable, Captured] = {}
+        self.known: dict[tuple[Hashable, ...], Combination] = {}
         self.replays = 0
         self._fingerprint = Fingerprint([owner.model, *owner.learned], self._look_round)
         self._is_watched = False
-        self._seen: set[Hashable] = set()
+        self._current: Combination | None = None
+        self._visits = 0
         self._inputs: dict[Hashable, list[Tensor]] = {}
+        self._has_warned = False
+
+    @property
+    def graphs(self) -> list[Captured]:
+        """All graphs."""
+        return [graph for known in self.known.values() for graph in known.graphs.values()]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, or its replay."""
@@ -88,24 +120,26 @@ class GraphRunner(Uncopied, ModelHook):
         hooks: list[BlockHook] = self.owner.hooks
         led = [h.slot.state.chosen for h in hooks if h.slot.state.chosen is not None]
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [*(leaves[place] for place in places), *led]
+        own = [leaves[place] for place in places]
+        tensors = [*own, *led]
         weights = self._fingerprint.value()
         if torch.is_grad_enabled() or self.owner.is_watched or self._is_watched:
             return self._plain(forward, args, kwargs)
         values = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        layout = (str(tree), tuple(places), tuple(map(_shape, tensors)), _modes())
+        layout = (str(tree), tuple(places), tuple(map(_shape, own)), _modes())
         key = (layout, _hashable(values), tuple(map(_course, hooks)), weights)
-        found = self.graphs.get(key)
-        if found is None and key not in self._seen:
-            self._seen.add(key)
-            return self._plain(forward, args, kwargs)
+        which = (tuple(map(_pass, hooks)), tuple(map(_shape, led)))
+        known = self._visit(key)
+        found = known.graphs.get(which)
         if found is None:
-            if not self._has_room(key):
+            if which not in known.passes or not self._has_room(known):
+                known.passes.add(which)
                 return self._plain(forward, args, kwargs)
-            inputs = self._inputs.setdefault(layout, [tensor.clone() for tensor in tensors])
+            inputs = self._inputs.setdefault(layout, [tensor.clone() for tensor in own])
+            inputs = [*inputs, *(tensor.clone() for tensor in led)]
             _fill(inputs, tensors)
             found = self._capture(forward, inputs, leaves, places, tree)
-            self.graphs[key] = found
+            known.graphs[which] = found
         _fill(found.inputs, tensors)
         found.replay()
         self.replays += 1
@@ -113,6 +147,23 @@ class GraphRunner(Uncopied, ModelHook):
         for index, tokens in chosen.items():
             hooks[index].slot.state.chosen = tokens
         return output
+
+    def _visit(self, key: tuple[Hashable, ...]) -> Combination:
+        """A combination that comes now. Passes of one step follow each other: they count as one."""
+        known = self.known.setdefault(key, Combination())
+        if known is not self._current:
+            self._visits += 1
+            self._current = known
+            known.visit_before, known.visit = known.visit, self._visits
+            if not known.visit_before:
+                self._forget_old()
+        return known
+
+    def _forget_old(self) -> None:
+        """Keep the number of combinations without a graph in bounds."""
+        bare = [key for key, known in self.known.items() if not known.graphs]
+        if len(bare) > REMEMBERED * self.limit:
+            del self.known[min(bare, key=lambda key: self.known[key].visit)]
 
     def _plain(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.owner.read_context(args, kwargs)
@@ -152,19 +203,46 @@ class GraphRunner(Uncopied, ModelHook):
         """
         model, embedder = self.owner.model, self.owner.spec.time_embedder
         own = None if embedder is None else model.get_submodule(embedder)
-        self._is_watched = False
+        was_watched, self._is_watched = self._is_watched, False
         for module in modules:
             _refuse(module)
             count = len(module._forward_hooks) + len(module._forward_pre_hooks)
             if module is not model and count > (module is own):
                 self._is_watched = True
+        if self._is_watched and not was_watched:
+            logger.warning(
+                "shiva_dit: CUDA graphs: torch hooks lie inside the model, which a replay would not"
+                " call: forwards run without replays until they are removed."
+            )
 
-    def _has_room(self, key: tuple[Hashable, ...]) -> bool:
-        """Whether one more graph may be captured; those of other weights make room."""
-        if len(self.graphs) >= self.limit:
-            for other in [other for other in self.graphs if other[-1] != key[-1]]:  # type: ignore[index]
-                del self.graphs[other]
-        return len(self.graphs) < self.limit
+    def _has_room(self, known: Combination) -> bool:
+        """Whether a combination may be captured; one that hasn't come for long makes room."""
+        held = [other for other in self.known.values() if other.graphs]
+        if known.graphs or len(held) < self.limit:
+            return True
+        oldest = min(held, key=lambda other: other.visit)
+        if oldest.visit < known.visit_before:
+            oldest.graphs.clear()
+            used = {key[0] for key, other in self.known.items() if other.graphs}
+            self._inputs = {key: value for key, value in self._inputs.items() if key in used}
+            return True
+        self._warn(known)
+        return False
+
+    def _warn(self, refused: Combination) -> None:
+        """Say once that forwards run without a replay, and how many of how many."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        turn = [known for known in self.known.values() if known.visit >= refused.visit_before]
+        logger.warning(
+            "shiva_dit: CUDA graphs: %d different forwards come in turn, and %d of them run without"
+            " a replay each time, since at most %d combinations have graphs. Apply with segments=8,"
+            " which makes them few, or pass a larger limit to cuda_graphs.",
+            sum(len(known.passes) for known in turn),
+            sum(len(known.passes) for known in turn if not known.graphs),
+            self.limit,
+        )
 
 
 def put_on(owner: Any, recorder: Recorder, limit: int) -> GraphRunner:
@@ -203,10 +281,14 @@ def _course(hook: BlockHook) -> Hashable:
         int(state.k),
         state.dense,
         state.share_halves,
-        state.leads,
-        state.chosen is not None,
         state.num_tokens,
     )
+
+
+def _pass(hook: BlockHook) -> Hashable:
+    """Whether a block's tokens are chosen for another pass, or by one."""
+    state: BlockState = hook.slot.state
+    return state.leads, state.chosen is not None
 
 
 def _shape(tensor: Tensor) -> Hashable:

@@ -10,7 +10,6 @@ from torch import Tensor
 from shiva_dit.core.budget import stratified
 from shiva_dit.models.features import record_blocks
 from shiva_dit.training.data import ShuffledIndices, TrainingData
-from shiva_dit.training.objective import interpolate
 from shiva_dit.training.student import Student
 
 NUM_BATCHES = 16
@@ -20,8 +19,8 @@ NUM_BATCHES = 16
 def fit_updates(student: Student, data: TrainingData) -> None:
     """Fit every group's update to what its blocks do to all tokens of the unpruned model.
 
-    Sixteen micro-batches at times spread over [0, 1]; sums alone are kept, in float64. The
-    training's own randomness is left alone.
+    Sixteen micro-batches on the model's own path, at times spread over [0, 1]; sums alone are
+    kept, in float64. The training's own randomness is left alone.
     """
     updates = student.updates
     if updates is None:
@@ -36,9 +35,10 @@ def fit_updates(student: Student, data: TrainingData) -> None:
         batch = data.batch(indices.take(size), generator).to(student.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
         t = stratified(size, generator).to(student.device)
-        noisy = interpolate(batch.latents, noise, t)
+        noisy = student.path.noisy(batch.latents, noise, t)
         with (
             student.as_teacher(),
+            student.autocast(),
             record_blocks(
                 student.teacher, inputs=blocks, outputs=blocks, num_tokens=student.num_tokens
             ) as features,

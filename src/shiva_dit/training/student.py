@@ -56,16 +56,25 @@ class Student:
             raise ValueError(
                 "the model has an adapter on: call shiva_dit.remove(model) before training."
             )
+        narrow = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+        if config.backbone == "full" and narrow:
+            raise ValueError(
+                f'backbone = "full" trains the model\'s own weights, and some of these are '
+                f"{narrow.pop()}, which rounds small steps away: load the model in float32 and "
+                'train with precision = "bfloat16", or train a LoRA or DoRA, whose weights are '
+                "float32 always."
+            )
         self.config, self.model, self.generator, self.path = config, model, generator, path
         self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
         self._was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
         self.device = next(model.parameters()).device
+        self.dtype: torch.dtype = model.dtype
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
         self.adapter = _adapter(config, model).to(self.device)
         if config.backbone in ("lora", "dora"):
-            add_lora(model, lora_metadata(self.adapter.config))
+            add_lora(model, lora_metadata(self.adapter.config), float32=True)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.selector = self._selector(sample)
@@ -121,7 +130,7 @@ class Student:
             record_blocks(
                 self.model, inputs=(), outputs=self.distilled, num_tokens=self.num_tokens
             ) as student,
-            self._autocast(),
+            self.autocast(),
         ):
             prediction = self.path.prediction(self.model(**arguments))
         by_time = None if weights.time_weighting == "uniform" else logit_normal_density(t)
@@ -157,7 +166,7 @@ class Student:
             record_blocks(
                 self.teacher, inputs=updates, outputs=wanted, num_tokens=self.num_tokens
             ) as features,
-            self._autocast(),
+            self.autocast(),
         ):
             prediction = self.path.prediction(self.teacher(**arguments))
         return features, prediction
@@ -178,15 +187,18 @@ class Student:
             parameter.grad = None
 
     def arguments(self, noisy: Tensor, t: Tensor, batch: Batch) -> dict[str, Any]:
-        """What a model is called with for noisy samples at their times."""
+        """What a model is called with for noisy samples at their times, in its dtype."""
         spec = self.attachment.spec
         return {
-            spec.sample: noisy,
+            spec.sample: noisy.to(self.dtype),
             spec.timestep: self.path.timestep(t),
             "return_dict": False,
-            **batch.conditioning,
+            **{name: self._in_dtype(value) for name, value in batch.conditioning.items()},
             **batch.shared,
         }
+
+    def _in_dtype(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
 
     def _gates(
         self, part: Part, progress: float, teacher: BlockFeatures
@@ -225,13 +237,14 @@ class Student:
             if lora:
                 enable_lora(self.model, True)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Within: forwards in the recipe's precision."""
         enabled = self.config.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def _adapter(config: TrainConfig, model: Any) -> ShivaAdapter:
-    made = _adapter_config(config, model)
+    made = adapter_config(config, model)
     shape = config.policy.shape
     if shape == ShapeConfig():
         return ShivaAdapter(made)
@@ -247,7 +260,8 @@ def _adapter(config: TrainConfig, model: Any) -> ShivaAdapter:
     return ShivaAdapter(made, schedule)
 
 
-def _adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
+def adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
+    """What an adapter for a model is, by a recipe."""
     options: dict[str, Any] = {
         "keep_ratio": config.keep_ratio,
         "hidden": config.router.hidden,

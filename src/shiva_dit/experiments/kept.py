@@ -1,0 +1,134 @@
+"""What a comparison trained, kept: an adapter as any other, a control beside what rebuilds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import shiva_dit
+from shiva_dit.adapter import CONFIG_FILE, ShivaAdapter
+from shiva_dit.config import from_dict, to_dict
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.base import Selector
+from shiva_dit.methods.fixed_map import FixedMapSelector
+from shiva_dit.methods.norm import NormSelector
+from shiva_dit.methods.random_tokens import RandomSelector
+from shiva_dit.models.attach import Attachment, attach, attachment_of
+from shiva_dit.models.tuned import TunedBackbone
+from shiva_dit.modules.updates import RejectedUpdates
+from shiva_dit.provenance import file_digest, write_atomically, write_json
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.student import adapter_config
+from shiva_dit.training.trainer import Trained
+
+CONTROL_FILE = "control.json"
+CONTROL_WEIGHTS = "control.safetensors"
+
+
+def keep(trained: Trained, recipe: TrainConfig, folder: Path) -> dict[str, str]:
+    """Write what was trained into a folder.
+
+    Args:
+        trained: An adapter, for `shiva_dit.apply`, or a control, for `put_on`.
+        recipe: How it was trained.
+        folder: Made where it isn't there.
+
+    Returns:
+        The SHA-256 of each file, by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if trained.adapter is not None:
+        trained.adapter.save_pretrained(folder)
+    else:
+        tensors = {f"backbone.{name}": value for name, value in trained.backbone_weights.items()}
+        for part, module in (("selector", trained.selector), ("updates", trained.updates)):
+            state = {} if module is None else module.state_dict()
+            tensors |= {f"{part}.{name}": value for name, value in state.items()}
+        held = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        write_atomically(folder / CONTROL_WEIGHTS, lambda path: save_file(held, path))
+        plain = {
+            "recipe": to_dict(recipe),
+            "schedule": json.loads(trained.schedule.to_json()),
+            "lora": trained.lora,
+        }
+        write_json(folder / CONTROL_FILE, plain)
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def put_on(folder: Path, model: Any, *, seed: int = 0) -> Attachment | None:
+    """Put what a comparison kept on a model of the kind that it was trained on.
+
+    Args:
+        folder: As `keep` wrote it: `<out>/trained/<arm>-<seed>` of a comparison.
+        model: The backbone.
+        seed: Of random selections.
+
+    Returns:
+        What is attached; None for the unpruned control, whose weights alone are put on.
+
+    Raises:
+        ValueError: If the folder holds neither an adapter nor a control, or another model's.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        shiva_dit.apply(model, folder)
+        return attachment_of(model)
+    if not (folder / CONTROL_FILE).is_file():
+        raise ValueError(f"{folder} holds neither {CONFIG_FILE} nor {CONTROL_FILE}.")
+    plain = json.loads((folder / CONTROL_FILE).read_text(encoding="utf-8"))
+    recipe = from_dict(TrainConfig, plain["recipe"], str(folder / CONTROL_FILE))
+    tensors = load_file(folder / CONTROL_WEIGHTS)
+    trained = Trained(
+        selector=_selector(recipe, _part(tensors, "selector")),
+        schedule=Schedule.from_json(json.dumps(plain["schedule"])),
+        backbone_weights=_part(tensors, "backbone"),
+        lora=plain["lora"],
+        adapter=None,
+        updates=_updates(recipe, model, _part(tensors, "updates")),
+    )
+    return put_trained_on(trained, trained.schedule, model, seed=seed)
+
+
+def put_trained_on(
+    trained: Trained, schedule: Schedule, model: Any, *, seed: int
+) -> Attachment | None:
+    """Weights and hooks of what was trained on a model; random selections start from a seed."""
+    if trained.backbone_weights:
+        TunedBackbone(model, trained.backbone_weights, trained.lora).put_on()
+    selector = trained.selector
+    if selector is None:
+        return None
+    if isinstance(selector, RandomSelector):
+        selector = RandomSelector(torch.Generator().manual_seed(seed))
+    options = (
+        {} if trained.adapter is None else {"select_every": trained.adapter.config.select_every}
+    )
+    return attach(model, selector, schedule, updates=trained.updates, **options)
+
+
+def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    prefix = f"{part}."
+    return {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+
+
+def _selector(recipe: TrainConfig, state: dict[str, Tensor]) -> Selector | None:
+    if recipe.method == "dense":
+        return None
+    if recipe.method == "random":
+        return RandomSelector(torch.Generator())
+    if recipe.method == "norm":
+        return NormSelector()
+    return FixedMapSelector(state["maps"])
+
+
+def _updates(recipe: TrainConfig, model: Any, state: dict[str, Tensor]) -> RejectedUpdates | None:
+    if not state:
+        return None
+    updates = ShivaAdapter(adapter_config(recipe, model)).updates
+    assert updates is not None
+    updates.load_state_dict(state)
+    return updates.to(next(model.parameters()).device)
