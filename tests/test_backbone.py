@@ -15,11 +15,11 @@ from shiva_dit.models.backbone import (
     backbone_weights,
     first_not_finite,
     lora_weights,
-    pipeline_transformer,
     remove_lora,
     set_trainable,
     trainable_parameters,
 )
+from shiva_dit.models.target import pipeline_transformer
 from tests import tiny
 
 RANK = tiny.LORA_RANK

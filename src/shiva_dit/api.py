@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attach, attachment_of
-from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_transformer
+from shiva_dit.models.backbone import TunedBackbone, first_not_finite
 from shiva_dit.models.clock import Clock, ListedTimes, SchedulerTimes
-from shiva_dit.models.families import MODELS, model_spec
+from shiva_dit.models.families import MODELS
 from shiva_dit.models.graphs import CudaRecorder
+from shiva_dit.models.guidance import Pass
+from shiva_dit.models.target import pipeline_transformer, transformers_of
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -38,6 +39,7 @@ def apply(
     segments: int | None = None,
     select_every: int | None = None,
     timesteps: Sequence[float] | None = None,
+    transformer_2: ShivaAdapter | str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> T:
@@ -48,10 +50,9 @@ def apply(
     without such weights images are the same as before. No state is kept between calls, and one
     forward runs at a time.
 
-    Guidance shares the selection if `target` is a pipeline: both halves of one call keep the
-    tokens that either wants; where the passes come one after the other and the pipeline names
-    them (`cache_context`), the unconditional one keeps the conditional one's. A bare transformer
-    never shares within a call.
+    Guidance shares the selection in every pipeline that says how it is guided (docs/models.md):
+    both halves of one call keep the tokens that either wants; of passes one after the other, the
+    unconditional one keeps the conditional one's. Loops of your own say it by `guided`.
 
     Args:
         target: A diffusers pipeline, or its transformer.
@@ -66,6 +67,8 @@ def apply(
         timesteps: What the model will be called with, one entry per call, in its own units; then
             from the start again. On a GPU, calls then need not wait for the device to say what
             time it is. A pipeline needs none: its scheduler says so after a run's first step.
+        transformer_2: The adapter of the pipeline's second transformer, where it has one (Wan
+            2.2); else that one stays dense. All other options hold for both.
         revision: Branch, tag or commit, for a Hub id.
         token: For private repositories on the Hub.
 
@@ -100,7 +103,6 @@ def apply(
             multiple=adapter.config.multiple if multiple is None else multiple,
             segments=segments,
             select_every=adapter.config.select_every if select_every is None else select_every,
-            shares_halves=None if model is target else _halves(model, target),
         )
     except BaseException:
         backbone.restore()
@@ -108,6 +110,10 @@ def apply(
     attachment.counts.clock = _clock(attachment, target, timesteps)
     attachment.backbone = backbone
     attachment.adapter = adapter
+    options = {"schedule": schedule if keep_ratio is None else None, "keep_ratio": keep_ratio}
+    options |= {"multiple": multiple, "segments": segments, "select_every": select_every}
+    options |= {"revision": revision, "token": token}
+    _apply_second(target, transformer_2, timesteps, options)
     logger.info(
         "shiva_dit: %d of %d blocks of %s pruned, %.1f%% of their tokens kept on average",
         len(attachment.schedule.prunable_blocks),
@@ -116,6 +122,40 @@ def apply(
         100 * attachment.schedule.mean_keep_ratio,
     )
     return target
+
+
+def _apply_second(
+    target: Any,
+    adapter: ShivaAdapter | str | Path | None,
+    timesteps: Sequence[float] | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Attach to the second transformer of a pipeline; if that fails, take the first one's off."""
+    second = transformers_of(target)[1:]
+    try:
+        if adapter is None:
+            if second:
+                logger.warning(
+                    "shiva_dit: the pipeline's second transformer stays dense: pass its adapter as "
+                    "apply(pipe, adapter, transformer_2=...)."
+                )
+            return
+        if not second:
+            raise ValueError(
+                f"transformer_2 was passed, but {type(target).__name__} has one transformer alone: "
+                "pass one adapter."
+            )
+        if timesteps is not None:
+            raise ValueError(
+                "timesteps name the calls of one model, and two share the steps of this pipeline: "
+                "leave them out; its scheduler says what time it is."
+            )
+        apply(second[0], adapter, **options)
+        attachment = _attached(second[0])
+        attachment.counts.clock = _clock(attachment, target, None)
+    except BaseException:
+        remove(target)
+        raise
 
 
 def _clock(attachment: Attachment, target: Any, timesteps: Sequence[float] | None) -> Clock | None:
@@ -141,20 +181,13 @@ def _check_weights(adapter: ShivaAdapter) -> None:
         )
 
 
-def _halves(model: Any, pipeline: Any) -> Callable[[Mapping[str, Any]], bool] | None:
-    """Says of a call's arguments whether they hold both halves of guidance."""
-    halves = model_spec(model).halves
-    return None if halves is None else partial(halves, pipeline)
-
-
 def remove(target: T) -> T:
     """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing.
 
     Raises:
         RuntimeError: If the adapter's LoRA was fused into the model meanwhile: unfuse it first.
     """
-    attachment = attachment_of(pipeline_transformer(target))
-    if attachment is not None:
+    for attachment in _attachments(target):
         attachment.detach()
     return target
 
@@ -166,13 +199,36 @@ def disabled(target: Any) -> Iterator[None]:
     Raises:
         ValueError: If no adapter is attached.
     """
-    attachment = _attached(target)
-    before = attachment.enabled
-    _enable(attachment, False)
-    try:
+    with ExitStack() as stack:
+        for attachment in _all_attached(target):
+            stack.callback(_enable, attachment, attachment.enabled)
+            _enable(attachment, False)
         yield
-    finally:
-        _enable(attachment, before)
+
+
+@contextmanager
+def guided(target: Any, passes: Literal["cond", "uncond", "both", "alone"]) -> Iterator[None]:
+    """Within: every call is this pass of guidance; for loops of your own, or to overrule.
+
+    diffusers' pipelines need none of this: how their calls are guided is read from them.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached.
+        passes: "cond": the conditional pass of two, one call after the other; "uncond": the other
+            one, which follows it and keeps its tokens; "both": both in one batch, as two halves
+            in either order, which keep the tokens that either wants; "alone": every sample
+            chooses for itself.
+
+    Raises:
+        ValueError: If no adapter is attached, or for another word.
+    """
+    known = [which.value for which in Pass]
+    if passes not in known:
+        raise ValueError(f"passes must be one of {', '.join(known)}; got {passes!r}.")
+    with ExitStack() as stack:
+        for attachment in _all_attached(target):
+            stack.enter_context(attachment.passes.told(Pass(passes)))
+        yield
 
 
 def _enable(attachment: Attachment, enabled: bool) -> None:
@@ -192,12 +248,12 @@ def compile(target: T, **options: Any) -> T:
         ValueError: If no adapter is attached: apply first, then compile. If FirstBlockCache or
             MagCache is on: diffusers keeps these out of the compiler.
     """
-    attachment = _attached(target)
     defaults: dict[str, Any] = {"fullgraph": True}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         # All blocks count as one for dynamo: dense and pruned, guided and not, each batch size.
         defaults["recompile_limit"] = RECOMPILE_LIMIT
-    attachment.compile(**{**defaults, **options})
+    for attachment in _all_attached(target):
+        attachment.compile(**{**defaults, **options})
     return target
 
 
@@ -217,13 +273,16 @@ def cuda_graphs(target: T, *, limit: int = 64) -> T:
         ValueError: If no adapter is attached, the model isn't on a CUDA device, or something on
             it (offloading, caches) does what a replay would pass over.
     """
-    attachment = _attached(target)
-    device = next(attachment.model.parameters()).device
-    if device.type != "cuda":
-        raise ValueError(
-            f"CUDA graphs need the model on a CUDA device, it is on {device}: move it there first."
-        )
-    attachment.use_graphs(CudaRecorder(), limit)
+    attachments = _all_attached(target)
+    for attachment in attachments:
+        device = next(attachment.model.parameters()).device
+        if device.type != "cuda":
+            raise ValueError(
+                f"CUDA graphs need the model on a CUDA device, it is on {device}: move it there "
+                "first."
+            )
+    for attachment in attachments:
+        attachment.use_graphs(CudaRecorder(), limit)
     return target
 
 
@@ -251,7 +310,7 @@ def supported() -> tuple[SupportedModel, ...]:
             name=spec.name,
             model_class=spec.model_class,
             context=spec.context_is,
-            guidance="in turn" if spec.halves is None else "one batch",
+            guidance=spec.guidance,
             learned_by="diffusion schedule" if spec.diffusion else "flow matching",
         )
         for spec in MODELS.values()
@@ -305,16 +364,17 @@ def summary(
 
     Args:
         target: A pipeline or transformer with an adapter attached.
-        num_tokens: Image tokens N; those of the model's own `sample_size` by default.
+        num_tokens: Image tokens N; by default those of the last forward with the adapter on, and
+            if none has run, those of the size that the model's config states.
         text_tokens: Text tokens T; as many as the model's pipelines use by default.
 
     Raises:
-        ValueError: If no adapter is attached, or the model has no size of its own (Flux) and
-            `num_tokens` is not given.
+        ValueError: If no adapter is attached, or no forward has run of a model whose config
+            states no size (Flux) and `num_tokens` is not given.
     """
     attachment = _attached(target)
     model: Any = attachment.model
-    num_tokens = _own_size(model) if num_tokens is None else num_tokens
+    num_tokens = _own_size(attachment) if num_tokens is None else num_tokens
     text_tokens = attachment.spec.text_tokens if text_tokens is None else text_tokens
     table = attachment.counts.table(num_tokens)
     pruned = [attachment.flops(num_tokens, text_tokens, row) for row in table.counts]
@@ -330,15 +390,25 @@ def summary(
     )
 
 
-def _own_size(model: Any) -> int:
-    """Image tokens of a model's own size."""
-    side = model.config.get("sample_size")
-    if side is None:
+def _own_size(attachment: Attachment) -> int:
+    """Image tokens of the last forward, else of the size that the model's config states."""
+    size = attachment.num_tokens or attachment.spec.own_tokens(attachment.model)
+    if size is None:
         raise ValueError(
-            f"{type(model).__name__} has no size of its own: pass num_tokens (4096 for 1024x1024 "
-            "pixels in patches of 16)."
+            f"the config of {type(attachment.model).__name__} states no size, and no forward has "
+            "run with the adapter on: pass num_tokens, or generate once first."
         )
-    return (side // model.config.patch_size) ** 2
+    return size
+
+
+def _attachments(target: Any) -> list[Attachment]:
+    """What is attached to the transformers of a target, in order."""
+    found = [attachment_of(model) for model in transformers_of(target)]
+    return [attachment for attachment in found if attachment is not None]
+
+
+def _all_attached(target: Any) -> list[Attachment]:
+    return _attachments(target) or [_attached(target)]
 
 
 def _attached(target: Any) -> Attachment:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +25,12 @@ from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.backbone import TunedBackbone
-from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes, Uncopied
+from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
+from shiva_dit.models.guidance import Pass, Passes
 from shiva_dit.models.neighbours import (
     refuse_neighbours,
     refuse_to_compile,
@@ -66,13 +67,11 @@ class Attachment(Uncopied):
         multiple: int | None = None,
         segments: int | None = None,
         select_every: int = 1,
-        shares_halves: Callable[[Mapping[str, Any]], bool] | None = None,
         gate_values: bool = False,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector = model, selector
         self.updates = updates
-        self.shares_halves = shares_halves
         self.enabled = True
         self.always_select = False
         """Select, gather and scatter also where a block keeps all its tokens: what that costs."""
@@ -82,6 +81,8 @@ class Attachment(Uncopied):
         """Replays forwards."""
         self.backbone: TunedBackbone | None = None
         self.adapter: Any = None
+        self.num_tokens: int | None = None
+        """N of the last forward."""
         self.blocks = self.spec.blocks(model)
         self._gated: GatedForward | None = None
         self._runs_in: threading.Thread | None = None
@@ -240,7 +241,7 @@ class Attachment(Uncopied):
             self.backbone.keep_on()
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
-        num_tokens = self.spec.tokens(model, sample)
+        num_tokens = self.num_tokens = self.spec.tokens(model, sample)
         timestep = given(model, arguments, self.spec.timestep)
         if isinstance(timestep, Tensor) and timestep.ndim > 1:
             raise ValueError(
@@ -249,7 +250,7 @@ class Attachment(Uncopied):
             )
         self._refuse_lora_scale(arguments)
         gated = self._gated
-        share = False
+        which = Pass.ALONE
         if gated is None:
             counts = self.counts.row(num_tokens, timestep)
             if min(counts) < self.spec.least_tokens:
@@ -258,11 +259,11 @@ class Attachment(Uncopied):
                     f"least, and the schedule keeps {min(counts)}: apply with "
                     f"multiple={self.spec.least_tokens}."
                 )
-            share = self.shares_halves is not None and self.shares_halves(arguments)
+            which = self.passes.of_call(len(sample))
         else:
             counts = gated.counts
             self.counts.check(counts, num_tokens)
-        led = self.passes.led(len(sample), tuple(counts))
+        led = self.passes.led(which, len(sample), tuple(counts))
         states: list[BlockState] = []
         for hook, k in zip(self.hooks, counts, strict=True):
             # In training a block that happens to keep all its tokens is judged too (Eq. 24).
@@ -273,9 +274,9 @@ class Attachment(Uncopied):
                 k=DynamicInt(k),
                 dense=k >= num_tokens and not selects,
                 num_tokens=num_tokens,
-                share_halves=share,
+                share_halves=which is Pass.BOTH,
                 gates=gates,
-                leads=gated is None and self.passes.name == "cond",
+                leads=which is Pass.LEADS,
                 chosen=led.get(hook.index),
                 observer=self.observer,
             )
@@ -365,8 +366,7 @@ class Attachment(Uncopied):
         states = {hook.index: hook.slot.state for hook in self.hooks}
         chosen = {i: s.chosen for i, s in states.items() if s.leads and s.chosen is not None}
         if chosen:
-            batch = len(next(iter(chosen.values())))
-            self.passes.lead = Lead(batch, tuple(int(s.k) for s in states.values()), chosen)
+            self.passes.keep(tuple(int(s.k) for s in states.values()), chosen)
 
     def _forget(self) -> None:
         """Keep nothing between forwards, also after an exception."""
@@ -426,8 +426,7 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
             multiple of this), `segments` (at most so many different rows over time),
             `select_every` (so many prunable blocks in a row share their first one's scores),
-            `shares_halves` (a function that says of a call's arguments whether they hold both
-            halves of guidance), `gate_values` (training with the KV gate).
+            `gate_values` (training with the KV gate).
 
     Raises:
         ValueError: If the model is not supported or the schedule is another model's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    doubled_latents,
     text_mean,
 )
 
@@ -23,6 +23,12 @@ def _tokens(model: Any, sample: Float[Tensor, "B C F H W"]) -> int:
     frames, height, width = sample.shape[2:]
     patch = config.patch_size
     return (frames // config.patch_size_t) * (height // patch) * (width // patch)
+
+
+def _own_tokens(model: Any) -> int:
+    config = model.config
+    shape = config.sample_frames, config.sample_height, config.sample_width
+    return _tokens(model, torch.empty((1, config.in_channels, *shape), device="meta"))
 
 
 def _positions(
@@ -81,9 +87,10 @@ MODELS = (
         diffusion=True,
         time_embedder="adaln_single.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
-        halves=doubled_latents,
+        guidance="one batch",
         text_tokens=512,
         tokens=_tokens,
+        own_tokens=_own_tokens,
         dims=_dims,
         flops=_flops,
     ),

@@ -10,7 +10,6 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    guidance_by_pipeline,
     packed,
     text_mean,
 )
@@ -60,7 +59,7 @@ MODELS = (
         noise_timestep=1000.0,
         time_embedder="time_embed.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
-        halves=guidance_by_pipeline,
+        guidance="one batch",
         lora_scale="attention_kwargs",
         text_tokens=128,
         tokens=packed,
