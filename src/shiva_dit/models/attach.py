@@ -87,6 +87,8 @@ class Attachment(Uncopied):
         self._gated: GatedForward | None = None
         self._runs_in: threading.Thread | None = None
         self._context: Tensor | None = None
+        self._times = 1
+        """Times of a sample in the running forward, all equal: one, or one for each token."""
         self._undo: list[Callable[[], object]] = []
         self.counts = Counts(
             model, schedule, multiple=multiple, segments=segments, select_every=select_every
@@ -243,11 +245,7 @@ class Attachment(Uncopied):
         sample = given(model, arguments, self.spec.sample)
         num_tokens = self.num_tokens = self.spec.tokens(model, sample)
         timestep = given(model, arguments, self.spec.timestep)
-        if isinstance(timestep, Tensor) and timestep.ndim > 1:
-            raise ValueError(
-                f"{type(model).__name__} was called with a time for every token, "
-                f"{tuple(timestep.shape)}: what a block keeps depends on one time per sample."
-            )
+        timestep = self._one_time(timestep)
         self._refuse_lora_scale(arguments)
         gated = self._gated
         which = Pass.ALONE
@@ -306,6 +304,22 @@ class Attachment(Uncopied):
             times = self.spec.time(step.to(sample.device)).float()
             self._condition(time_features(times.expand(len(sample))))
 
+    def _one_time(self, timestep: Any) -> Any:
+        """One time per sample, also where the call has one for each of its tokens or frames."""
+        self._times = 1
+        if not isinstance(timestep, Tensor) or timestep.ndim < 2:
+            return timestep
+        timestep = timestep.flatten(1)  # (B, M)
+        self._times = timestep.shape[1]
+        known = self._times == 1 or self.passes.times_are_equal()
+        if not known and not bool((timestep == timestep[:, :1]).all()):
+            raise ValueError(
+                f"{type(self.model).__name__} was called with different times for the tokens of a "
+                f"sample, {tuple(timestep.shape)}: what a block keeps depends on one time per "
+                "sample."
+            )
+        return timestep[:, 0]
+
     def _enter_thread(self) -> None:
         """One forward at a time: its state lies in the blocks' slots."""
         current, other = threading.current_thread(), self._runs_in
@@ -331,8 +345,12 @@ class Attachment(Uncopied):
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
         del module, args
-        if self._context is not None:  # some models append times of their own: ours come first
-            self._condition(output[: len(self._context)].flatten(1))  # (B, Dt) or (B, 1, Dt)
+        if self._context is None:
+            return
+        batch, times = len(self._context), self._times
+        # Some models append times of their own: ours come first, each as often as it was given.
+        rows = output[:batch, 0] if output.ndim == 3 else output[: batch * times : times]
+        self._condition(rows)  # (B, Dt)
 
     def _condition(self, time: Tensor) -> None:
         """Compute what routers and updates read beside tokens."""

@@ -19,6 +19,8 @@ class Guided:
     names its passes by `cache_context`."""
     latents: str = "latents"
     """Variable of the running call that holds the latents, once per image."""
+    times_are_equal: bool = False
+    """Whether the times that it gives for every token are one time (`expand_timesteps`)."""
 
 
 BY_PROPERTY = "self.do_classifier_free_guidance"
@@ -65,17 +67,17 @@ PIPELINES: dict[str, Guided] = {
         """
         CogView4Pipeline Flux2KleinPipeline Flux2KleinInpaintPipeline FluxPipeline
         HunyuanImagePipeline HunyuanImageRefinerPipeline HunyuanVideoPipeline LongCatImagePipeline
-        LongCatImageEditPipeline LucyEditPipeline OvisImagePipeline QwenImagePipeline
+        LongCatImageEditPipeline OvisImagePipeline QwenImagePipeline
         QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline QwenImageEditPipeline
         QwenImageEditInpaintPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline
         QwenImageInpaintPipeline QwenImageLayeredPipeline SkyReelsV2Pipeline
         SkyReelsV2ImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingImageToVideoPipeline
-        SkyReelsV2DiffusionForcingVideoToVideoPipeline WanPipeline WanImageToVideoPipeline
-        WanVACEPipeline
+        SkyReelsV2DiffusionForcingVideoToVideoPipeline WanImageToVideoPipeline WanVACEPipeline
         """,
         Guided(how="in turn"),
     ),
+    **_all("WanPipeline LucyEditPipeline", Guided(how="in turn", times_are_equal=True)),
     **_all(
         """
         ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline ChronoEditPipeline

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
-from shiva_dit.models.rows import by_token, of_each
+from shiva_dit.models.rows import modulation_in_one, of_each
 from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
@@ -44,7 +44,7 @@ BLOCKS = (
     BlockSpec(
         block_class="LTXVideoTransformerBlock",
         value_modules=("attn1.to_v",),
-        rows={"image_rotary_emb": of_each, "temb": by_token},
+        rows={"image_rotary_emb": of_each, "temb": modulation_in_one},
     ),
 )
 
