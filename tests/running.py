@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    AdaptiveProjectedMixGuidance,
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -119,12 +120,6 @@ def _given(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def _texts(pipe: Any) -> None:
-    """Prompts encoded in turn: the conditional one, then the other."""
-    texts = iter([normal(BATCH, 7, 24, seed=1), normal(BATCH, 7, 24, seed=3)])
-    pipe.encode_prompt = lambda *args, **kwargs: (next(texts), torch.zeros(7, 3))
-
-
 def _video_of(*others: Any) -> Callable[[Any], None]:
     """Image or video to video, of latents that need no autoencoder."""
     latents = normal(BATCH, 4, 4, 8, 8, seed=8)
@@ -138,6 +133,11 @@ def _video_of(*others: Any) -> Callable[[Any], None]:
     )
 
 
+def _half_of_channels(pipe: Any) -> None:
+    """A model that reads latents and a picture to go by gives as many channels here as it reads."""
+    pipe.scheduler.step = lambda noise, t, latents, *args, **kwargs: (0.9 * latents,)
+
+
 def _chronoedit(pipe: Any) -> None:
     _video_of(torch.zeros(BATCH, 0, 4, 8, 8))(pipe)
     nothing = SimpleNamespace(to=_given(None))
@@ -148,12 +148,15 @@ def _cogvideox_image(pipe: Any) -> None:
     half = normal(BATCH, 4, 2, 8, 8, seed=8)
     _video_of()(pipe)
     pipe.prepare_latents = _given((half, half))
+    _half_of_channels(pipe)
 
 
 def _cogvideox_control(pipe: Any) -> None:
     half = normal(BATCH, 4, 2, 8, 8, seed=8)
     _video_of()(pipe)
-    pipe.prepare_latents, pipe.prepare_control_latents = _given(half), _given((None, half))
+    pipe.prepare_latents = _given(half)
+    pipe.prepare_control_latents = _given((None, half.transpose(1, 2)))
+    _half_of_channels(pipe)
 
 
 def _hunyuan_video(pipe: Any) -> None:
@@ -163,6 +166,7 @@ def _hunyuan_video(pipe: Any) -> None:
     half = normal(BATCH, 2, 4, 8, 8, seed=8)
     _video_of()(pipe)
     pipe.encode_prompt, pipe.prepare_latents = encode, _given((half, half))
+    _half_of_channels(pipe)
 
 
 def _hunyuan_image_to_video(pipe: Any) -> None:
@@ -177,7 +181,10 @@ class _Some:
     """Stands for a part that is asked for its dtype and configuration alone."""
 
     def __init__(self, **config: Any) -> None:
-        self.config, self.dtype = SimpleNamespace(**config), torch.float32
+        usual = {"scaling_factor": 1.0, "scale_factor_temporal": 4, "scale_factor_spatial": 8}
+        self.config, self.dtype = SimpleNamespace(**usual, **config), torch.float32
+        self.spatial_compression_ratio, self.temporal_compression_ratio = 8, 4
+        self.temperal_downsample = [False, True, True]
 
 
 def _bn_of_flux2() -> Any:
@@ -188,6 +195,10 @@ def _bn_of_flux2() -> Any:
 
 _PICTURE = {"image": picture()}
 _PAINT = {"image": picture(), "mask_image": left_half()}
+_CHROMA = {
+    "prompt_attention_mask": torch.ones(BATCH, 7),
+    "negative_prompt_attention_mask": torch.ones(BATCH, 7),
+}
 _PIXART = {"negative_prompt": None, "use_resolution_binning": False}
 _HUNYUAN_DIT: dict[str, Any] = {
     "use_resolution_binning": False,
@@ -207,10 +218,15 @@ _Z_IMAGE: dict[str, Any] = {
 
 CALLS: dict[str, dict[str, Any]] = {
     "AllegroPipeline": {"negative_prompt": None, "num_frames": 16},
-    "ChromaImg2ImgPipeline": _PICTURE,
-    "ChromaInpaintPipeline": _PAINT,
+    "ChromaImg2ImgPipeline": {**_PICTURE, **_CHROMA},
+    "ChromaInpaintPipeline": {**_PAINT, **_CHROMA},
+    "ChromaPipeline": _CHROMA,
     "ChronoEditPipeline": {"image": picture()[:1]},
-    "CogVideoXFunControlPipeline": {"control_video": torch.zeros(1, 13, 3, 64, 64)},
+    "CogVideoXFunControlPipeline": {
+        "control_video": torch.zeros(1, 13, 3, 64, 64),
+        "height": 64,
+        "width": 64,
+    },
     "CogVideoXImageToVideoPipeline": {"image": picture()[:1]},
     "CogVideoXVideoToVideoPipeline": {"video": [picture()]},
     "CogView4ControlPipeline": {"control_image": picture()},
@@ -218,7 +234,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "FluxControlNetPipeline": {"control_image": picture()},
     "FluxImg2ImgPipeline": _PICTURE,
     "FluxInpaintPipeline": _PAINT,
-    "FluxKontextInpaintPipeline": {**_PAINT, "strength": 1.0},
+    "FluxKontextPipeline": {"max_area": 128 * 128},
+    "FluxKontextInpaintPipeline": {**_PAINT, "_auto_resize": False, "max_area": 128 * 128},
     "HunyuanDiTPAGPipeline": {**_HUNYUAN_DIT, "pag_scale": 0.0},
     "HunyuanDiTPipeline": _HUNYUAN_DIT,
     "HunyuanImagePipeline": {
@@ -241,9 +258,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "WanImageToVideoPipeline": {"image": picture()[:1]},
     "LTXPipeline": {"height": 128, "width": 128, "num_frames": 25},
     "LTXConditionPipeline": {"height": 128, "width": 128, "num_frames": 25},
-    "LongCatImagePipeline": {"enable_prompt_rewrite": False},
     "OvisImagePipeline": {"negative_prompt": None},
     "PRXPipeline": {"use_resolution_binning": False},
+    "PRXPixelPipeline": {"use_resolution_binning": False, "height": 16, "width": 16},
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPAGPipeline": {**_PIXART, "pag_scale": 0.0},
     "PixArtSigmaPipeline": _PIXART,
@@ -261,9 +278,9 @@ CALLS: dict[str, dict[str, Any]] = {
 """What calls take beside the usual."""
 
 PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "BriaPipeline": lambda model: {"vae": _Some(block_out_channels=(4,) * 4, shift_factor=None)},
+    "BriaPipeline": lambda model: {"vae": vae(1)},
     "ChronoEditPipeline": lambda model: {
-        "vae": _Some(z_dim=4, scale_factor_temporal=4, scale_factor_spatial=8),
+        "vae": _Some(z_dim=4),
         "scheduler": UniPCMultistepScheduler(),
     },
     "DiTPipeline": lambda model: {"vae": vae(4)},
@@ -290,9 +307,9 @@ PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
             use_flow_sigmas=True, prediction_type="flow_prediction"
         )
     },
-    "WanVACEPipeline": lambda model: {
-        "vae": _Some(scale_factor_temporal=4, scale_factor_spatial=8)
-    },
+    "HunyuanImagePipeline": lambda model: {"guider": AdaptiveProjectedMixGuidance()},
+    "WanImageToVideoPipeline": lambda model: {"vae": _Some(z_dim=4)},
+    "WanVACEPipeline": lambda model: {"vae": _Some()},
 }
 
 PREPARED: dict[str, Callable[[Any], None]] = {
@@ -301,11 +318,11 @@ PREPARED: dict[str, Callable[[Any], None]] = {
     ),
     "ChronoEditPipeline": _chronoedit,
     "CogVideoXFunControlPipeline": _cogvideox_control,
+    "CogView4ControlPipeline": _half_of_channels,
     "CogVideoXImageToVideoPipeline": _cogvideox_image,
     "CogVideoXVideoToVideoPipeline": _video_of(),
     "HunyuanSkyreelsImageToVideoPipeline": _hunyuan_video,
     "HunyuanVideoImageToVideoPipeline": _hunyuan_image_to_video,
-    "LongCatImagePipeline": _texts,
     "LucyEditPipeline": _video_of(torch.zeros(BATCH, 0, 4, 8, 8)),
     "StableDiffusion3InpaintPipeline": lambda pipe: pipe.transformer.register_to_config(
         in_channels=16  # what it asks for of models that paint without a mask
@@ -357,7 +374,7 @@ def call(name: str, pipe: Any, guided: bool = True, **options: Any) -> Any:
         "width": 128,
         "num_inference_steps": STEPS,
         "output_type": "latent",
-        "guidance_scale": 4.0 if guided else 1.0,
+        "guidance_scale": 4.0 if guided else 0.0 if name == "Krea2Pipeline" else 1.0,
         "true_cfg_scale": 4.0 if guided else 1.0,
         "generator": torch.Generator().manual_seed(0),
     }

@@ -160,6 +160,12 @@ class Passes(StateManager):
         step = None if running is None else running.step
         self._calls = self._calls + 1 if _same(step, self._step) else 1
         self._step = step
+        if running and getattr(running.scope["self"], "do_perturbed_attention_guidance", False):
+            raise ValueError(
+                f"perturbed-attention guidance puts a further pass into {running.name}'s batch, "
+                "which its halves can't share their tokens with: pass pag_scale=0, or call "
+                "shiva_dit.remove."
+            )
         if self._told is not None:
             return self._told
         if self.name in ("cond", "uncond"):
@@ -177,12 +183,6 @@ class Passes(StateManager):
         if guided is None:
             self._say(f"{running.name} doesn't say which pass of guidance runs")
             return Pass.ALONE
-        if getattr(running.scope["self"], "do_perturbed_attention_guidance", False):
-            raise ValueError(
-                f"perturbed-attention guidance puts a further pass into {running.name}'s batch, "
-                "whose tokens can't be shared: pass pag_scale=0, or call within "
-                'shiva_dit.guided(pipe, passes="alone").'
-            )
         try:
             return self._by_pipeline(running, guided, batch)
         except LookupError as error:
