@@ -337,6 +337,15 @@ PREPARED: dict[str, Callable[[Any], None]] = {
 }
 """Methods beside `__call__` that are replaced."""
 WITH_PICTURES = ("Img2Img", "Inpaint")
+ONE_OF_EACH = """
+    AllegroPipeline AuraFlowPipeline BriaPipeline ChromaPipeline ChronoEditPipeline
+    CogVideoXPipeline CogView3PlusPipeline CogView4Pipeline DiTPipeline EasyAnimatePipeline
+    Flux2KleinPipeline FluxPipeline HunyuanDiTPipeline HunyuanImagePipeline HunyuanVideoPipeline
+    Krea2Pipeline LTXPipeline Lumina2Pipeline LuminaPipeline MochiPipeline OvisImagePipeline
+    PRXPipeline PixArtSigmaPipeline QwenImagePipeline StableDiffusion3Pipeline SkyReelsV2Pipeline
+    WanPipeline WanVACEPipeline ZImagePipeline
+""".split()  # noqa: SIM905
+"""A pipeline of every served class but LongCat-Image's, whose own fixes its channels."""
 ONE = ("PRXPipeline", "PRXPixelPipeline")
 """Those that take one image per call under guidance (in diffusers 0.42.1)."""
 
