@@ -335,6 +335,8 @@ class Summary:
     """The same with pruning, routers included, averaged over the time bins."""
     rows: tuple[tuple[float, tuple[int, ...]], ...]
     """(t, k of every block) at a few times, noisiest first."""
+    transformer_2: Summary | None = None
+    """The same of a pipeline's second transformer, if it has an adapter too."""
 
     @property
     def flops_saved(self) -> float:
@@ -354,6 +356,8 @@ class Summary:
         width = len(str(self.num_tokens))
         for t, row in self.rows:
             lines.append(f" {t:4.2f}  " + " ".join(f"{k:{width}d}" for k in row))
+        if self.transformer_2 is not None:
+            lines += ["the second transformer:", str(self.transformer_2)]
         return "\n".join(lines)
 
 
@@ -387,7 +391,15 @@ def summary(
         flops_dense=attachment.spec.flops(model, num_tokens, text_tokens).dense(),
         flops_pruned=round(sum(pruned) / len(pruned)),
         rows=tuple((t, table.row(t)) for t in times),
+        transformer_2=_second_summary(target, num_tokens, text_tokens),
     )
+
+
+def _second_summary(target: Any, num_tokens: int, text_tokens: int) -> Summary | None:
+    second = _attachments(target)[1:]
+    if not second:
+        return None
+    return summary(second[0].model, num_tokens=num_tokens, text_tokens=text_tokens)
 
 
 def _own_size(attachment: Attachment) -> int:
