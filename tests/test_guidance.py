@@ -422,9 +422,9 @@ def test_a_lead_of_a_pipeline_serves_no_call_outside_of_it() -> None:
 # --- the document -------------------------------------------------------------------------------
 
 SAYS = {
-    "one batch": "share: both halves keep what either wants",
-    "in turn": "the conditional one leads, the other follows",
-    "one pass": "one pass for itself: guidance is distilled into the model",
+    "one batch": "shares tokens",
+    "in turn": "leads and follows",
+    "one pass": "each pass for itself: there is one, guidance is distilled into the model",
 }
 
 
