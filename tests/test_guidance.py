@@ -362,7 +362,7 @@ def test_a_loop_of_ones_own_tells() -> None:
     first, second = tiny.inputs(seed=1), tiny.inputs(seed=2)
     with calls_of(model) as calls:
         for given, passes in ((first, "cond"), (second, "uncond"), (second, "uncond")):
-            with shiva_dit.guided(model, passes=passes):  # type: ignore[arg-type]
+            with shiva_dit.guided(model, passes=passes):
                 tiny.run(model, given)
         both = {name: torch.cat([second[name], first[name]]) for name in first}
         with shiva_dit.guided(model, passes="both"):
@@ -394,7 +394,7 @@ def test_wrong_words_are_refused() -> None:
     shiva_dit.apply(model, tiny.adapter(model))
     with (
         pytest.raises(ValueError, match="one of cond, uncond, both, alone; got 'negative'"),
-        shiva_dit.guided(model, "negative"),  # type: ignore[arg-type]
+        shiva_dit.guided(model, "negative"),
     ):
         pass
 

@@ -80,19 +80,6 @@ def test_wrappers_are_seen_through(wrapper: str, group: None) -> None:
     assert tiny.footprint(model) == before
 
 
-def test_a_compiled_transformer_in_a_pipeline_is_guided_by_it() -> None:
-    model = tiny.sd3()
-    pipe = tiny.pipeline(model)
-    shiva_dit.apply(pipe, adapter(model))
-    expected = tiny.generate(pipe, 5.0)
-    pipe.transformer = torch.compile(model, backend="eager")
-    found = tiny.generate(pipe, 5.0)
-    # Traced in pieces, the same operators run: as eager, up to the order of sums.
-    assert torch.allclose(found, expected, atol=1e-5)
-    shiva_dit.remove(pipe)
-    assert attachment_of(model) is None
-
-
 # --- a second transformer -----------------------------------------------------------------------
 
 

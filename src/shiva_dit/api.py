@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -207,7 +207,7 @@ def disabled(target: Any) -> Iterator[None]:
 
 
 @contextmanager
-def guided(target: Any, passes: Literal["cond", "uncond", "both", "alone"]) -> Iterator[None]:
+def guided(target: Any, passes: str) -> Iterator[None]:
     """Within: every call is this pass of guidance; for loops of your own, or to overrule.
 
     diffusers' pipelines need none of this: how their calls are guided is read from them.

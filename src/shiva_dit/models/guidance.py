@@ -2,9 +2,9 @@
 
 Guidance makes a conditional and an unconditional pass, in one batch or one call after the other,
 and both shall keep the same tokens. Which pass a call is cannot be seen from its tensors, so it is
-asked of whoever makes the call, anew each time, and nothing is remembered of it: in this order of
-`shiva_dit.guided`, of the guider of a modular pipeline, of `cache_context`, and of the variables of
-the pipeline's running `__call__`. What nobody says isn't shared.
+asked of whoever makes the call, anew each time: in this order of `shiva_dit.guided`, of
+`cache_context`, of the guider of a modular pipeline, and of the variables of the pipeline's running
+`__call__`. What nobody says isn't shared.
 """
 
 from __future__ import annotations
