@@ -6,7 +6,9 @@ one pipeline beside its `__call__` is replaced; `__call__` itself is always diff
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ from diffusers import (
     FluxControlNetModel,
     SD3ControlNetModel,
     UniPCMultistepScheduler,
+    modular_pipelines,
 )
+from diffusers.modular_pipelines.modular_pipeline import BlockState
 from torch import Tensor
 
 from shiva_dit.models.families import MODELS
@@ -398,3 +402,85 @@ def call(name: str, pipe: Any, guided: bool = True, **options: Any) -> Any:
         usual |= {"num_frames": 13, "height": 64, "width": 64}
     given = {key: value for key, value in usual.items() if key in known}
     return pipe(**{**given, **CALLS.get(name, {}), **options})
+
+
+# --- modular pipelines --------------------------------------------------------------------------
+
+
+def served_denoisers() -> dict[str, tuple[Any, str, bool]]:
+    """Every block of the modular pipelines that calls a transformer of a served class.
+
+    Returns:
+        By name: the block's class, the transformer's, and whether a guider runs its passes.
+    """
+    found = {}
+    for package in pkgutil.iter_modules(modular_pipelines.__path__):
+        name = f"{modular_pipelines.__name__}.{package.name}.denoise"
+        if not package.ispkg or importlib.util.find_spec(name) is None:
+            continue
+        module = importlib.import_module(name)
+        for key, kind in vars(module).items():
+            if not key.endswith("Denoiser") or kind.__module__ != name:
+                continue
+            parts = {p.name: p.type_hint.__name__ for p in kind().expected_components}
+            if parts.get("transformer") in MODELS:
+                found[key] = kind, parts["transformer"], "guider" in parts
+    return found
+
+
+def denoise(kind: Any, model: Any, given: dict[str, Any], guider: Any) -> None:
+    """Two steps of such a block, by hand: what blocks before it would have prepared is given."""
+    sample = given.get("hidden_states", given.get("x"))
+    time = given.get("timestep", given.get("t"))
+    text = given.get("encoder_hidden_states", given.get("cap_feats"))
+    other = [-part for part in text] if isinstance(text, list) else -text
+    mask = given.get("encoder_attention_mask", given.get("encoder_hidden_states_mask"))
+    nothing = torch.zeros(BATCH, 0, 4)
+    usual: dict[str, Any] = {
+        "latents": sample,
+        "latent_model_input": sample,
+        "image_latents": None if kind.__name__.startswith("Flux2") else nothing,
+        "latent_height": 4,
+        "latent_width": 4,
+        "latent_num_frames": 4,
+        "latent_ids": given.get("img_ids"),
+        "dtype": torch.float32,
+        "timestep": time,
+        "timestep_adjusted": time,
+        "rope_interpolation_scale": None,
+        "guidance": None,
+        "prompt_embeds": text,
+        "pooled_prompt_embeds": given.get("pooled_projections"),
+        "prompt_embeds_mask": mask,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": other,
+        "negative_pooled_prompt_embeds": given.get("pooled_projections"),
+        "negative_prompt_embeds_mask": mask,
+        "negative_prompt_attention_mask": mask,
+        "negative_txt_ids": given.get("txt_ids"),
+        "attention_kwargs": None,
+        "joint_attention_kwargs": None,
+        "denoiser_input_fields": {"img_shapes": given.get("img_shapes")},
+        "additional_cond_kwargs": {},
+        "num_inference_steps": 2,
+        "num_frames": 13,
+        "height": 32,
+        "width": 32,
+        "frame_rate": 25,
+    }
+    left_out = "hidden_states|num_frames|height|width"
+    own = {key: value for key, value in given.items() if not re.search(left_out, key)}
+    state = BlockState(**{**usual, **own})
+    components = SimpleNamespace(
+        transformer=model,
+        transformer_2=model,
+        guider=guider,
+        guider_2=guider,
+        config=SimpleNamespace(boundary_ratio=0.9),
+        num_train_timesteps=1000,
+        vae_temporal_compression_ratio=4,
+        vae_spatial_compression_ratio=8,
+    )
+    block = kind()
+    for step in range(2):
+        block(components, state, i=step, t=time[0] + 0.0)

@@ -344,6 +344,29 @@ def test_the_guider_of_a_modular_pipeline_says_which_pass_runs() -> None:
     assert any(differ(first) for first, _ in pairs)
 
 
+@pytest.mark.parametrize("name", running.served_denoisers())
+def test_blocks_of_modular_pipelines(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """All of diffusers' own that call a served model; those without a guider have one pass."""
+    kind, model_class, is_guided = running.served_denoisers()[name]
+    family = running.FAMILY[model_class]
+    model = families.made(family)
+    shiva_dit.apply(model, tiny.adapter(model, families.schedule(model, COUNTS)))
+    with calls_of(model) as calls, caplog.at_level(logging.INFO, "shiva_dit"):
+        guider = ClassifierFreeGuidance(guidance_scale=5.0)
+        running.denoise(kind, model, families.arguments(family), guider)
+    assert not [record for record in caplog.records if record.name == "shiva_dit"]
+    if not is_guided:
+        assert len(calls) == 2
+        return
+    assert len(calls) == 4
+    pairs = pairs_of(calls, "in turn")
+    assert all(torch.equal(first, second) for first, second in pairs)
+    # Had each pass chosen for itself, they would differ: the texts do.
+    with calls_of(model) as apart, shiva_dit.guided(model, passes="alone"):
+        running.denoise(kind, model, families.arguments(family), guider)
+    assert any(not torch.equal(first, second) for first, second in pairs_of(apart, "in turn"))
+
+
 def test_a_guider_that_starts_late_and_stops_early() -> None:
     pipe, scheduler = modular(ClassifierFreeGuidance(guidance_scale=5.0, start=0.25, stop=0.75))
     with calls_of(applied(pipe)) as calls:
@@ -434,6 +457,9 @@ def table() -> str:
     for name, model_class in sorted(running.served_pipelines().items()):
         how = "running it" if name in RUN else "its source"
         rows.append([f"`{name}`", f"`{model_class}`", SAYS[PIPELINES[name].how], how])
+    for name, (_, model_class, is_guided) in running.served_denoisers().items():
+        says = SAYS["in turn" if is_guided else "one pass"]
+        rows.append([f"`{name}` (modular)", f"`{model_class}`", says, "running it"])
     return markdown_rows(rows)
 
 

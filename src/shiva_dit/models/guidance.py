@@ -63,6 +63,8 @@ class Running:
     """Class that the code is of, if it's diffusers' own; else the object's."""
     is_known: bool
     """Whether the code is diffusers' own."""
+    is_block: bool
+    """Whether it is a block of a modular pipeline, whose passes its guider names."""
     scope: Mapping[str, Any]
     """Its variables."""
 
@@ -104,10 +106,12 @@ def running_call() -> Running | None:
             scope = frame.f_locals
             owner = scope.get("self")
             bases = {base.__name__ for base in type(owner).__mro__}
-            if not bases.isdisjoint(("DiffusionPipeline", "ModularPipelineBlocks")):
+            is_block = "ModularPipelineBlocks" in bases
+            if is_block or "DiffusionPipeline" in bases:
                 is_known = str(frame.f_globals.get("__name__")).startswith("diffusers.")
                 name = code.co_qualname.removesuffix(".__call__")
-                return Running(name if is_known else type(owner).__name__, is_known, scope)
+                name = name if is_known else type(owner).__name__
+                return Running(name, is_known, is_block, scope)
         frame = frame.f_back
     return None
 
@@ -179,6 +183,8 @@ class Passes(StateManager):
         if running.batch is not None:
             name = getattr(running.batch, IDENTIFIER).removeprefix("pred_")
             return Pass(name) if name in ("cond", "uncond") else Pass.ALONE
+        if running.is_block and running.is_known:  # no guider: a model with its guidance inside
+            return Pass.ALONE
         guided = PIPELINES.get(running.name) if running.is_known else None
         if guided is None:
             self._say(f"{running.name} doesn't say which pass of guidance runs")
