@@ -87,8 +87,8 @@ class Attachment(Uncopied):
         self._gated: GatedForward | None = None
         self._runs_in: threading.Thread | None = None
         self._context: Tensor | None = None
-        self._times = 1
-        """Times of a sample in the running forward, all equal: one, or one for each token."""
+        self._times: slice = slice(None)
+        """Rows of the running forward's time embedding, one for each time that it was given."""
         self._undo: list[Callable[[], object]] = []
         self.counts = Counts(
             model, schedule, multiple=multiple, segments=segments, select_every=select_every
@@ -245,7 +245,7 @@ class Attachment(Uncopied):
         sample = given(model, arguments, self.spec.sample)
         num_tokens = self.num_tokens = self.spec.tokens(model, sample)
         timestep = given(model, arguments, self.spec.timestep)
-        timestep = self._one_time(timestep)
+        timestep = self._one_time(timestep, len(sample))
         self._refuse_lora_scale(arguments)
         gated = self._gated
         which = Pass.ALONE
@@ -304,14 +304,18 @@ class Attachment(Uncopied):
             times = self.spec.time(step.to(sample.device)).float()
             self._condition(time_features(times.expand(len(sample))))
 
-    def _one_time(self, timestep: Any) -> Any:
+    def _one_time(self, timestep: Any, batch: int) -> Any:
         """One time per sample, also where the call has one for each of its tokens or frames."""
-        self._times = 1
-        if not isinstance(timestep, Tensor) or timestep.ndim < 2:
+        self._times = slice(batch)
+        if not isinstance(timestep, Tensor) or timestep.ndim == 0:
+            return timestep
+        self._times = slice(len(timestep))  # one for all samples, or one for each
+        if timestep.ndim == 1:
             return timestep
         timestep = timestep.flatten(1)  # (B, M)
-        self._times = timestep.shape[1]
-        known = self._times == 1 or self.passes.times_are_equal()
+        each = timestep.shape[1]
+        self._times = slice(0, timestep.numel(), each)
+        known = each == 1 or self.passes.times_are_equal()
         if not known and not bool((timestep == timestep[:, :1]).all()):
             raise ValueError(
                 f"{type(self.model).__name__} was called with different times for the tokens of a "
@@ -347,10 +351,10 @@ class Attachment(Uncopied):
         del module, args
         if self._context is None:
             return
-        batch, times = len(self._context), self._times
-        # Some models append times of their own: ours come first, each as often as it was given.
-        rows = output[:batch, 0] if output.ndim == 3 else output[: batch * times : times]
-        self._condition(rows)  # (B, Dt)
+        batch = len(self._context)
+        # Some models append times of their own: those that they were given come first.
+        rows = output[:batch, 0] if output.ndim == 3 else output[self._times]
+        self._condition(rows.expand(batch, -1))  # (B, Dt)
 
     def _condition(self, time: Tensor) -> None:
         """Compute what routers and updates read beside tokens."""

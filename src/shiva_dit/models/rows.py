@@ -156,19 +156,24 @@ def by_token(
 
 
 def modulation(
-    values: Shaped[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B ..."]:
-    """Modulation by the time: (B, 6, D) by sample, which stays, or (B, N, 6, D) by token."""
-    return by_token(values, chosen, num_tokens) if values.ndim == 4 else values
+    values: Shaped[Tensor, "..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "..."]:
+    """Modulation by the time: (B, 6, D) by sample, which stays, or (B, N, 6, D) by token.
+
+    B may be 1 for one time of all samples, here and below.
+    """
+    if values.ndim != 4:
+        return values
+    return by_token(values.expand(len(chosen), -1, -1, -1), chosen, num_tokens)
 
 
 def modulation_tokens_third(
-    values: Shaped[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B ..."]:
+    values: Shaped[Tensor, "..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "..."]:
     """Modulation by the time: (B, 6, D) by sample, which stays, or (B, 6, N, D) by token."""
     if values.ndim != 4:
         return values
-    return by_token(values.transpose(1, 2), chosen, num_tokens).transpose(1, 2)
+    return modulation(values.transpose(1, 2), chosen, num_tokens).transpose(1, 2)
 
 
 def modulation_in_one(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """A module without the wrappers of `torch.compile`, DistributedDataParallel, DataParallel."""
+    """A module without the wrappers of `torch.compile` and DistributedDataParallel."""
     while True:
-        if isinstance(module, DataParallel | DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel):
             module = module.module
         elif "_orig_mod" in module._modules:  # of torch.compile(module)
             module = module.get_submodule("_orig_mod")
