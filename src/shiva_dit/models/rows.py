@@ -156,8 +156,8 @@ def by_token(
 
 
 def modulation(
-    values: Shaped[Tensor, "..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "..."]:
+    values: Shaped[Tensor, "#B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "#B ..."]:
     """Modulation by the time: (B, 6, D) by sample, which stays, or (B, N, 6, D) by token.
 
     B may be 1 for one time of all samples, here and below.
@@ -168,8 +168,8 @@ def modulation(
 
 
 def modulation_tokens_third(
-    values: Shaped[Tensor, "..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "..."]:
+    values: Shaped[Tensor, "#B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "#B ..."]:
     """Modulation by the time: (B, 6, D) by sample, which stays, or (B, 6, N, D) by token."""
     if values.ndim != 4:
         return values
