@@ -838,6 +838,7 @@ def test_the_public_names() -> None:
         "compile",
         "cuda_graphs",
         "disabled",
+        "guided",
         "remove",
         "summary",
         "supported",

@@ -22,6 +22,7 @@ from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models import block_hook as seam
 from shiva_dit.models.attach import Attachment, GatedForward, attach, attachment_of
 from shiva_dit.models.families import block_spec
+from shiva_dit.models.guidance import Pass
 from shiva_dit.models.spec import argument_place
 from tests import families, tiny
 
@@ -596,22 +597,21 @@ def test_a_second_thread_is_refused_and_does_not_disturb_the_first() -> None:
 
 def test_sharing_needs_an_even_batch() -> None:
     model = tiny.sd3()
-    attachment = shiva(model, shares_halves=lambda arguments: True)
-    with pytest.raises(ValueError, match="even batch, got 3"):
+    attachment = shiva(model)
+    told = attachment.passes.told(Pass.BOTH)
+    with told, pytest.raises(ValueError, match="even batch, got 3"):
         tiny.run(model, tiny.inputs(batch=3))
     assert keeps_nothing(attachment)
 
 
 def test_halves_share_by_the_maximum_of_their_scores() -> None:
     model = tiny.sd3()
-    wants = True
-    attachment = shiva(model, shares_halves=lambda arguments: wants)
-    with chosen_tokens(attachment) as shared:
+    attachment = shiva(model)
+    with attachment.passes.told(Pass.BOTH), chosen_tokens(attachment) as shared:
         tiny.run(model, tiny.inputs(batch=4))
     for _, indices in shared:
         assert torch.equal(indices[:2], indices[2:])
         assert not torch.equal(indices[0], indices[1])
-    wants = False
     with chosen_tokens(attachment) as apart:
         tiny.run(model, tiny.inputs(batch=4))
     assert not any(torch.equal(indices[:2], indices[2:]) for _, indices in apart)

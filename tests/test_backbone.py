@@ -22,12 +22,12 @@ from shiva_dit.models.backbone import (
     backbone_weights,
     first_not_finite,
     lora_weights,
-    pipeline_transformer,
     remove_lora,
     set_trainable,
     trainable_parameters,
 )
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.target import pipeline_transformer
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.models.watch import Watch
 from tests import families, tiny

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shiva_dit.adapter import ShivaAdapter, ShivaConfig
-    from shiva_dit.api import apply, compile, cuda_graphs, disabled, remove, summary, supported
+    from shiva_dit.api import (
+        apply,
+        compile,
+        cuda_graphs,
+        disabled,
+        guided,
+        remove,
+        summary,
+        supported,
+    )
     from shiva_dit.core.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -22,6 +31,7 @@ __all__ = [
     "compile",
     "cuda_graphs",
     "disabled",
+    "guided",
     "remove",
     "summary",
     "supported",
@@ -32,7 +42,7 @@ _HOMES = {
     "ShivaAdapter": "shiva_dit.adapter",
     "ShivaConfig": "shiva_dit.adapter",
     **dict.fromkeys(
-        ("apply", "compile", "cuda_graphs", "disabled", "remove", "summary", "supported"),
+        ("apply", "compile", "cuda_graphs", "disabled", "guided", "remove", "summary", "supported"),
         "shiva_dit.api",
     ),
 }

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +15,14 @@ import torch
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import Attachment, attachment_of, exchange
-from shiva_dit.models.backbone import first_not_finite, pipeline_transformer
+from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange
+from shiva_dit.models.backbone import first_not_finite
 from shiva_dit.models.clock import Clock, ListedTimes, SchedulerTimes
-from shiva_dit.models.families import MODELS, model_spec
+from shiva_dit.models.families import MODELS
 from shiva_dit.models.graphs import CudaRecorder
+from shiva_dit.models.guidance import Pass
 from shiva_dit.models.places import PLAIN
+from shiva_dit.models.target import pipeline_transformer, transformers_of
 from shiva_dit.models.tuned import TunedBackbone
 
 logger = logging.getLogger("shiva_dit")
@@ -42,6 +43,7 @@ def apply(
     select_every: int | None = None,
     timesteps: Sequence[float] | None = None,
     merge: bool = True,
+    transformer_2: ShivaAdapter | str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> T:
@@ -52,10 +54,9 @@ def apply(
     and without such weights images are the same as before. No state is kept between calls, and one
     forward runs at a time.
 
-    Guidance shares the selection if `target` is a pipeline: both halves of one call keep the
-    tokens that either wants; where the passes come one after the other and the pipeline names
-    them (`cache_context`), the unconditional one keeps the conditional one's. A bare transformer
-    never shares within a call.
+    Guidance shares the selection in every pipeline that says how it is guided (docs/models.md):
+    both halves of one call keep the tokens that either wants; of passes one after the other, the
+    unconditional one keeps the conditional one's. Loops of your own say it by `guided`.
 
     Args:
         target: A diffusers pipeline, or its transformer.
@@ -75,6 +76,8 @@ def apply(
         merge: Whether a LoRA or DoRA of the adapter is merged into the layers that are plain: it
             then costs nothing, and the model's own weights lie on the host until `remove`. False
             leaves them alone, for adapters that are switched often.
+        transformer_2: The adapter of the pipeline's second transformer, where it has one (Wan
+            2.2); else that one stays dense. All other options hold for both.
         revision: Branch, tag or commit, for a Hub id.
         token: For private repositories on the Hub.
 
@@ -86,42 +89,76 @@ def apply(
             ratio lies outside its range. Nothing has changed then: an earlier adapter stays on.
         RuntimeError: If an earlier adapter can't be taken off (see `remove`).
     """
-    model = pipeline_transformer(target)
-    model_spec(model)
-    if not isinstance(adapter, ShivaAdapter):
-        adapter = ShivaAdapter.from_pretrained(adapter, revision=revision, token=token)
+    models = transformers_of(target)
+    _check_second(target, models, transformer_2, timesteps)
     if schedule is not None and keep_ratio is not None:
         raise ValueError("pass either a schedule or a keep_ratio, not both.")
-    adapter.check_fits(model)
-    _check_weights(adapter)
-    if keep_ratio is not None:
-        if not 0.0 < keep_ratio <= 1.0:
-            raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
-        schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
-    if schedule is not None:
-        adapter.warn_if_far(schedule)
-    attachment = Attachment(
-        model,
-        copy.deepcopy(adapter.selector()),  # its own: a model moves it to its device
-        schedule or adapter.schedule,
-        updates=copy.deepcopy(adapter.updates),
-        multiple=adapter.config.multiple if multiple is None else multiple,
-        segments=segments,
-        select_every=adapter.config.select_every if select_every is None else select_every,
-        shares_halves=None if model is target else _halves(model, target),
-        backbone=_backbone(model, adapter, merge),
-    )
-    attachment.counts.clock = _clock(attachment, target, timesteps)
-    attachment.adapter = adapter
-    exchange(attachment_of(model), attachment)
-    logger.info(
-        "shiva_dit: %d of %d blocks of %s pruned, %.1f%% of their tokens kept on average",
-        len(attachment.schedule.prunable_blocks),
-        attachment.schedule.num_blocks,
-        type(model).__name__,
-        100 * attachment.schedule.mean_keep_ratio,
-    )
+    if keep_ratio is not None and not 0.0 < keep_ratio <= 1.0:
+        raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
+    made = []
+    for model, source in zip(models, (adapter, transformer_2), strict=False):
+        if source is None:
+            continue
+        if not isinstance(source, ShivaAdapter):
+            source = ShivaAdapter.from_pretrained(source, revision=revision, token=token)
+        source.check_fits(model)
+        _check_weights(source)
+        attachment = Attachment(
+            model,
+            copy.deepcopy(source.selector()),  # its own: a model moves it to its device
+            _schedule(source, schedule, keep_ratio),
+            updates=copy.deepcopy(source.updates),
+            multiple=source.config.multiple if multiple is None else multiple,
+            segments=segments,
+            select_every=source.config.select_every if select_every is None else select_every,
+            backbone=_backbone(model, source, merge),
+        )
+        attachment.counts.clock = _clock(attachment, target, timesteps)
+        attachment.adapter = source
+        made.append(attachment)
+    exchange(made, gone=[on for on in map(attachment_of, models[len(made) :]) if on is not None])
+    for attachment in made:
+        logger.info(
+            "shiva_dit: %d of %d blocks of %s pruned, %.1f%% of their tokens kept on average",
+            len(attachment.schedule.prunable_blocks),
+            attachment.schedule.num_blocks,
+            type(attachment.model).__name__,
+            100 * attachment.schedule.mean_keep_ratio,
+        )
     return target
+
+
+def _check_second(
+    target: Any, models: Sequence[Any], adapter: object, timesteps: Sequence[float] | None
+) -> None:
+    """Whether an adapter for a second transformer has one to go to, and the other way round."""
+    if adapter is not None and len(models) == 1:
+        raise ValueError(
+            f"transformer_2 was passed, but {type(target).__name__} has one transformer alone: "
+            "pass one adapter."
+        )
+    if adapter is not None and timesteps is not None:
+        raise ValueError(
+            "timesteps name the calls of one model, and two share the steps of this pipeline: "
+            "leave them out; its scheduler says what time it is."
+        )
+    if adapter is None and len(models) > 1:
+        logger.warning(
+            "shiva_dit: the pipeline's second transformer stays dense: pass its adapter as "
+            "apply(pipe, adapter, transformer_2=...)."
+        )
+
+
+def _schedule(
+    adapter: ShivaAdapter, schedule: Schedule | None, keep_ratio: float | None
+) -> Schedule:
+    """The schedule asked for, or the adapter's own."""
+    if keep_ratio is not None:
+        schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
+    if schedule is None:
+        return adapter.schedule
+    adapter.warn_if_far(schedule)
+    return schedule
 
 
 def _backbone(model: Any, adapter: ShivaAdapter, merge: bool) -> TunedBackbone | None:
@@ -173,12 +210,6 @@ def _check_weights(adapter: ShivaAdapter) -> None:
         )
 
 
-def _halves(model: Any, pipeline: Any) -> Callable[[Mapping[str, Any]], bool] | None:
-    """Says of a call's arguments whether they hold both halves of guidance."""
-    halves = model_spec(model).halves
-    return None if halves is None else partial(halves, pipeline)
-
-
 def remove(target: T) -> T:
     """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing.
 
@@ -190,9 +221,7 @@ def remove(target: T) -> T:
             were quantised, sharded or changed while they stood in their place; or from inside a
             forward. Nothing has changed then.
     """
-    attachment = attachment_of(pipeline_transformer(target))
-    if attachment is not None:
-        attachment.detach()
+    detach_all(_attachments(target))
     return target
 
 
@@ -206,13 +235,36 @@ def disabled(target: Any) -> Iterator[None]:
         ValueError: If no adapter is attached.
         RuntimeError: As `remove`.
     """
-    attachment = _attached(target)
-    before = attachment.enabled
-    attachment.enable(False)
-    try:
+    with ExitStack() as stack:
+        for attachment in _all_attached(target):
+            stack.callback(attachment.enable, attachment.enabled)
+            attachment.enable(False)
         yield
-    finally:
-        attachment.enable(before)
+
+
+@contextmanager
+def guided(target: Any, passes: str) -> Iterator[None]:
+    """Within: every call is this pass of guidance; for loops of your own, or to overrule.
+
+    diffusers' pipelines need none of this: how their calls are guided is read from them.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached.
+        passes: "cond": the conditional pass of two, one call after the other; "uncond": the other
+            one, which follows it and keeps its tokens; "both": both in one batch, as two halves
+            in either order, which keep the tokens that either wants; "alone": every sample
+            chooses for itself.
+
+    Raises:
+        ValueError: If no adapter is attached, or for another word.
+    """
+    known = [which.value for which in Pass]
+    if passes not in known:
+        raise ValueError(f"passes must be one of {', '.join(known)}; got {passes!r}.")
+    with ExitStack() as stack:
+        for attachment in _all_attached(target):
+            stack.enter_context(attachment.passes.told(Pass(passes)))
+        yield
 
 
 def compile(target: T, **options: Any) -> T:
@@ -226,12 +278,12 @@ def compile(target: T, **options: Any) -> T:
         ValueError: If no adapter is attached: apply first, then compile. If FirstBlockCache or
             MagCache is on: diffusers keeps these out of the compiler.
     """
-    attachment = _attached(target)
     defaults: dict[str, Any] = {"fullgraph": True}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         # All blocks count as one for dynamo: dense and pruned, guided and not, each batch size.
         defaults["recompile_limit"] = RECOMPILE_LIMIT
-    attachment.compile(**{**defaults, **options})
+    for attachment in _all_attached(target):
+        attachment.compile(**{**defaults, **options})
     return target
 
 
@@ -254,13 +306,16 @@ def cuda_graphs(target: T, *, limit: int = 128) -> T:
         ValueError: If no adapter is attached, the model isn't on a CUDA device, or something on
             it (offloading, caches) does what a replay would pass over.
     """
-    attachment = _attached(target)
-    device = next(attachment.model.parameters()).device
-    if device.type != "cuda":
-        raise ValueError(
-            f"CUDA graphs need the model on a CUDA device, it is on {device}: move it there first."
-        )
-    attachment.use_graphs(CudaRecorder(), limit)
+    attachments = _all_attached(target)
+    for attachment in attachments:
+        device = next(attachment.model.parameters()).device
+        if device.type != "cuda":
+            raise ValueError(
+                f"CUDA graphs need the model on a CUDA device, it is on {device}: move it there "
+                "first."
+            )
+    for attachment in attachments:
+        attachment.use_graphs(CudaRecorder(), limit)
     return target
 
 
@@ -288,7 +343,7 @@ def supported() -> tuple[SupportedModel, ...]:
             name=spec.name,
             model_class=spec.model_class,
             context=spec.context_is,
-            guidance="in turn" if spec.halves is None else "one batch",
+            guidance=spec.guidance,
             learned_by="diffusion schedule" if spec.diffusion else "flow matching",
         )
         for spec in MODELS.values()
@@ -313,6 +368,8 @@ class Summary:
     """The same with pruning, routers included, averaged over the time bins."""
     rows: tuple[tuple[float, tuple[int, ...]], ...]
     """(t, k of every block) at a few times, noisiest first."""
+    transformer_2: Summary | None = None
+    """The same of a pipeline's second transformer, if it has an adapter too."""
 
     @property
     def flops_saved(self) -> float:
@@ -332,6 +389,8 @@ class Summary:
         width = len(str(self.num_tokens))
         for t, row in self.rows:
             lines.append(f" {t:4.2f}  " + " ".join(f"{k:{width}d}" for k in row))
+        if self.transformer_2 is not None:
+            lines += ["the second transformer:", str(self.transformer_2)]
         return "\n".join(lines)
 
 
@@ -342,16 +401,17 @@ def summary(
 
     Args:
         target: A pipeline or transformer with an adapter attached.
-        num_tokens: Image tokens N; those of the model's own `sample_size` by default.
+        num_tokens: Image tokens N; by default those of the last forward with the adapter on, and
+            if none has run, those of the size that the model's config states.
         text_tokens: Text tokens T; as many as the model's pipelines use by default.
 
     Raises:
-        ValueError: If no adapter is attached, or the model has no size of its own (Flux) and
-            `num_tokens` is not given.
+        ValueError: If no adapter is attached, or no forward has run of a model whose config
+            states no size (Flux) and `num_tokens` is not given.
     """
     attachment = _attached(target)
     model: Any = attachment.model
-    num_tokens = _own_size(model) if num_tokens is None else num_tokens
+    num_tokens = _own_size(attachment) if num_tokens is None else num_tokens
     text_tokens = attachment.spec.text_tokens if text_tokens is None else text_tokens
     table = attachment.counts.table(num_tokens)
     pruned = [attachment.flops(num_tokens, text_tokens, row) for row in table.counts]
@@ -364,18 +424,36 @@ def summary(
         flops_dense=attachment.spec.flops(model, num_tokens, text_tokens).dense(),
         flops_pruned=round(sum(pruned) / len(pruned)),
         rows=tuple((t, table.row(t)) for t in times),
+        transformer_2=_second_summary(target, num_tokens, text_tokens),
     )
 
 
-def _own_size(model: Any) -> int:
-    """Image tokens of a model's own size."""
-    side = model.config.get("sample_size")
-    if side is None:
+def _second_summary(target: Any, num_tokens: int, text_tokens: int) -> Summary | None:
+    second = _attachments(target)[1:]
+    if not second:
+        return None
+    return summary(second[0].model, num_tokens=num_tokens, text_tokens=text_tokens)
+
+
+def _own_size(attachment: Attachment) -> int:
+    """Image tokens of the last forward, else of the size that the model's config states."""
+    size = attachment.num_tokens or attachment.spec.own_tokens(attachment.model)
+    if size is None:
         raise ValueError(
-            f"{type(model).__name__} has no size of its own: pass num_tokens (4096 for 1024x1024 "
-            "pixels in patches of 16)."
+            f"the config of {type(attachment.model).__name__} states no size, and no forward has "
+            "run with the adapter on: pass num_tokens, or generate once first."
         )
-    return (side // model.config.patch_size) ** 2
+    return size
+
+
+def _attachments(target: Any) -> list[Attachment]:
+    """What is attached to the transformers of a target, in order."""
+    found = [attachment_of(model) for model in transformers_of(target)]
+    return [attachment for attachment in found if attachment is not None]
+
+
+def _all_attached(target: Any) -> list[Attachment]:
+    return _attachments(target) or [_attached(target)]
 
 
 def _attached(target: Any) -> Attachment:

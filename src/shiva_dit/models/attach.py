@@ -8,8 +8,8 @@ submodule, so the state dict is the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +21,12 @@ from torch.fx.experimental.sym_node import DynamicInt
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.block_hook import BlockHook, BlockState, Lead, Passes, Uncopied
+from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
+from shiva_dit.models.guidance import Pass, Passes
 from shiva_dit.models.neighbours import (
     reaches,
     refuse_neighbours,
@@ -68,14 +69,12 @@ class Attachment(Uncopied):
         multiple: int | None = None,
         segments: int | None = None,
         select_every: int = 1,
-        shares_halves: Callable[[Mapping[str, Any]], bool] | None = None,
         gate_values: bool = False,
         backbone: TunedBackbone | None = None,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector = model, selector
         self.updates = updates
-        self.shares_halves = shares_halves
         self.gates_values = gate_values
         self.enabled = True
         self.always_select = False
@@ -89,10 +88,14 @@ class Attachment(Uncopied):
         self.adapter: Any = None
         self._is_on = False
         self._compiled: dict[str, Any] | None = None
+        self.num_tokens: int | None = None
+        """N of the last forward."""
         self.blocks = self.spec.blocks(model)
         self.turns = turns_of(model)
         self._gated: GatedForward | None = None
         self._context: Tensor | None = None
+        self._times: slice = slice(None)
+        """Rows of the running forward's time embedding, one for each time that it was given."""
         self._undo = Undo()
         self.counts = Counts(
             model, schedule, multiple=multiple, segments=segments, select_every=select_every
@@ -113,6 +116,8 @@ class Attachment(Uncopied):
             ValueError: If something on the model can't go along with it.
         """
         with self.turns.switch():
+            if self._is_on:
+                return
             refuse_neighbours(self.model, self.model.modules())
             try:
                 self._put_on()
@@ -330,15 +335,11 @@ class Attachment(Uncopied):
         refuse_neighbours(model, self._watched)
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
-        num_tokens = self.spec.tokens(model, sample)
+        num_tokens = self.num_tokens = self.spec.tokens(model, sample)
         timestep = given(model, arguments, self.spec.timestep)
-        if isinstance(timestep, Tensor) and timestep.ndim > 1:
-            raise ValueError(
-                f"{type(model).__name__} was called with a time for every token, "
-                f"{tuple(timestep.shape)}: what a block keeps depends on one time per sample."
-            )
+        timestep = self._one_time(timestep, len(sample))
         gated = self._gated
-        share = False
+        which = Pass.ALONE
         if gated is None:
             counts = self.counts.row(num_tokens, timestep)
             if min(counts) < self.spec.least_tokens:
@@ -347,11 +348,11 @@ class Attachment(Uncopied):
                     f"least, and the schedule keeps {min(counts)}: apply with "
                     f"multiple={self.spec.least_tokens}."
                 )
-            share = self.shares_halves is not None and self.shares_halves(arguments)
+            which = self.passes.of_call(len(sample))
         else:
             counts = gated.counts
             self.counts.check(counts, num_tokens)
-        led = self.passes.led(len(sample), tuple(counts))
+        led = self.passes.led(which, len(sample), tuple(counts))
         states: list[BlockState] = []
         for hook, k in zip(self.hooks, counts, strict=True):
             # In training a block that happens to keep all its tokens is judged too (Eq. 24).
@@ -362,9 +363,9 @@ class Attachment(Uncopied):
                 k=DynamicInt(k),
                 dense=k >= num_tokens and not selects,
                 num_tokens=num_tokens,
-                share_halves=share,
+                share_halves=which is Pass.BOTH,
                 gates=gates,
-                leads=gated is None and self.passes.name == "cond",
+                leads=which is Pass.LEADS,
                 chosen=led.get(hook.index),
                 observer=self.observer,
             )
@@ -394,12 +395,36 @@ class Attachment(Uncopied):
             times = self.spec.time(step.to(sample.device)).float()
             self._condition(time_features(times.expand(len(sample))))
 
+    def _one_time(self, timestep: Any, batch: int) -> Any:
+        """One time per sample, also where the call has one for each of its tokens or frames."""
+        self._times = slice(batch)
+        if not isinstance(timestep, Tensor) or timestep.ndim == 0:
+            return timestep
+        self._times = slice(len(timestep))  # one for all samples, or one for each
+        if timestep.ndim == 1:
+            return timestep
+        timestep = timestep.flatten(1)  # (B, M)
+        each = timestep.shape[1]
+        self._times = slice(0, timestep.numel(), each)
+        known = each == 1 or self.passes.times_are_equal()
+        if not known and not bool((timestep == timestep[:, :1]).all()):
+            raise ValueError(
+                f"{type(self.model).__name__} was called with different times for the tokens of a "
+                f"sample, {tuple(timestep.shape)}: what a block keeps depends on one time per "
+                "sample."
+            )
+        return timestep[:, 0]
+
     def _after_time_embedding(
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> None:
         del module, args
-        if self._context is not None:  # some models append times of their own: ours come first
-            self._condition(output[: len(self._context)].flatten(1))  # (B, Dt) or (B, 1, Dt)
+        if self._context is None:
+            return
+        batch = len(self._context)
+        # Some models append times of their own: those that they were given come first.
+        rows = output[:batch, 0] if output.ndim == 3 else output[self._times]
+        self._condition(rows.expand(batch, -1))  # (B, Dt)
 
     def _condition(self, time: Tensor) -> None:
         """Compute what routers and updates read beside tokens."""
@@ -436,8 +461,7 @@ class Attachment(Uncopied):
         states = {hook.index: hook.slot.state for hook in self.hooks}
         chosen = {i: s.chosen for i, s in states.items() if s.leads and s.chosen is not None}
         if chosen:
-            batch = len(next(iter(chosen.values())))
-            self.passes.lead = Lead(batch, tuple(int(s.k) for s in states.values()), chosen)
+            self.passes.keep(tuple(int(s.k) for s in states.values()), chosen)
 
     def _forget(self, idle: bool = True) -> None:
         """Keep nothing between forwards, also after an exception."""
@@ -484,31 +508,62 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
             multiple of this), `segments` (at most so many different rows over time),
             `select_every` (so many prunable blocks in a row share their first one's scores),
-            `shares_halves` (a function that says of a call's arguments whether they hold both
-            halves of guidance), `gate_values` (training with the KV gate).
+            `gate_values` (training with the KV gate).
 
     Raises:
         ValueError: If the model is not supported or the schedule is another model's.
     """
     model_spec(model)
     attachment = Attachment(model, selector, schedule, **options)
-    exchange(attachment_of(model), attachment)
+    exchange([attachment])
     return attachment
 
 
-def exchange(old: Attachment | None, new: Attachment) -> None:
-    """One attachment for another on the same model: whole or, if that fails, not at all.
+def exchange(new: Sequence[Attachment], gone: Sequence[Attachment] = ()) -> None:
+    """Attachments in the place of those that are on their models: whole or not at all.
+
+    Args:
+        new: What is put on.
+        gone: What is taken off other models meanwhile.
 
     Raises:
-        RuntimeError: If the old one can't be taken off.
-        ValueError: If the new one can't be put on.
+        RuntimeError: If an old one can't be taken off.
+        ValueError: If a new one can't be put on.
     """
-    with new.turns.switch():
-        if old is not None:
-            old.detach()
+    with ExitStack() as switches:
+        for attachment in (*new, *gone):
+            switches.enter_context(attachment.turns.switch())
+        undo = Undo()
         try:
-            new.put_on()
+            for attachment in gone:
+                undo.add(attachment.put_on)
+                attachment.detach()
+            for attachment in new:
+                old = attachment_of(attachment.model)
+                if old is not None:
+                    undo.add(old.put_on)
+                    old.detach()
+                undo.add(attachment.detach)
+                attachment.put_on()
         except BaseException:
-            if old is not None:
-                old.put_on()
+            undo.run()
+            raise
+
+
+def detach_all(attachments: Sequence[Attachment]) -> None:
+    """Take attachments off: all of them, or none.
+
+    Raises:
+        RuntimeError: If one can't be taken off.
+    """
+    undo = Undo()
+    with ExitStack() as switches:
+        for attachment in attachments:
+            switches.enter_context(attachment.turns.switch())
+        try:
+            for attachment in attachments:
+                undo.add(attachment.put_on)
+                attachment.detach()
+        except RuntimeError:
+            undo.run()
             raise

@@ -187,23 +187,6 @@ def backbone_weights(model: nn.Module, kind: str) -> dict[str, Tensor]:
     return {}
 
 
-def pipeline_transformer(target: Any) -> nn.Module:
-    """The transformer of a pipeline, or the transformer itself.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if isinstance(target, nn.Module):
-        return target
-    transformer = getattr(target, "transformer", None)
-    if isinstance(transformer, nn.Module):
-        return transformer
-    raise ValueError(
-        f"{type(target).__name__} has no transformer: pass a diffusers pipeline of a diffusion "
-        "transformer, or the transformer itself."
-    )
-
-
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of a tensor with a value that is not finite, or None."""
     for name, value in tensors.items():

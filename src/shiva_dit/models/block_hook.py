@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from shiva_dit.core.selection import (
@@ -20,50 +19,9 @@ from shiva_dit.core.selection import (
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.families import block_spec
+from shiva_dit.models.guidance import Passes
 from shiva_dit.models.spec import BlockSpec, argument_place
 from shiva_dit.modules.updates import RejectedUpdates
-
-
-@dataclass(frozen=True, slots=True)
-class Lead:
-    """What a conditional pass leaves for the unconditional one of the same step."""
-
-    batch: int
-    counts: tuple[int, ...]
-    """k of every block."""
-    chosen: dict[int, Tensor]
-    """Tokens by block, each (B, k)."""
-
-
-class Passes(StateManager):
-    """Which pass of sequential guidance runs, by the names that pipelines give to their calls.
-
-    diffusers tells every stateful hook's managers the context of `model.cache_context(name)`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(BaseState)  # type: ignore[arg-type]
-        self.lead: Lead | None = None
-
-    @property
-    def name(self) -> str | None:
-        """Name of the running pass, if the pipeline says it: "cond" and "uncond" among others."""
-        name = None if self._context is None else self._context.name
-        return name and name.removeprefix("pred_")
-
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Forget pass and lead."""
-        super().reset(*args, **kwargs)
-        self.lead = None
-
-    def led(self, batch: int, counts: tuple[int, ...]) -> dict[int, Tensor]:
-        """Tokens that the running pass takes over, by block; none where it leads or is alone.
-
-        A lead serves once, and only a pass of as many samples and tokens.
-        """
-        lead, self.lead = self.lead, None
-        fits = lead is not None and (lead.batch, lead.counts) == (batch, counts)
-        return lead.chosen if lead is not None and fits and self.name == "uncond" else {}
 
 
 @dataclass(slots=True)

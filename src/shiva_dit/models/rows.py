@@ -146,11 +146,38 @@ def rows_before_text(
 
 
 def by_token(
-    values: Shaped[Tensor, "B M ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B ..."]:
-    """Values per image token (B, N, ...); values per sample (another M) stay as they are."""
-    if values.shape[1] != num_tokens:
-        return values
+    values: Shaped[Tensor, "B N ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B k ..."]:
+    """Values per image token (B, N, ...)."""
+    del num_tokens
     if values.ndim == 2:
         return values.gather(1, chosen)
     return gather_tokens(values.flatten(2), chosen).unflatten(2, values.shape[2:])
+
+
+def modulation(
+    values: Shaped[Tensor, "#B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "#B ..."]:
+    """Modulation by the time: (B, 6, D) by sample, which stays, or (B, N, 6, D) by token.
+
+    B may be 1 for one time of all samples, here and below.
+    """
+    if values.ndim != 4:
+        return values
+    return by_token(values.expand(len(chosen), -1, -1, -1), chosen, num_tokens)
+
+
+def modulation_tokens_third(
+    values: Shaped[Tensor, "#B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "#B ..."]:
+    """Modulation by the time: (B, 6, D) by sample, which stays, or (B, 6, N, D) by token."""
+    if values.ndim != 4:
+        return values
+    return modulation(values.transpose(1, 2), chosen, num_tokens).transpose(1, 2)
+
+
+def modulation_in_one(
+    values: Shaped[Tensor, "B M D"], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> Shaped[Tensor, "B K D"]:
+    """Modulation by the time: (B, 1, D) for all tokens of a sample, which stays, or (B, N, D)."""
+    return values if values.shape[1] == 1 else by_token(values, chosen, num_tokens)

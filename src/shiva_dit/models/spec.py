@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -83,9 +82,8 @@ class ModelSpec:
     then read sinusoids of t."""
     context: Callable[[nn.Module, Mapping[str, Any]], Tensor]
     """Pooled text or class embedding, (B, Dc), from the model and a call's arguments."""
-    halves: Callable[[Any, Mapping[str, Any]], bool] | None = None
-    """Whether a call holds an unconditional and a conditional half, from its pipeline and its
-    arguments; None where pipelines run them one after the other."""
+    guidance: Literal["one batch", "in turn"] = "in turn"
+    """How its pipelines run the two passes of guidance, as a rule (`pipelines.PIPELINES`)."""
     lora_scale: str | None = None
     """Argument whose "scale" multiplies all LoRAs of the model."""
     text_tokens: int
@@ -96,6 +94,8 @@ class ModelSpec:
     """Fewest image tokens that a block can run on."""
     tokens: Callable[[nn.Module, Any], int]
     """Number of image tokens N for latents, as the model takes them."""
+    own_tokens: Callable[[nn.Module], int | None] = lambda model: None
+    """N of the size that its config states; None where it states none."""
     dims: Callable[[nn.Module], ModelDims]
     """Widths of a model."""
     flops: Callable[[nn.Module, int, int], ModelFlops]
@@ -134,26 +134,16 @@ def latent_grid(model: Any, sample: Float[Tensor, "B C H W"]) -> int:
     return (sample.shape[-2] // patch) * (sample.shape[-1] // patch)
 
 
+def own_square(model: Any) -> int | None:
+    """Image tokens of the square latents that a model's config states."""
+    side, patch = model.config.sample_size, model.config.patch_size
+    return None if side is None else (side // patch) ** 2
+
+
 def packed(model: Any, sample: Float[Tensor, "B N C"]) -> int:
     """Image tokens of a model whose latents come as one row per token."""
     del model
     return sample.shape[1]
-
-
-def guidance_by_pipeline(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether the running call of a pipeline with batched guidance has it on."""
-    del arguments
-    return hasattr(pipeline, "_guidance_scale") and bool(pipeline.do_classifier_free_guidance)
-
-
-def doubled_latents(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether guidance has doubled the latents, where the pipeline doesn't say that it is on."""
-    del pipeline
-    latents: Tensor = arguments["hidden_states"]
-    if len(latents) % 2:
-        return False
-    first, second = latents.chunk(2)
-    return torch.equal(first, second)
 
 
 def pooled_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
 from shiva_dit.models.rows import key_bias
@@ -13,8 +15,8 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    doubled_latents,
-    text_mean,
+    given,
+    mean_text,
 )
 
 
@@ -23,6 +25,18 @@ def _tokens(model: Any, sample: Float[Tensor, "B C F H W"]) -> int:
     frames, height, width = sample.shape[2:]
     patch = config.patch_size
     return (frames // config.patch_size_t) * (height // patch) * (width // patch)
+
+
+def _text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    """The mean of the text, which pipelines give with a dimension more, (B, 1, T, Dc)."""
+    text: Tensor = given(model, arguments, "encoder_hidden_states")
+    return mean_text(text.flatten(1, -2), arguments.get("encoder_attention_mask"))
+
+
+def _own_tokens(model: Any) -> int:
+    config = model.config
+    shape = config.sample_frames, config.sample_height, config.sample_width
+    return _tokens(model, torch.empty((1, config.in_channels, *shape), device="meta"))
 
 
 def _positions(
@@ -80,10 +94,11 @@ MODELS = (
         noise_timestep=1000.0,
         diffusion=True,
         time_embedder="adaln_single.emb.timestep_embedder",
-        context=text_mean("encoder_attention_mask"),
-        halves=doubled_latents,
+        context=_text,
+        guidance="one batch",
         text_tokens=512,
         tokens=_tokens,
+        own_tokens=_own_tokens,
         dims=_dims,
         flops=_flops,
     ),

@@ -9,8 +9,8 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    doubled_latents,
     latent_grid,
+    own_square,
     text_mean,
 )
 
@@ -60,10 +60,11 @@ MODELS = (
         noise_timestep=1.0,
         time_embedder="time_step_proj",
         context=text_mean("zeros"),
-        halves=doubled_latents,
+        guidance="one batch",
         lora_scale="attention_kwargs",
         text_tokens=256,
         tokens=latent_grid,
+        own_tokens=own_square,
         dims=_dims,
         flops=_flops,
     ),

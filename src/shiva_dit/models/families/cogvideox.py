@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    doubled_latents,
     text_mean,
 )
 
@@ -26,6 +26,13 @@ def _tokens(model: Any, sample: Float[Tensor, "B F C H W"]) -> int:
     frames, _, height, width = sample.shape[1:]
     patch = model.config.patch_size
     return -(-frames // _frames_per_token(model)) * (height // patch) * (width // patch)
+
+
+def _own_tokens(model: Any) -> int:
+    config = model.config
+    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+    shape = 1, frames, config.in_channels, config.sample_height, config.sample_width
+    return _tokens(model, torch.empty(shape, device="meta"))
 
 
 def _dims(model: Any) -> ModelDims:
@@ -73,10 +80,11 @@ MODELS = (
         diffusion=True,
         time_embedder="time_embedding",
         context=text_mean(),
-        halves=doubled_latents,
+        guidance="one batch",
         lora_scale="attention_kwargs",
         text_tokens=226,
         tokens=_tokens,
+        own_tokens=_own_tokens,
         dims=_dims,
         flops=_flops,
     ),

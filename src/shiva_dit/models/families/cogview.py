@@ -11,8 +11,8 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    guidance_by_pipeline,
     latent_grid,
+    own_square,
     text_mean,
 )
 
@@ -67,6 +67,7 @@ _COGVIEW4 = ModelSpec(
     lora_scale="attention_kwargs",
     text_tokens=1024,
     tokens=latent_grid,
+    own_tokens=own_square,
     dims=_dims,
     flops=_flops,
 )
@@ -77,8 +78,8 @@ MODELS = (
         _COGVIEW4,
         model_class="CogView3PlusTransformer2DModel",
         name="CogView3-Plus",
+        guidance="one batch",
         diffusion=True,
-        halves=guidance_by_pipeline,
         lora_scale=None,
         text_tokens=224,
     ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shiva_dit.core.flops import ClassBlockShape, ModelFlops
 from shiva_dit.models.families.basic import BLOCKS as BLOCKS
-from shiva_dit.models.spec import ModelDims, ModelSpec, given, latent_grid
+from shiva_dit.models.spec import ModelDims, ModelSpec, given, latent_grid, own_square
 from shiva_dit.modules.context import TIME_FEATURES
 
 
@@ -19,13 +19,6 @@ def _context(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
     labels = given(model, arguments, "class_labels")
     table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
     return table(labels).detach()
-
-
-def _halves(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
-    """By the labels: under guidance the second half, and it alone, has the class "none"."""
-    labels: list[int] = arguments["class_labels"].tolist()
-    half, none = len(labels) // 2, pipeline.transformer.config.num_embeds_ada_norm
-    return half > 0 and [label == none for label in labels] == [False] * half + [True] * half
 
 
 def _dims(model: Any) -> ModelDims:
@@ -59,9 +52,10 @@ MODELS = (
         diffusion=True,
         time_embedder=None,
         context=_context,
-        halves=_halves,
+        guidance="one batch",
         text_tokens=0,
         tokens=latent_grid,
+        own_tokens=own_square,
         dims=_dims,
         flops=_flops,
     ),

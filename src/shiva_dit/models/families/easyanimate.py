@@ -13,7 +13,6 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    guidance_by_pipeline,
     text_mean,
 )
 
@@ -73,7 +72,7 @@ MODELS = (
         noise_timestep=1000.0,
         time_embedder="time_embedding",
         context=text_mean(),
-        halves=guidance_by_pipeline,
+        guidance="one batch",
         text_tokens=256,
         tokens=_tokens,
         dims=_dims,

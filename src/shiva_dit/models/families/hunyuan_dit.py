@@ -16,9 +16,9 @@ from shiva_dit.models.spec import (
     ModelDims,
     ModelSpec,
     given,
-    guidance_by_pipeline,
     latent_grid,
     mean_text,
+    own_square,
 )
 
 
@@ -100,9 +100,10 @@ MODELS = (
         diffusion=True,
         time_embedder="time_extra_emb.timestep_embedder",
         context=_text,
-        halves=guidance_by_pipeline,
+        guidance="one batch",
         text_tokens=333,
         tokens=latent_grid,
+        own_tokens=own_square,
         dims=_dims,
         flops=_flops,
     ),

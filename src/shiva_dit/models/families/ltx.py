@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
-from shiva_dit.models.rows import by_token, of_each
+from shiva_dit.models.rows import modulation_in_one, of_each
 from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    guidance_by_pipeline,
     packed,
     text_mean,
 )
@@ -45,7 +44,7 @@ BLOCKS = (
     BlockSpec(
         block_class="LTXVideoTransformerBlock",
         value_modules=("attn1.to_v",),
-        rows={"image_rotary_emb": of_each, "temb": by_token},
+        rows={"image_rotary_emb": of_each, "temb": modulation_in_one},
     ),
 )
 
@@ -60,7 +59,7 @@ MODELS = (
         noise_timestep=1000.0,
         time_embedder="time_embed.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
-        halves=guidance_by_pipeline,
+        guidance="one batch",
         lora_scale="attention_kwargs",
         text_tokens=128,
         tokens=packed,

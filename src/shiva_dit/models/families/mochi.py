@@ -14,7 +14,6 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    guidance_by_pipeline,
     text_mean,
 )
 
@@ -102,7 +101,7 @@ MODELS = (
         clean_timestep=1000.0,
         time_embedder="time_embed.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
-        halves=guidance_by_pipeline,
+        guidance="one batch",
         lora_scale="attention_kwargs",
         text_tokens=256,
         tokens=_tokens,

@@ -9,8 +9,8 @@ from shiva_dit.models.families.basic import BLOCKS as BLOCKS
 from shiva_dit.models.spec import (
     ModelDims,
     ModelSpec,
-    doubled_latents,
     latent_grid,
+    own_square,
     text_mean,
 )
 
@@ -61,9 +61,10 @@ MODELS = (
         diffusion=True,
         time_embedder="adaln_single.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
-        halves=doubled_latents,
+        guidance="one batch",
         text_tokens=300,
         tokens=latent_grid,
+        own_tokens=own_square,
         dims=_dims,
         flops=_flops,
     ),

@@ -11,7 +11,6 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    guidance_by_pipeline,
     latent_grid,
     text_mean,
 )
@@ -73,7 +72,7 @@ MODELS = (
         noise_timestep=1.0,
         time_embedder="time_in",
         context=text_mean("attention_mask"),
-        halves=guidance_by_pipeline,
+        guidance="one batch",
         text_tokens=256,
         tokens=latent_grid,
         dims=_dims,

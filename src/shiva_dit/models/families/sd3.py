@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops
@@ -10,8 +9,8 @@ from shiva_dit.models.spec import (
     BlockSpec,
     ModelDims,
     ModelSpec,
-    guidance_by_pipeline,
     latent_grid,
+    own_square,
     pooled_text,
 )
 
@@ -45,20 +44,6 @@ def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
     return ModelFlops(blocks=blocks, constant=2 * macs, num_tokens=num_tokens)
 
 
-def _halves(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
-    """By the pipeline; its extra pass that skips layers holds the conditional half alone.
-
-    Raises:
-        ValueError: If the batch is made of other parts than these two.
-    """
-    if getattr(pipeline, "do_perturbed_attention_guidance", False):
-        raise ValueError(
-            "perturbed-attention guidance puts three passes into one batch, which can't share "
-            "their tokens: pass pag_scale=0, or call shiva_dit.remove."
-        )
-    return guidance_by_pipeline(pipeline, arguments) and not arguments.get("skip_layers")
-
-
 BLOCKS = (
     BlockSpec(
         block_class="JointTransformerBlock",
@@ -78,10 +63,11 @@ MODELS = (
         noise_timestep=1000.0,
         time_embedder="time_text_embed.timestep_embedder",
         context=pooled_text,
-        halves=_halves,
+        guidance="one batch",
         lora_scale="joint_attention_kwargs",
         text_tokens=333,
         tokens=latent_grid,
+        own_tokens=own_square,
         dims=_dims,
         flops=_flops,
     ),

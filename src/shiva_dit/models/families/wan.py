@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.core.flops import CrossBlockShape, ModelFlops
-from shiva_dit.models.rows import by_token, of_batch_one, of_pairs
+from shiva_dit.models.rows import modulation, modulation_tokens_third, of_batch_one, of_pairs
 from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, text_mean
 
 
@@ -57,12 +57,16 @@ BLOCKS = (
     BlockSpec(
         block_class="WanTransformerBlock",
         value_modules=("attn1.to_v",),
-        rows={"rotary_emb": of_batch_one, "temb": by_token},
+        rows={"rotary_emb": of_batch_one, "temb": modulation},
     ),
     BlockSpec(
         block_class="SkyReelsV2TransformerBlock",
         value_modules=("attn1.to_v",),
-        rows={"rotary_emb": of_batch_one, "temb": by_token, "attention_mask": of_pairs},
+        rows={
+            "rotary_emb": of_batch_one,
+            "temb": modulation_tokens_third,
+            "attention_mask": of_pairs,
+        },
     ),
 )
 

@@ -48,16 +48,6 @@ def _text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc
     return torch.stack([text.mean(0) for text in given(model, arguments, "cap_feats")])
 
 
-def _doubled(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether guidance has doubled the latents: it may stop at some time."""
-    del pipeline
-    images = arguments["x"]
-    half = len(images) // 2
-    if len(images) % 2:
-        return False
-    return all(torch.equal(images[i], images[half + i]) for i in range(half))
-
-
 def _time_dim(model: Any) -> int:
     return min(model.dim, 256)
 
@@ -120,7 +110,7 @@ MODELS = (
         clean_timestep=1.0,
         time_embedder="t_embedder",
         context=_text,
-        halves=_doubled,
+        guidance="one batch",
         lora_scale="joint_attention_kwargs",
         text_tokens=512,
         tokens=_tokens,
