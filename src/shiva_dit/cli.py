@@ -208,7 +208,7 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.training.run import train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
-    task = load_task(recipe.task)
+    task = load_task(recipe.task)  # type: ignore[arg-type]
     words = ["shiva-dit", "train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.budget import logit_normal, stratified
 from shiva_dit.demo.judge import Judge, JudgeTraining, shift, train_judge
 from shiva_dit.demo.task import DemoTask
@@ -82,6 +83,8 @@ class BaseTraining:
     """The judge's own training."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from shiva_dit.config import from_dict, merged, to_dict
+from shiva_dit.config import check_types, from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import Contestant, Outcome, Settings
@@ -46,6 +46,7 @@ class Arm:
     """Sampler steps, where they are not the settings'."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.run_at is not None and not 0.0 < self.run_at < 1.0:
             raise ValueError(f"run_at must be a ratio in (0, 1), got {self.run_at}.")
         if self.num_steps is not None and self.num_steps < 1:
@@ -70,6 +71,7 @@ class Comparison:
     """By key: what each changes in the common recipe, and the fields of an `Arm`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.seeds or not self.arms:
             raise ValueError("a comparison needs at least one seed and one arm.")
         if UNPRUNED in self.arms:

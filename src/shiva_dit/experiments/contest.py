@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shiva_dit.config import check_types
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import ASSETS, load_backbone, load_judge, usable_device
 from shiva_dit.demo.judge import Judge
@@ -53,6 +54,7 @@ class Settings:
     """Folder of the task's backbone and judge (`shiva-dit train-base`); None for the shipped."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.count < MIN_COUNT:
             raise ValueError(
                 f"count must be at least {MIN_COUNT} (a distance needs that many images), "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shiva_dit.config import load_recipe, to_dict
+from shiva_dit.config import check_types, load_recipe, to_dict
 from shiva_dit.demo.base import ASSETS, load_judge
 from shiva_dit.demo.digits import DigitsTask
 from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete
@@ -60,6 +60,7 @@ class QuickstartConfig:
     """How the adapter and the controls are trained."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         Settings(count=self.count)
         if not self.seeds:
             raise ValueError("seeds must be at least 1.")
