@@ -12,13 +12,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiva_dit.ownership import open_locked
 from shiva_dit.signals import undisturbed
@@ -175,6 +176,20 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 of all content of a module's parameters and buffers (`tensors_digest`).
+
+    Raises:
+        ValueError: If their values aren't at hand, as under sequential offload.
+    """
+    state = {n: v for n, v in module.state_dict().items() if isinstance(v, Tensor)}
+    if any(value.is_meta for value in state.values()):
+        raise ValueError(
+            f"the weights of {type(module).__name__} are on the meta device: offload it afterwards."
+        )
+    return tensors_digest(state.items())
+
+
 def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that a tensor is made of: a quantised one holds several."""
     if hasattr(tensor, "__tensor_flatten__"):
@@ -211,6 +226,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, it is not JSON: {error}.") from error
+
+
+@contextmanager
+def read_as(what: str, *paths: Path) -> Iterator[None]:
+    """Within: data from files is looked into; what it lacks is an error that names them.
+
+    Raises:
+        ValueError: For a missing key and the like.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        names = ", ".join(str(path) for path in paths)
+        raise ValueError(
+            f"{names}: no {what}, or another version's ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _no_constant(name: str) -> None:

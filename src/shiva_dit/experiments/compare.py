@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from shiva_dit.config import check_types, from_dict, merged, to_dict
@@ -21,7 +20,15 @@ from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.pool import run_jobs
 from shiva_dit.experiments.scoring import Score, floors
-from shiva_dit.provenance import provenance, write_atomically, write_json
+from shiva_dit.ownership import owned
+from shiva_dit.provenance import (
+    load_tensors,
+    provenance,
+    read_as,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from shiva_dit.training.recipe import TrainConfig
 
 PLAIN = ("flops", "sample_s", "train_s", "keep_ratio", "parameters")
@@ -113,10 +120,17 @@ def run_comparison(comparison: Comparison, out: Path, *, workers: int) -> dict[s
         The record.
 
     Raises:
-        ValueError: If the folder holds an arm that was run with other settings.
+        ValueError: If the folder holds an arm that was run with other settings, or another process
+            is at work in it.
     """
     contestants = comparison.contestants()
-    out.mkdir(parents=True, exist_ok=True)
+    with owned(out):
+        return _run(comparison, contestants, out, workers)
+
+
+def _run(
+    comparison: Comparison, contestants: Mapping[str, Contestant], out: Path, workers: int
+) -> dict[str, Any]:
     start = time.perf_counter()
     keys = [(key, seed) for seed in comparison.seeds for key in contestants]
     todo = []
@@ -176,7 +190,7 @@ def _where_run(
     found = []
     for key in contestants:
         for seed in comparison.seeds:
-            plain = json.loads((out / f"{key}-{seed}.json").read_text(encoding="utf-8"))
+            plain = read_json(out / f"{key}-{seed}.json")
             code = {name: plain["provenance"][name] for name in ("commit", "dirty")}
             if code not in found:
                 found.append(code)
@@ -188,11 +202,13 @@ def _is_done(out: Path, settings: Settings, contestant: Contestant, key: str, se
     path = out / f"{key}-{seed}.json"
     if not path.is_file():
         return False
-    run = json.loads(path.read_text(encoding="utf-8"))["run"]
-    recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
-    same = recipe == contestant.recipe and run["seed"] == seed
-    same = same and all(run.get(name) == getattr(contestant, name) for name in RUN_BY)
-    if not same or from_dict(Settings, run["settings"], str(path)) != settings:
+    with read_as("run of a comparison", path):
+        run = read_json(path)["run"]
+        recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
+        same = recipe == contestant.recipe and run["seed"] == seed
+        same = same and all(run.get(name) == getattr(contestant, name) for name in RUN_BY)
+        same = same and from_dict(Settings, run["settings"], str(path)) == settings
+    if not same:
         raise ValueError(
             f"{path} was made with other settings: remove it to run that arm again, or use "
             "another folder (--out)."
@@ -224,13 +240,14 @@ def _save(
 
 def _load(out: Path, key: str, seed: int) -> Outcome:
     path = out / f"{key}-{seed}.json"
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    del plain["run"], plain["provenance"]
-    schedule = plain.pop("schedule")
-    return Outcome(
-        score=Score(**plain.pop("score")),
-        held_out=HeldOut(**plain.pop("held_out")),
-        schedule=None if schedule is None else Schedule.from_json(schedule),
-        images=load_file(path.with_suffix(".safetensors"))["images"],
-        **plain,
-    )
+    plain = read_json(path)
+    with read_as("run of a comparison", path):
+        del plain["run"], plain["provenance"]
+        schedule = plain.pop("schedule")
+        return Outcome(
+            score=Score(**plain.pop("score")),
+            held_out=HeldOut(**plain.pop("held_out")),
+            schedule=None if schedule is None else Schedule.from_json(schedule),
+            images=load_tensors(path.with_suffix(".safetensors"))["images"],
+            **plain,
+        )

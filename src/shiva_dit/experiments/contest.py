@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import os
+import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +31,7 @@ from shiva_dit.experiments.scoring import NUM_STEPS, Score, sample, sampler_time
 from shiva_dit.models.attach import Attachment, attach
 from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.families import model_spec
+from shiva_dit.signals import stop
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trained, Trainer
 
@@ -123,10 +127,24 @@ class Outcome:
 
 
 def start_worker(lock: Any) -> None:
-    """Set up a process that runs contestants; the lock keeps progress bars apart."""
+    """Set up a process that runs contestants; the lock keeps progress bars apart.
+
+    A terminal sends Ctrl-C to all processes: the one that gave out the work answers it, and ends
+    these by SIGTERM, which takes their temporary files along. They end, too, when it is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(lock)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # each process would repeat the libraries' notices
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def compete(job: tuple[Settings, Contestant, int]) -> Outcome:
@@ -170,7 +188,7 @@ def _train(job: _Training) -> tuple[Trained, float]:
         if config.trains_nothing:
             trained, seconds = trainer.result(), 0.0
         else:
-            trained = trainer.run(description=label, position=_place())
+            trained = trainer.run(description=label, position=_place(), saves_on_signals=False)
             seconds = time.process_time() - start
         trainer.close()
     return trained, seconds

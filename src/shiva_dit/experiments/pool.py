@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete, start_worker
+from shiva_dit.signals import undisturbed
 
 
 def run_jobs(jobs: Sequence[tuple[Settings, Contestant, int]], workers: int) -> Iterator[Outcome]:
@@ -20,7 +21,19 @@ def run_jobs(jobs: Sequence[tuple[Settings, Contestant, int]], workers: int) -> 
         workers: Processes at a time.
     """
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(
-        workers, context, initializer=start_worker, initargs=(context.RLock(),)
+        max(1, min(workers, len(jobs))),
+        context,
+        initializer=start_worker,
+        initargs=(context.RLock(),),
     ) as pool:
-        yield from pool.map(compete, jobs)
+        try:
+            yield from pool.map(compete, jobs)
+        except BaseException:
+            # Else the pool would wait for the runs in hand, and begin those in the queue.
+            with undisturbed():
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+            raise

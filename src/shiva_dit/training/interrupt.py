@@ -39,7 +39,9 @@ def deferred_interrupt() -> Iterator[list[int]]:
             stop(number, frame)
         interrupted.append(number)
         with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone, or written to
-            tqdm.write("Finishing this step and saving; again stops at once.", file=sys.stderr)
+            tqdm.write(
+                "Finishing this step and saving; Ctrl-C again stops at once.", file=sys.stderr
+            )
 
     with handled(remember):
         yield interrupted

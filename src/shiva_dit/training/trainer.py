@@ -24,7 +24,7 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.modules.updates import RejectedUpdates
-from shiva_dit.provenance import provenance, read_text, tensors_digest, write_atomically
+from shiva_dit.provenance import module_digest, provenance, read_text, write_atomically
 from shiva_dit.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -414,9 +414,7 @@ def backbone_origin(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "name": name,
         "class": type(model).__name__,
-        "sha256": tensors_digest(
-            (n, v) for n, v in model.state_dict().items() if isinstance(v, Tensor)
-        ),
+        "sha256": module_digest(model),
     }
 
 
