@@ -17,7 +17,7 @@ from shiva_dit.signals import Stopped, handled, stop
 EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "PIL": "demo"}
 """Which extra brings a module along."""
 FORESEEN = (ValueError, FloatingPointError, OSError, ImportError, MemoryError, RuntimeError)
-"""Types of what a caller or a machine can bring about; `_foreseen` looks closer at the last three."""
+"""What a caller or a machine can bring about; `_foreseen` looks closer at the last three."""
 MOST_PER_CORE = 16
 """Threads or workers: torch and the system break down far above the number of cores."""
 

@@ -61,7 +61,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     name = f"{PREFIX}{step:08d}"
     target, temporary = folder / name, folder / f"{WRITING}{name}"
     tensors = {name: value.detach().cpu().clone() for name, value in checkpoint.tensors.items()}
-    remove_leftovers(folder)
+    tidy(folder)
     try:
         write_atomically(temporary / TENSORS_FILE, lambda path: save_file(tensors, path))
         about = {DIGEST: file_digest(temporary / TENSORS_FILE), "state": checkpoint.state}
@@ -71,18 +71,21 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         temporary.rename(target)
     except BaseException:
         with undisturbed():
-            remove_leftovers(folder)
+            tidy(folder)
         raise
     sync(folder)
-    for old in _all(folder)[:-KEEP]:
-        if _is_ours(old):
-            old.rename(folder / f"{REMOVED}{old.name}")
-    remove_leftovers(folder)
+    tidy(folder)
     return target
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Finish what a killed process has left unfinished; no other may be writing checkpoints."""
+def tidy(folder: Path) -> None:
+    """Keep the last checkpoints, and finish what a killed process has left unfinished.
+
+    No other process may be writing checkpoints there.
+    """
+    for old in _all(folder)[:-KEEP]:
+        if _NAME.fullmatch(old.name) and _is_ours(old):
+            old.rename(folder / f"{REMOVED}{old.name}")
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not path.is_dir() or path.is_symlink():
             continue

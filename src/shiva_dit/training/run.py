@@ -12,7 +12,7 @@ from tqdm import tqdm
 from shiva_dit.config import to_dict
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, read_json, write_json
-from shiva_dit.training.checkpoint import latest_checkpoint, remove_leftovers
+from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import CHECKPOINTS, LOG_FILE, Trainer, check_recipe
@@ -57,7 +57,7 @@ def train(
         )
     folder = config.out / "adapter"
     with owned(config.out):
-        remove_leftovers(config.out / CHECKPOINTS)
+        tidy(config.out / CHECKPOINTS)
         goes_on = _goes_on(config, folder, resume)
         trainer = Trainer(config, model, data, scheduler)
         try:
