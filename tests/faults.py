@@ -18,13 +18,13 @@ class Steps:
 
     Args:
         folder: Steps elsewhere don't count. Those that have a handle alone (fsync) do.
-        at: Which step, from 0; None acts never.
+        at: Which step, from 0; -1 acts never.
         act: What is done there: it may raise, or end the process.
         after: Act after the step is done, not before.
     """
 
     def __init__(
-        self, folder: Path, at: int | None, act: Callable[[], Any], *, after: bool = False
+        self, folder: Path, at: int, act: Callable[[], Any], *, after: bool = False
     ) -> None:
         self.folder, self.at, self.act, self.after = str(folder), at, act, after
         self.count = 0

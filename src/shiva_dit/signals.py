@@ -31,12 +31,19 @@ def stop(number: int, frame: object = None) -> None:
 
 @contextmanager
 def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Within: `SIGNALS` go to a handler, save those that this process was told to ignore."""
+    """Within: `SIGNALS` go to a handler, but for those it was told to ignore (`nohup`).
+
+    Ctrl-C always does: a shell lets what it runs in the background ignore that, whoever asks.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = [number for number, old in before.items() if old not in (signal.SIG_IGN, None)]
+    taken = [
+        number
+        for number, old in before.items()
+        if old is not None and (old != signal.SIG_IGN or number == signal.SIGINT)
+    ]
     try:
         for number in taken:
             signal.signal(number, handler)
