@@ -375,7 +375,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if found != CLASS_NAME:
         raise ValueError(f"{path} describes {found or 'something else'}, not a {CLASS_NAME}.")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version}, this shiva-dit reads {FORMAT_VERSION}: "
             "upgrade shiva-dit, or train the adapter again."

@@ -165,7 +165,7 @@ def data_digest(data: object) -> str:
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 of all content of named tensors: names, dtypes, shapes and every byte.
 
-    The same on every device. A gigabyte takes about a second on a CPU that knows SHA-256.
+    The same on every device. A GiB takes half a second on a CPU that knows SHA-256.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:

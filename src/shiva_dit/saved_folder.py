@@ -34,7 +34,7 @@ CARD_FILE = "README.md"
 WEIGHTS_FILES = (WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE)
 CARD_START = "---\nlibrary_name: diffusers\n"
 LARGEST_JSON = 2 * 2**20
-"""Bytes of a config or of a weights file's header: twenty times what the largest models need, and
+"""Bytes of a config or of a weights file's header: far more than the largest models need, and
 few enough for any content to be read before it is judged."""
 _STAGED = re.compile(r"[0-9a-f]{64}|new|removed|[a-z0-9_]{8}")
 """Ends the names of files that a save hasn't finished: a digest where the content is whole, eight

@@ -14,8 +14,9 @@ from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, read_json, write_json
 from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
+from shiva_dit.training.origin import check_recipe
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.trainer import CHECKPOINTS, LOG_FILE, Trainer, check_recipe
+from shiva_dit.training.trainer import CHECKPOINTS, LOG_FILE, Trainer
 
 RUN_FILE = "run.json"
 """What a run began with: its recipe, backbone and data."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
-from shiva_dit.config import from_dict, to_dict
+from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.modules.updates import RejectedUpdates
-from shiva_dit.provenance import module_digest, provenance, read_text, write_atomically
+from shiva_dit.provenance import provenance, read_text, write_atomically
 from shiva_dit.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -35,21 +34,18 @@ from shiva_dit.training.data import (
     ShuffledIndices,
     TrainingData,
     data_name,
-    data_origin,
     drop_captions,
 )
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
 from shiva_dit.training.optimization import Optimization
+from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.student import Student
 
 LOG_FILE, CHECKPOINTS = "log.jsonl", "checkpoints"
-FREE = {"out", "checkpoint_every", "optimizer", "gradient_checkpointing", "backbone_dtype", "task"}
-"""What a resumed run may change: where and how often it saves, and how fast it learns. The task is
-told by the data's identity, which is compared by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +94,7 @@ class Trainer:
         if data_name(data) != config.task:
             config = replace(config, task=None)
         self.config, self.data = config, data
-        self.origin = {
-            "backbone": backbone_origin(model),
-            "data": data_origin(data),
-        }
+        self.origin = origin(model, data)
         """Which model and data the run starts from: names, and digests of their content."""
         self.step = 0
         self.last_good: Path | None = None
@@ -353,69 +346,6 @@ class Trainer:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
         self.last_good = path
         return path
-
-
-def check_recipe(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
-    """Raise unless a run that was saved with other settings could go on with these.
-
-    Raises:
-        ValueError: Names what was changed.
-    """
-    current, then = (
-        json.loads(json.dumps(to_dict(config)))
-        # Settings that it was saved without count as their defaults.
-        for config in (config, from_dict(TrainConfig, saved, str(path)))
-    )
-    changed = sorted(k for k in current if k not in FREE and then[k] != current[k])
-    if changed:
-        raise ValueError(
-            f"{path} was made with other values of {', '.join(changed)}: resume with the same "
-            "recipe, or train into another folder (out=...)."
-        )
-
-
-def check_origin(origin: dict[str, Any], state: dict[str, Any], path: Path) -> None:
-    """Raise unless model and data are those that a checkpoint was made with.
-
-    Args:
-        origin: This run's (`Trainer.origin`).
-        state: The checkpoint's.
-        path: Named in errors.
-
-    Raises:
-        ValueError: Says which is another.
-    """
-    then = state.get("origin")
-    if then is None:  # an older version's
-        then = {"data": {"samples": state["data"]["samples"]}}
-        tqdm.write(
-            f"{path} is an older version's: whether backbone and data are the same isn't known.",
-            file=sys.stderr,
-        )
-    for kind, key, what in COMPARED:
-        found, wanted = origin[kind][key], then.get(kind, {}).get(key, origin[kind][key])
-        if found != wanted:
-            raise ValueError(
-                f"{path} was made with another {what} than this run's ({wanted} then, {found} "
-                "now): resume with the same, or train into another folder (out=...)."
-            )
-
-
-COMPARED = (
-    ("data", "samples", "samples"),
-    ("data", "identity", "data"),
-    ("backbone", "sha256", "model"),
-)
-
-
-def backbone_origin(model: torch.nn.Module) -> dict[str, Any]:
-    """Name of a backbone, and a digest of all its parameters and buffers."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {
-        "name": name,
-        "class": type(model).__name__,
-        "sha256": module_digest(model),
-    }
 
 
 def _step_of(line: str, number: int, path: Path) -> int:
