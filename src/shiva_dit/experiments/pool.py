@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete, start_worker
 from shiva_dit.signals import undisturbed
@@ -19,6 +20,9 @@ def run_jobs(jobs: Sequence[tuple[Settings, Contestant, int]], workers: int) -> 
     Args:
         jobs: Settings, contestant and seed of each.
         workers: Processes at a time.
+
+    Raises:
+        ValueError: If one of them was killed.
     """
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
@@ -30,6 +34,10 @@ def run_jobs(jobs: Sequence[tuple[Settings, Contestant, int]], workers: int) -> 
     ) as pool:
         try:
             yield from pool.map(compete, jobs)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process was killed, most likely for want of memory: use fewer --workers."
+            ) from error
         except BaseException:
             # Else the pool would wait for the runs in hand, and begin those in the queue.
             with undisturbed():

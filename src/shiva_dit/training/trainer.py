@@ -227,7 +227,7 @@ class Trainer:
                     shown["distill"] = f"{values['distill']:.4f}"
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
-                log.write(json.dumps({"step": self.step, "stage": stage, **values}) + "\n")
+                self._write_line(log, {"step": self.step, "stage": stage, **values})
                 if interrupted and self.step < total:
                     raise TrainingInterrupted(self.save(), interrupted[0])
                 if self.step % self.config.checkpoint_every == 0 or self.step == total:
@@ -246,6 +246,13 @@ class Trainer:
         write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
         with path.open("a", encoding="utf-8", buffering=1) as log:
             yield log
+
+    def _write_line(self, log: Any, values: dict[str, Any]) -> None:
+        try:
+            log.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk, which names no file by itself
+            path = str(self.config.out / LOG_FILE)
+            raise OSError(error.errno, f"can't be written: {error.strerror}", path) from error
 
     def result(self) -> Trained:
         """What was trained so far, by its moving average. The run can go on afterwards.
