@@ -40,6 +40,11 @@ FAULTS: dict[str, Callable[[], BaseException]] = {
     "disk": lambda: OSError(errno.ENOSPC, "No space left on device"),
     "memory": MemoryError,
 }
+WAYS = [
+    "ctrl-c",
+    "killed",
+    *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("disk", "memory")),
+]
 
 
 def raiser(fault: str) -> Callable[[], None]:
@@ -156,6 +161,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new(tmp_path: Path)
     assert len(set(seen)) == 2
 
 
+@pytest.mark.slow
 def test_a_first_save_that_is_killed_is_no_adapter_and_nothing_of_it_stays(tmp_path: Path) -> None:
     made = make("lora")
     for at in range(1000):
@@ -268,7 +274,7 @@ def held(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("way", [*FAULTS, "killed"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("step", [3, 2])  # a new one; one that is there already
 def test_a_checkpoint_is_whole_or_not_there(way: str, step: int, tmp_path: Path) -> None:
     for at in range(1000):
@@ -353,7 +359,7 @@ def test_a_checkpoints_state_has_a_digest_and_older_ones_are_read(tmp_path: Path
 # --- files ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", [*FAULTS, "killed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_file_is_the_old_one_or_the_new(way: str, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     act = (lambda: os._exit(9)) if way == "killed" else raiser(way)

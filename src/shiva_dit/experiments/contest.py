@@ -31,7 +31,7 @@ from shiva_dit.experiments.scoring import NUM_STEPS, Score, sample, sampler_time
 from shiva_dit.models.attach import Attachment, attach
 from shiva_dit.models.backbone import TunedBackbone
 from shiva_dit.models.families import model_spec
-from shiva_dit.signals import stop
+from shiva_dit.signals import Stopped, stop
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trained, Trainer
 
@@ -145,6 +145,14 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def compete_in_worker(job: tuple[Settings, Contestant, int]) -> Outcome:
+    """As `compete`; a signal ends the process, which else would begin the next job."""
+    try:
+        return compete(job)
+    except Stopped as stopped:
+        os._exit(128 + stopped.number)
 
 
 def compete(job: tuple[Settings, Contestant, int]) -> Outcome:

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from shiva_dit.experiments.contest import Contestant, Outcome, Settings, compete, start_worker
+from shiva_dit.experiments.contest import (
+    Contestant,
+    Outcome,
+    Settings,
+    compete_in_worker,
+    start_worker,
+)
 from shiva_dit.signals import undisturbed
 
 
@@ -33,7 +39,7 @@ def run_jobs(jobs: Sequence[tuple[Settings, Contestant, int]], workers: int) -> 
         initargs=(context.RLock(),),
     ) as pool:
         try:
-            yield from pool.map(compete, jobs)
+            yield from pool.map(compete_in_worker, jobs)
         except BrokenProcessPool as error:
             raise ValueError(
                 "a worker process was killed, most likely for want of memory: use fewer --workers."
