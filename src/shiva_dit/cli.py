@@ -326,6 +326,8 @@ def _loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
     try:
         return load(source, **arguments)
     except (SafetensorError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        if _is_torchs_memory_error(error):
+            raise
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{source} is no whole pipeline, it can't be loaded ({reason})") from error
 
