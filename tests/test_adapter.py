@@ -3,6 +3,8 @@
 import ast
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +373,26 @@ def test_what_only_looks_like_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_FILE).write_bytes(content)
     tiny.edit_config(tmp_path, files={WEIGHTS_FILE: hashlib.sha256(content).hexdigest()})
     refused(tmp_path, rf"{WEIGHTS_FILE} is not a safetensors file")
+
+
+def test_lies_are_refused_before_the_process_grows(tmp_path: Path) -> None:
+    """Numbers that no tensor bounds, headers, nesting, strings: the cases are in `hostile.py`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert len(found) > 25
+    assert found.pop("good")[1] is None
+    for name, (growth, said) in found.items():
+        assert said is not None, name
+        assert str(tmp_path / name) in said, (name, said)  # the file, that is
+        assert len(said) < 1500, name
+        assert growth < 64, (name, growth)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "./me/adapter", "/me/adapter"])

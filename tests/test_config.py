@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiva_dit.config import from_dict, load_recipe, to_dict, with_overrides
+from shiva_dit.adapter import ShivaConfig
+from shiva_dit.config import (
+    finite_number,
+    from_dict,
+    load_recipe,
+    to_dict,
+    whole_number,
+    with_overrides,
+)
+from shiva_dit.training.recipe import OptimizerConfig, RouterConfig, TrainConfig
+from tests import tiny
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,3 +253,47 @@ def test_a_config_comes_back_from_plain_data(config):
     assert type(data["folder"]) is str
     assert type(data["inner"]) is dict
     assert from_dict(Outer, data) == config
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [True, 1.5, 2.0, "3", None, float("nan")])
+def test_a_whole_number_is_an_int(value: Any):
+    with pytest.raises(ValueError, match="multiple: expected int, got "):
+        whole_number("multiple", value, least=1)
+
+
+def test_a_whole_number_lies_in_its_range():
+    assert whole_number("steps", 3, least=1, most=3) == 3
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        whole_number("steps", 0, least=1)
+    with pytest.raises(ValueError, match=r"steps must be at most 9, got 1000\d*\.\.\.\d*000\."):
+        whole_number("steps", 10**100, most=9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 10**400, True, "1", None])
+def test_a_finite_number_is_one(value: Any):
+    with pytest.raises(ValueError, match="t: expected "):
+        finite_number("t", value)
+    assert finite_number("t", 2) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ShivaConfig.for_model(tiny.sd3(), lora_rank=2.0), "lora_rank: expected int"),
+        (lambda: ShivaConfig.for_model(tiny.sd3(), lora_rank=True), "lora_rank: expected int"),
+        (lambda: ShivaConfig.for_model(tiny.sd3(), multiple=1.5), "multiple: expected int"),
+        (lambda: ShivaConfig.for_model(tiny.sd3(), keep_ratio=float("nan")), "finite number"),
+        (lambda: TrainConfig(batch_size=4.0), "batch_size: expected int"),
+        (lambda: TrainConfig(joint_steps=True), "joint_steps: expected int"),
+        (lambda: TrainConfig(seed=-1), "seed must be at least 0"),
+        (lambda: TrainConfig(backbone="qlora"), "expected one of 'frozen'"),
+        (lambda: OptimizerConfig(router=float("inf")), "router: expected a finite number"),
+        (lambda: RouterConfig(tau_rank=(0.2, "x")), r"tau_rank\[1\]: expected float"),
+    ],
+)
+def test_configs_check_types_wherever_they_are_made(make: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()

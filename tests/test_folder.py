@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -201,6 +203,95 @@ def test_from_pictures_to_an_adapter_on_the_command_line(
     assert torch.equal(draw(), dense)
 
 
+def test_data_has_an_identity_of_its_content(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    first = FolderData(encode(pipeline, pictures, tmp_path / "first"))
+    moved = tmp_path / "moved"
+    pictures.rename(moved)
+    again = FolderData(encode(pipeline, moved, tmp_path / "again"))
+    assert again.identity() == first.identity()
+    found = {first.identity()}
+    (moved / "b.txt").write_text("another caption")
+    found.add(FolderData(encode(pipeline, moved, tmp_path / "caption")).identity())
+    with Image.open(moved / "a.png") as image:
+        other = image.convert("RGB")
+    other.putpixel((0, 0), (1, 2, 3))
+    other.save(moved / "a.png")
+    found.add(FolderData(encode(pipeline, moved, tmp_path / "picture")).identity())
+    for part in ("vae", "text_encoder_3"):
+        pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
+        with torch.no_grad():
+            next(getattr(pipe, part).parameters()).view(-1)[0] += 1.0
+        out = encode_folder(pipe, moved, tmp_path / part, size=SIDE, show_progress=False)
+        found.add(FolderData(out).identity())
+        # What was begun with one encoder doesn't go on with another.
+        with pytest.raises(ValueError, match=r"another model \(what differs: encoders\)"):
+            encode(pipeline, moved, out)
+    assert len(found) == 5
+    about = tmp_path / "first" / "data.json"
+    older = {k: json.loads(about.read_text())[k] for k in ("pictures", "size", "model")}
+    about.write_text(json.dumps(older))
+    assert FolderData(tmp_path / "first").identity() == "not given"
+
+
+def test_resume_and_record_know_the_data_and_the_pipeline(
+    pipeline: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # pictures need none
+    data = encode(pipeline, pictures, tmp_path / "data")
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(1.1)
+    other = encode_folder(pipe, pictures, tmp_path / "other", size=SIDE, show_progress=False)
+    recipe = Path(__file__).parents[1] / "recipes" / "sd35.toml"
+    short = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=2", "micro_batches=1"]
+    out = tmp_path / "run"
+    words = ["train", str(recipe), *short, f"out={out}", "precision=float32"]
+    words += ["--pipeline", str(pipeline), "--data"]
+    assert cli.main([*words, str(data)]) == 0
+    capsys.readouterr()
+    assert cli.main([*words, str(other), "--resume"]) == 2
+    assert "made with another data than this run's" in capsys.readouterr().err
+    assert cli.main([*words, str(data), "--resume"]) == 0
+    config = json.loads((out / "adapter" / "config.json").read_text())
+    made = config["training"]
+    assert made["recipe"]["task"] is None
+    assert made["data"]["identity"] == FolderData(data).identity()
+    assert made["data"]["name"] == str(data)
+    assert made["backbone"]["name"] == str(pipeline)
+    assert config["config"]["base_model"] == str(pipeline)
+
+
+def test_a_damaged_sample_is_named(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    data = FolderData(encode(pipeline, pictures, tmp_path / "data"))
+    every, none = torch.arange(3), torch.Generator()
+    path = data.files[1]
+    good = path.read_bytes()
+    for content in (good[:-1], b"", b"hello"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"000001\.safetensors is not a whole safetensors fi"):
+            data.batch(every, none)
+    for tensors in ({"latents": torch.zeros(4, 8, 8)}, {"x": torch.zeros(1)}):
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=r"000001\.safetensors is not a sample like the othe"):
+            data.batch(every, none)
+    path.write_bytes(good)
+    data.empty.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"unconditional\.safetensors is not a whole"):
+        data.unconditional()
+    for content in (b"{", b"[]", b"{}", b"\xff", b'{"pictures": 3}'):
+        (tmp_path / "data" / "data.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"data\.json"):
+            FolderData(tmp_path / "data")
+
+
 def test_data_and_pipeline_go_together(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Path(__file__).parents[1] / "recipes" / "sd35.toml"
     assert cli.main(["train", str(recipe), "--data", "gone"]) == 2
@@ -214,16 +305,30 @@ def test_data_and_pipeline_go_together(capsys: pytest.CaptureFixture[str]) -> No
         ("picture", r"a.png can't be read as a picture"),
         ("none", r"there are no pictures \(.png"),
         ("size", "multiple of 4 pixels, got 30"),
+        ("bomb", r"a.png is too large a picture, make it smaller"),
+        ("cut", r"a.png can't be read as a picture"),
+        ("encoding", r"b.txt is not UTF-8 text .*save it as UTF-8"),
     ],
 )
 def test_bad_pictures_are_refused(
-    damage: str, message: str, pipeline: Path, pictures: Path, tmp_path: Path
+    damage: str,
+    message: str,
+    pipeline: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options: dict[str, Any] = {}
     if damage == "caption":
         (pictures / "b.txt").unlink()
     elif damage == "picture":
         (pictures / "a.png").write_bytes(b"no picture")
+    elif damage == "cut":
+        (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes()[:100])
+    elif damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    elif damage == "encoding":
+        (pictures / "b.txt").write_bytes("caf\u00e9".encode("latin-1"))
     elif damage == "none":
         pictures = tmp_path / "empty"
         pictures.mkdir()

@@ -223,6 +223,79 @@ class MoreData(TinyData):
         return 13
 
 
+def nudged(model: Any) -> Any:
+    """A model of which a single bit in the middle of one tensor is another."""
+    with torch.no_grad():
+        weight = model.transformer_blocks[1].ff.net[2].weight
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    return model
+
+
+class NamedData(TinyData):
+    """Data that says what it is."""
+
+    def __init__(self, identity: str) -> None:
+        super().__init__()
+        self._identity = identity
+
+    def identity(self) -> str:
+        return self._identity
+
+
+def test_resume_refuses_data_of_the_same_length_that_is_another(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    trainer = Trainer(config, tiny.sd3(), NamedData("one"))
+    trainer.train_step()
+    trainer.save()
+    Trainer(config, tiny.sd3(), NamedData("one")).resume()
+    with pytest.raises(ValueError, match=r"another data than this run's \(one then, two now\)"):
+        Trainer(config, tiny.sd3(), NamedData("two")).resume()
+    with pytest.raises(ValueError, match=r"another data than this run's \(one then, not given no"):
+        Trainer(config, tiny.sd3(), TinyData()).resume()
+
+
+def test_an_older_versions_checkpoint_goes_on_and_says_what_isnt_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(tmp_path)
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    trainer.train_step()
+    older = load_checkpoint(trainer.save())
+    del older.state["origin"]
+    older.state["data"] = {"samples": 12, "model": "0" * 64}
+    save_checkpoint(trainer.checkpoints, 1, older)
+    Trainer(config, tiny.sd3(), TinyData()).resume()
+    assert "whether backbone and data are the same isn't known" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="made with another samples than"):
+        Trainer(config, tiny.sd3(), MoreData()).resume()
+
+
+def test_the_record_of_own_data_names_no_task(tmp_path: Path) -> None:
+    for data, identity in ((NamedData("mine"), "mine"), (TinyData(), "not given")):
+        trained = Trainer(recipe(tmp_path), tiny.sd3(), data).result()
+        assert trained.adapter is not None
+        made = trained.adapter.training_record
+        assert made["recipe"]["task"] is None
+        assert made["data"] == {"name": None, "samples": 12, "identity": identity}
+        assert made["backbone"]["class"] == "SD3Transformer2DModel"
+
+
+def test_a_trainer_that_can_t_be_made_gives_the_model_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.sd3()
+    before = tiny.footprint(model)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shiva_dit.training.trainer.fit_updates", fail)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(recipe(tmp_path, backbone="lora"), model, TinyData())
+    assert attachment_of(model) is None
+    assert tiny.footprint(model) == before
+
+
 def test_resume_refuses_another_recipe_model_or_data(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     trainer = Trainer(config, tiny.sd3(), TinyData())
@@ -237,6 +310,8 @@ def test_resume_refuses_another_recipe_model_or_data(tmp_path: Path) -> None:
         Trainer(config, tiny.sd3(), MoreData()).resume()
     with pytest.raises(ValueError, match="made with another model than"):
         Trainer(config, tiny.sd3(seed=5), TinyData()).resume()
+    with pytest.raises(ValueError, match="made with another model than"):
+        Trainer(config, nudged(tiny.sd3()), TinyData()).resume()
     older = load_checkpoint(trainer.save())  # it predates some settings: they are the defaults
     del older.state["config"]["rejected"], older.state["config"]["policy"]["shape"]
     save_checkpoint(trainer.checkpoints, 1, older)

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shiva_dit.config import from_dict, to_dict
+from shiva_dit.config import check_types, from_dict, to_dict, whole_number
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.shiva import ShivaSelector
+from shiva_dit.models.backbone import first_not_finite
 from shiva_dit.models.families import model_spec
-from shiva_dit.modules.context import CONTEXT_INPUTS
+from shiva_dit.modules.context import CONTEXT_INPUTS, check_groups
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.modules.router import ShivaRouter
 from shiva_dit.modules.updates import RejectedUpdates
-from shiva_dit.provenance import file_digest, write_atomically, write_json
+from shiva_dit.ownership import locked_folder
+from shiva_dit.provenance import data_digest, load_tensors
+from shiva_dit.saved_folder import (
+    BACKBONE_FILE,
+    CARD_START,
+    CLASS_NAME,
+    CONFIG_FILE,
+    LORA_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_FILES,
+    Header,
+    commit,
+    plain_config,
+    read_header,
+    weights_file,
+)
+from shiva_dit.saved_folder import CARD_FILE as CARD_FILE
 
 logger = logging.getLogger("shiva_dit")
 
 FORMAT_VERSION = 1
-CLASS_NAME = "ShivaAdapter"
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-BACKBONE_FILE = "tuned_backbone.safetensors"
-CARD_FILE = "README.md"
-WEIGHTS_FILES = (WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE)
+MOST_BINS, MOST_BLOCKS, LARGEST_SIZE = 10_000, 10_000, 2**40
+TUNED_DTYPES = ("F16", "BF16", "F32", "F64")
+"""What a tuned backbone may be saved in, in safetensors' words."""
+_GROUP = re.compile(r"\.groups\.(\d{1,9})\.")
 
 FAR_BELOW, FAR_ABOVE = 0.04, 0.15
 """How far a mean keep ratio may lie outside of what was trained for without a warning. Measured on
@@ -77,7 +91,7 @@ class ShivaConfig:
     select_every: int = 1
     """So many prunable blocks in a row share the scores of their first."""
     num_bins: int = 64
-    """Time bins of the schedule."""
+    """Time bins of the schedule, at most `MOST_BINS`."""
     rejected: RejectedKind = "identity"
     """What a token gets from a block that leaves it out: "identity", nothing, or "low_rank", a
     learned update (`RejectedUpdates`)."""
@@ -91,24 +105,25 @@ class ShivaConfig:
     """Rank, for "lora" and "dora"."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "num_blocks",
             "width",
             "time_dim",
             "context_dim",
+            "num_groups",
             "hidden",
             "num_bins",
             "lora_rank",
             "rejected_rank",
+            "select_every",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            most = {"num_bins": MOST_BINS, "num_blocks": MOST_BLOCKS}.get(name, LARGEST_SIZE)
+            whole_number(name, getattr(self, name), least=1, most=most)
         if not 0.0 < self.keep_ratio < 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1), got {self.keep_ratio}.")
-        if self.multiple is not None and self.multiple < 1:
-            raise ValueError(f"multiple must be at least 1, got {self.multiple}.")
-        if self.select_every < 1:
-            raise ValueError(f"select_every must be at least 1, got {self.select_every}.")
+        if self.multiple is not None:
+            whole_number("multiple", self.multiple, least=1)
         for block in self.full_blocks:
             if not 0 <= block < self.num_blocks:
                 raise ValueError(f"full_blocks: there is no block {block} among {self.num_blocks}.")
@@ -232,14 +247,18 @@ class ShivaAdapter(nn.Module):
     # --- saving -----------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter into a folder: each file whole or not at all, the config last.
+        """Write the adapter into a folder, over an earlier one if it holds one.
 
-        Two saves of the same adapter are equal to the byte. Weights of an earlier adapter in the
-        folder that this one doesn't have are removed.
+        At every instant the folder holds the earlier adapter or this one, whole, whatever breaks
+        the saving off: new weights lie beside the old until `config.json`, which names them by
+        their digests, is replaced; then they take the old ones' names. Two saves of the same
+        adapter are equal to the byte. Weights of the earlier adapter that this one doesn't have
+        are removed, other files are left alone.
 
         Raises:
             ValueError: If the config promises a tuned backbone that the adapter doesn't hold, or
-                the other way round.
+                the other way round; if the folder holds something else under our files' names.
+            OSError: If it can't be written.
         """
         folder = Path(folder)
         kind = self.config.backbone
@@ -256,30 +275,28 @@ class ShivaAdapter(nn.Module):
             "schedule": json.loads(self.schedule.to_json()),
             "training": self.training_record,
         }
-        _digest(data)  # what can't be written is refused before anything is
+        data_digest(data)  # what can't be written is refused before anything is
         files = {WEIGHTS_FILE: self.state_dict()}
         if self.backbone_weights:
             name = BACKBONE_FILE if kind == "full" else LORA_FILE
             files[name] = self.backbone_weights
-        digests = {}
-        for name, state in files.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked_folder(folder):
+            writers = {name: self._writer(name, state) for name, state in files.items()}
+            commit(folder, data, writers, model_card(self))
+
+    def _writer(self, name: str, state: Mapping[str, Tensor]) -> Callable[[Path], None]:
+        """What writes a weights file, the same to the byte each time."""
+
+        def write(path: Path) -> None:
             tensors = {key: state[key].detach().cpu().contiguous() for key in sorted(state)}
             # One entry each: safetensors writes several in an order that changes by chance.
             metadata = {"format": "pt"}
             if name == LORA_FILE:
                 metadata = {"lora_adapter_metadata": _lora_file_metadata(self.config, tensors)}
-            write_atomically(
-                folder / name,
-                lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m),
-            )
-            digests[name] = file_digest(folder / name)
-        data["files"] = digests
-        write_json(folder / CONFIG_FILE, {**data, "digest": _digest(data)})
-        card = model_card(self)
-        write_atomically(folder / CARD_FILE, lambda path: path.write_text(card, encoding="utf-8"))
-        for name in WEIGHTS_FILES:
-            if name not in files:
-                (folder / name).unlink(missing_ok=True)
+            save_file(tensors, path, metadata=metadata)
+
+        return write
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Save and upload to the Hugging Face Hub; returns the address of the repository."""
@@ -314,23 +331,34 @@ class ShivaAdapter(nn.Module):
                 belongs to something else. The error names the file and the reason.
         """
         folder = _local_folder(source, revision, token)
-        data = _read_config(folder)
+        with locked_folder(folder, shared=True):
+            return cls._read(folder, _read_config(folder))
+
+    @classmethod
+    def _read(cls, folder: Path, data: Mapping[str, Any]) -> ShivaAdapter:
+        """The adapter that a folder's checked config describes."""
         where = str(folder / CONFIG_FILE)
         config = from_dict(ShivaConfig, data["config"], where=where)
+        schedule = _read_schedule(data["schedule"], config, where)
+        path = weights_file(folder, WEIGHTS_FILE, data["files"])
+        header = read_header(path)
         try:
-            schedule = Schedule.from_json(json.dumps(data["schedule"]))
-        except ValueError as error:
+            _check_sizes(config, header, folder / WEIGHTS_FILE)
+            with torch.device("meta"):  # nothing is allocated for sizes that no file has
+                adapter = cls(config, schedule)
+        except (ValueError, RuntimeError) as error:  # torch: a tensor of more than 2^63 bytes
             raise ValueError(f"{where}: {error}") from error
-        for name in ("num_blocks", "full_blocks"):
-            ours, theirs = getattr(config, name), getattr(schedule, name)
-            if ours != theirs:
-                raise ValueError(f"{where}: {name} is {ours}, in the schedule {theirs}.")
-        with torch.device("meta"):  # nothing is allocated for sizes that no file has
-            adapter = cls(config, schedule)
-        _load_strictly(adapter, _read_weights(folder, WEIGHTS_FILE, data["files"]), folder)
+        tuned = None
         if config.backbone != "frozen":
             name = BACKBONE_FILE if config.backbone == "full" else LORA_FILE
-            adapter.backbone_weights = _read_weights(folder, name, data["files"])
+            tuned = weights_file(folder, name, data["files"])
+            _check_tuned(config, read_header(tuned), folder / name)
+        _load_strictly(adapter, load_tensors(path), folder)
+        if tuned is not None:
+            adapter.backbone_weights = load_tensors(tuned)
+            broken = first_not_finite(adapter.backbone_weights)
+            if broken is not None:
+                raise ValueError(f"{tuned}: {broken} holds values that are not finite.")
         adapter.training_record = data["training"]
         return adapter.eval()
 
@@ -378,17 +406,14 @@ def _local_folder(source: str | Path, revision: str | None, token: str | None) -
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    data = plain_config(folder)
+    if data is None:
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: it is not an adapter's folder.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
     found = data.get("_class_name") if isinstance(data, dict) else None
     if found != CLASS_NAME:
         raise ValueError(f"{path} describes {found or 'something else'}, not a {CLASS_NAME}.")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version}, this shiva-dit reads {FORMAT_VERSION}: "
             "upgrade shiva-dit, or train the adapter again."
@@ -396,7 +421,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key in ("config", "schedule", "files", "training"):
         if not isinstance(data.get(key), dict):
             raise ValueError(f"{path} is damaged: {key!r} is missing.")
-    if data.pop("digest", None) != _digest(data):
+    if data.pop("digest", None) != data_digest(data):
         raise ValueError(
             f"{path} was altered after it was written (its digest differs). For other ratios pass "
             "schedule= or keep_ratio= to shiva_dit.apply; for anything else save the adapter again."
@@ -404,39 +429,77 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _read_weights(folder: Path, name: str, digests: Mapping[str, str]) -> dict[str, Tensor]:
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the adapter is incomplete, fetch it again.")
-    if name not in digests:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} doesn't list {name}: the two don't belong together."
-        )
-    if file_digest(path) != digests[name]:
-        raise ValueError(
-            f"{path} is not the file that {CONFIG_FILE} was written with (its SHA-256 differs): "
-            "it is truncated or was altered. Fetch or train the adapter again."
-        )
+def _read_schedule(data: dict[str, Any], config: ShivaConfig, where: str) -> Schedule:
+    full = data.get("full_blocks")
+    if isinstance(full, list) and len(full) > config.num_blocks:
+        raise ValueError(f"{where}: full_blocks of the schedule are more than there are blocks.")
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}.") from error
+        schedule = Schedule.from_json(json.dumps(data))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    for name in ("num_blocks", "full_blocks"):
+        ours, theirs = getattr(config, name), getattr(schedule, name)
+        if ours != theirs:
+            raise ValueError(f"{where}: {name} is {ours}, in the schedule {theirs}.")
+    return schedule
+
+
+def _check_sizes(config: ShivaConfig, header: Header, path: Path) -> None:
+    """Compare all names and shapes of a file with what the config asks for, building one group.
+
+    Groups are alike: the cost is the file's, however many the config asks for.
+    """
+    check_groups(config.num_blocks, config.num_groups)
+    with torch.device("meta"):
+        single = ShivaAdapter(replace(config, num_groups=1)).state_dict()
+
+    def asked() -> Iterator[str]:
+        yield from (name for name in single if not _GROUP.search(name))
+        for group in range(config.num_groups):
+            for name in single:
+                if _GROUP.search(name):
+                    yield _GROUP.sub(f".groups.{group}.", name)
+
+    def unknown(name: str) -> bool:
+        found = _GROUP.search(name)
+        too_high = found is not None and int(found[1]) >= config.num_groups
+        return too_high or _GROUP.sub(".groups.0.", name) not in single
+
+    missing = list(islice((name for name in asked() if name not in header), 3))
+    unexpected = list(islice((name for name in sorted(header) if unknown(name)), 3))
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} doesn't fit its config: missing {missing}, unexpected {unexpected}."
+        )
+    for name, (_, shape) in header.items():
+        expected = tuple(single[_GROUP.sub(".groups.0.", name)].shape)
+        if shape != expected:
+            raise ValueError(f"{path}: {name} has shape {shape}, the config asks for {expected}.")
+
+
+def _check_tuned(config: ShivaConfig, header: Header, path: Path) -> None:
+    """What a tuned backbone's file can't be, whatever the model."""
+    if not header:
+        raise ValueError(f"{path} holds no tensor, the config says {config.backbone!r}.")
+    for name, (dtype, shape) in header.items():
+        if dtype not in TUNED_DTYPES:
+            raise ValueError(
+                f"{path}: {name} is {dtype}, a tuned backbone's weights are one of "
+                f"{', '.join(TUNED_DTYPES)}."
+            )
+        if config.backbone == "full":
+            continue
+        axis = {"lora_A": 0, "lora_B": 1}.get(name.split(".")[-2] if "." in name else "")
+        if axis is not None and (len(shape) < 2 or shape[axis] != config.lora_rank):
+            raise ValueError(
+                f"{path}: {name} has shape {shape}, the config says lora_rank = {config.lora_rank}."
+            )
 
 
 def _load_strictly(adapter: ShivaAdapter, state: dict[str, Tensor], folder: Path) -> None:
+    """Give an adapter its weights, whose names and shapes have been checked."""
     own = adapter.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} doesn't fit its config: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}."
-        )
     for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {name} has shape {tuple(value.shape)}, the config asks "
-                f"for {tuple(own[name].shape)}."
-            )
         if value.dtype != own[name].dtype:
             raise ValueError(
                 f"{folder / WEIGHTS_FILE}: {name} is {value.dtype}, "
@@ -450,19 +513,11 @@ def _load_strictly(adapter: ShivaAdapter, state: dict[str, Tensor], folder: Path
     adapter.requires_grad_(True)
 
 
-def _digest(data: Mapping[str, Any]) -> str:
-    """SHA-256 of plain data, whatever the layout of the file that holds it."""
-    text = json.dumps(data, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def model_card(adapter: ShivaAdapter) -> str:
     """The folder's README.md: front matter for the Hub, use, and what is known of the adapter."""
     config = adapter.config
     base = f"base_model: {config.base_model}\n" if config.base_model else ""
-    return f"""---
-library_name: diffusers
-{base}tags:
+    return f"""{CARD_START}{base}tags:
 - shiva-dit
 - token-pruning
 ---

@@ -5,30 +5,77 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shiva_dit import __version__
+from shiva_dit.signals import Stopped, handled, stop
+
+EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "PIL": "demo"}
+"""Which extra brings a module along."""
+FORESEEN = (ValueError, FloatingPointError, OSError, ImportError, MemoryError, RuntimeError)
+"""What a caller or a machine can bring about; `_foreseen` looks closer at the last three."""
+MOST_PER_CORE = 16
+"""Threads or workers: torch and the system break down far above the number of cores."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `shiva-dit`; returns the exit status."""
-    options = _parse(arguments)
+    """Entry point of `shiva-dit`; returns the exit status.
+
+    The one boundary for what can go wrong: what is foreseen becomes one line and status 2, a signal
+    128 + its number. Anything else is a bug, and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(words)
     # Its notices on optional image backends concern nobody here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return options.run(options)
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"shiva-dit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        with handled(stop):
+            return options.run(options)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
         print("\nshiva-dit: interrupted.", file=sys.stderr)
-        return 130
+        if getattr(options, "goes_on", False):
+            again = shlex.join(["shiva-dit", *words])
+            print(f"What is done is kept. Go on with:\n  {again}", file=sys.stderr)
+        return 128 + number
+    except FORESEEN as error:
+        line = _foreseen(error)
+        if line is None:
+            raise
+        print(f"shiva-dit: {' '.join(line.split())}", file=sys.stderr)
+        return 2
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _foreseen(error: Exception) -> str | None:
+    """What to say of an error that isn't a bug; None of one that is."""
+    if isinstance(error, (ValueError, FloatingPointError, OSError)):
+        return str(error)
+    if isinstance(error, ImportError):
+        name = (error.name or "").partition(".")[0]
+        if name in EXTRAS:
+            return f"{name} is not installed, and this needs it: pip install 'shiva-dit[demo]'"
+        return None if error.name else str(error)  # libraries name what they lack
+    if isinstance(error, MemoryError) or _is_torchs_memory_error(error):
+        return (
+            f"out of memory ({str(error).partition('. ')[0] or 'of the machine'}): use a smaller "
+            "batch or size, fewer workers, or gradient_checkpointing=true in training."
+        )
+    return None
+
+
+def _is_torchs_memory_error(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    # On a CPU it is a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options in any order: argparse alone takes no `key=value` after an option."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -52,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
             description=about,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, goes_on=run in (_compare, _encode))
         return made.add_argument
 
     add = command(
@@ -179,7 +226,26 @@ def _use_threads(count: int | None) -> None:
     import torch
 
     if count is not None:
-        torch.set_num_threads(count)
+        torch.set_num_threads(_bounded("--threads", count))
+
+
+def _bounded(what: str, count: int) -> int:
+    """A number of threads or workers.
+
+    Raises:
+        ValueError: If it is far more than this machine has cores for.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    most = MOST_PER_CORE * cores
+    if count > most:
+        raise ValueError(
+            f"{what} must be at most {most}, {MOST_PER_CORE} for each of the {cores} cores that "
+            f"this process may use; got {count}."
+        )
+    return count
 
 
 def _quickstart(options: argparse.Namespace) -> int:
@@ -191,7 +257,7 @@ def _quickstart(options: argparse.Namespace) -> int:
             seeds=range(options.seed, options.seed + options.seeds),
             all_controls=options.all_controls,
             count=options.count,
-            workers=options.workers,
+            workers=_bounded("--workers", options.workers),
             out=options.out,
             overrides=options.overrides,
         )
@@ -202,14 +268,12 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.config import load_recipe
-    from shiva_dit.demo.base import ASSETS, load_backbone, usable_device
-    from shiva_dit.demo.tasks import load_task
+    from shiva_dit.demo.base import usable_device
     from shiva_dit.training.interrupt import TrainingInterrupted
     from shiva_dit.training.recipe import TrainConfig
     from shiva_dit.training.run import train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
-    task = load_task(recipe.task)
     words = ["shiva-dit", "train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
@@ -220,23 +284,53 @@ def _train(options: argparse.Namespace) -> int:
     again = shlex.join(words)
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
-    data: Any = task
-    if options.data is None:
-        model: Any = load_backbone(task, options.base or ASSETS)
-    else:
-        from diffusers import AutoModel
-
-        from shiva_dit.training.folder import FolderData
-
-        data = FolderData(options.data)
-        model = AutoModel.from_pretrained(options.pipeline, subfolder="transformer")
-    model.to(usable_device(options.device))
+    device = usable_device(options.device)
+    model, data = _demo(recipe.task, options.base) if options.data is None else _own(options)
+    model.to(device)
     try:
         print(train(recipe, model, data, resume=options.resume))
     except TrainingInterrupted as stop:
         print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
-        return 130
+        return 128 + stop.number
     return 0
+
+
+def _demo(name: str | None, base: Path | None) -> tuple[Any, Any]:
+    """A demo task's backbone and data."""
+    from shiva_dit.demo.base import ASSETS, load_backbone
+    from shiva_dit.demo.tasks import load_task
+
+    if name is None:
+        raise ValueError("the recipe names no task: set task=..., or give --data and --pipeline.")
+    task = load_task(name)
+    return load_backbone(task, base or ASSETS), task
+
+
+def _own(options: argparse.Namespace) -> tuple[Any, Any]:
+    """A pipeline's transformer, and data that `encode` made."""
+    from diffusers import AutoModel
+
+    from shiva_dit.training.folder import FolderData
+
+    data = FolderData(options.data)
+    return _loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer"), data
+
+
+def _loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
+    """What a library loads from a folder or the Hub; what it raises on a damaged one, translated.
+
+    Raises:
+        ValueError: If it can't be loaded; names the source.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return load(source, **arguments)
+    except (SafetensorError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        if _is_torchs_memory_error(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source} is no whole pipeline, it can't be loaded ({reason})") from error
 
 
 def _encode(options: argparse.Namespace) -> int:
@@ -245,8 +339,9 @@ def _encode(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.training.folder import encode_folder
 
-    pipe = DiffusionPipeline.from_pretrained(options.pipeline, transformer=None)
-    pipe.to(usable_device(options.device))
+    device = usable_device(options.device)
+    pipe = _loaded(options.pipeline, DiffusionPipeline.from_pretrained, transformer=None)
+    pipe.to(device)
     print(encode_folder(pipe, options.images, options.out, size=options.size))
     return 0
 
@@ -277,28 +372,25 @@ def _compare(options: argparse.Namespace) -> int:
     comparison = load_recipe(Comparison, options.recipe, options.overrides)
     out = options.out or Path("runs") / comparison.what
     record = run_comparison(
-        comparison, out, workers=options.workers, retry_failed=options.retry_failed
+        comparison,
+        out,
+        workers=_bounded("--workers", options.workers),
+        retry_failed=options.retry_failed,
     )
     print(f"\n{plain_rows(comparison_rows(record))}\n\nRecord: {out / 'record.json'}")
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
-    import json
-
     from shiva_dit.experiments.merging import merge_records
-    from shiva_dit.provenance import write_json
+    from shiva_dit.provenance import read_as, read_json, write_json
     from shiva_dit.report import comparison_rows, plain_rows
 
     if options.out.exists():
         raise ValueError(f"{options.out} is there already: write another file.")
-    records = []
-    for path in options.records:
-        try:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a record: {error}") from error
-    merged = merge_records(records)
+    records = [read_json(path) for path in options.records]
+    with read_as("records of comparisons", *options.records):
+        merged = merge_records(records)
     write_json(options.out, merged)
     print(f"{plain_rows(comparison_rows(merged))}\n\nRecord: {options.out}")
     return 0
@@ -382,11 +474,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from shiva_dit.experiments.plots import draw_plots
-    from shiva_dit.provenance import write_atomically
+    from shiva_dit.provenance import read_text, write_atomically
     from shiva_dit.report import render
 
     for document in options.documents:
-        text = document.read_text(encoding="utf-8")
+        text = read_text(document)
         made = render(text, document.parent)
         write_atomically(document, lambda path, made=made: path.write_text(made, encoding="utf-8"))
         plots = draw_plots(text, document.parent)

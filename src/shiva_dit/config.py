@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import math
+import reprlib
+import sys
 import tomllib
 import types
 import typing
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LARGEST_SEED = 2**32 - 1
+"""Seeds of epochs and images are made from a run's by products that must stay below 2^63."""
 
 
 def load_recipe(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
@@ -30,7 +35,10 @@ def load_recipe(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         ValueError: If the file is missing or no TOML, a key is unknown (the error names the
             nearest right one), or a value has the wrong type or lies outside its range.
     """
-    return from_dict(cls, with_overrides(_read(path), overrides), where=str(path))
+    try:
+        return from_dict(cls, with_overrides(_read(path), overrides), where=str(path))
+    except RecursionError as error:
+        raise ValueError(f"{path}, or what is set over it, is nested too deeply.") from error
 
 
 def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -40,7 +48,9 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError as error:
         asked = f', which {readers[-1]} is "like"' if readers else ""
         raise ValueError(f"there is no recipe {path}{asked}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text, as TOML is: {error}") from error
+    except ValueError as error:  # TOML's own errors, and numbers of thousands of digits
         raise ValueError(f"{path} is not TOML: {error}") from error
     like = data.pop("like", [])
     if not isinstance(like, str) and not (
@@ -97,6 +107,8 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word is a string
+    except RecursionError as error:
+        raise ValueError(f"{text[:20]}... is nested too deeply.") from error
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
@@ -107,7 +119,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         data: Its values; what is left out takes its default.
         where: Named in errors.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     prefix = f"{where}: " if where else ""
     for key in data:
@@ -135,12 +147,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected a table, got {value!r}.")
+            raise ValueError(f"{where}: expected a table, got {_shown(value)}.")
         return from_dict(hint, value, where)
     if origin is typing.Literal:
         if value not in args:
             raise ValueError(
-                f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}."
+                f"{where}: expected one of {', '.join(map(repr, args))}, got {_shown(value)}."
             )
         return value
     if origin in (typing.Union, types.UnionType):
@@ -149,26 +161,95 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: expected a list, got {value!r}.")
+            raise ValueError(f"{where}: expected a list, got {_shown(value)}.")
         hints = args if args[-1] is not Ellipsis else (args[0],) * len(value)
         if len(hints) != len(value):
-            raise ValueError(f"{where}: expected {len(hints)} values, got {value!r}.")
+            raise ValueError(f"{where}: expected {len(hints)} values, got {_shown(value)}.")
         pairs = enumerate(zip(hints, value, strict=True))
         return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
     return _convert_plain(hint, value, where)
 
 
 def _convert_plain(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str):
+    if hint is float:
+        return finite_number(where, value)
+    if hint is int:
+        return whole_number(where, value)
+    if hint is Path and isinstance(value, (str, Path)):
         return Path(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}: expected a finite number, got {value!r}.")
-    if hint in (int, float, str, bool, dict) and type(value) is hint:
+    if hint in (str, bool, dict) and isinstance(value, hint):
         return value
     name = getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{where}: expected {name}, got {value!r}.")
+    raise ValueError(f"{where}: expected {name}, got {_shown(value)}.")
+
+
+def check_types(config: object) -> None:
+    """Check the types of a dataclass's values against its annotations; for `__post_init__`.
+
+    An int stands for a float, but no bool for a number, and no float for an int. Numbers are
+    finite.
+
+    Raises:
+        ValueError: Names the field, what was expected and what came.
+    """
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if not (dataclasses.is_dataclass(hint) and isinstance(value, hint)):  # type: ignore[arg-type]
+            _convert(hint, value, name)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A whole number that a caller gave: no bool, and no float, even one such as 2.0.
+
+    Args:
+        name: Named in errors.
+        value: What came.
+        least: Smallest that is allowed.
+        most: Largest that is allowed.
+
+    Raises:
+        ValueError: If it is none, or out of range.
+
+    >>> whole_number("steps", 3, least=1)
+    3
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: expected int, got {_shown(value)}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {_shown(value)}.")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {_shown(value)}.")
+    return value
+
+
+def finite_number(name: str, value: Any) -> float:
+    """A finite number that a caller gave, as a float: no bool, no NaN.
+
+    Raises:
+        ValueError: If it is none.
+
+    >>> finite_number("rate", 1)
+    1.0
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected float, got {_shown(value)}.")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}.")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, whatever its size and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def to_dict(config: object) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.api import disabled
+from shiva_dit.config import check_types
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.selection import select_top_k
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
@@ -65,6 +66,7 @@ class FlipConfig:
     """Of samples, noise and flipped tokens."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 from shiva_dit.api import supported
 from shiva_dit.benchmark.tables import operator_note, operator_rows, timing_note, timing_rows
 from shiva_dit.models.families.refused import REFUSED
+from shiva_dit.provenance import read_as, read_json
 
 _BLOCK = re.compile(
     r"(<!-- table (?P<kind>\w+)(?:: (?P<record>\S+))? -->\n)(?P<body>.*?)(<!-- end table -->)", re.S
@@ -51,8 +51,9 @@ def render(text: str, folder: Path) -> str:
         path = folder / match["record"]
         if not path.is_file():
             raise ValueError(f"the record {path} is missing.")
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return f"{match[1]}{TABLES[kind](record)}\n{match[5]}"
+        record = read_json(path)
+        with read_as(f"record of a table {kind!r}", path):
+            return f"{match[1]}{TABLES[kind](record)}\n{match[5]}"
 
     return _BLOCK.sub(replace, text)
 

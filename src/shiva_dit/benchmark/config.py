@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from shiva_dit.config import check_types
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,6 +56,7 @@ class BenchmarkConfig:
     """Where it runs."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not all(0.0 < keep < 1.0 for keep in self.keep):
             raise ValueError(f"keep ratios must lie in (0, 1), got {self.keep}: the share KEPT.")
         if not self.keep and self.adapter is None:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from shiva_dit.config import check_types
+
 
 def stratified(
     num_strata: int, generator: torch.Generator, *, device: torch.device | None = None
@@ -94,6 +96,7 @@ class BudgetConfig:
     error of a task gradient of about 0.1."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.weight < math.inf:
             raise ValueError(f"budget weight must be positive, got {self.weight}.")
         if not 0 < self.momentum <= 1:

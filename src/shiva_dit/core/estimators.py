@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from shiva_dit.config import check_types
 from shiva_dit.core.selection import gather_tokens, scatter_tokens, select_top_k
 
 EstimatorKind = Literal["paper", "residual"]
@@ -61,6 +62,7 @@ class EstimatorConfig:
                 f"estimator rejected must be one of {', '.join(get_args(RejectedUpdate))}, "
                 f"got {self.rejected!r}."
             )
+        check_types(self)
         if not 0 < self.ridge < math.inf:
             raise ValueError(f"estimator ridge must be positive, got {self.ridge}.")
 

@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.budget import logit_normal, stratified
 from shiva_dit.demo.judge import Judge, JudgeTraining, shift, train_judge
 from shiva_dit.demo.task import DemoTask
-from shiva_dit.provenance import provenance, write_atomically, write_json
+from shiva_dit.ownership import owned
+from shiva_dit.provenance import load_tensors, provenance, write_atomically, write_json
+from shiva_dit.signals import undisturbed
 from shiva_dit.training.data import ShuffledIndices, drop_captions
 from shiva_dit.training.objective import denoising_loss, interpolate
 
@@ -82,6 +85,8 @@ class BaseTraining:
     """The judge's own training."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -112,8 +117,9 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        float(torch.zeros(1, device=device))  # the meta device holds no values
+    # torch without CUDA asserts, and without some backends lacks their modules.
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} can't be used here: {reason}") from error
     return device
@@ -134,14 +140,35 @@ def train_base(
         The record: accuracy of the judge on unseen real images, CPU seconds, configuration.
 
     Raises:
-        ValueError: If the folder holds weights already, or there is no such device.
+        ValueError: If the folder holds weights already, another process is at work in it, or there
+            is no such device.
         FloatingPointError: If the loss is not finite; nothing is written then.
     """
     place = usable_device(device)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (backbone_file(task), judge_file(task), record_file(task)):
-        if (out / name).exists():
-            raise ValueError(f"{out} holds {name} already: train into another folder.")
+    with owned(out):
+        for name in (backbone_file(task), judge_file(task), record_file(task)):
+            if (out / name).exists():
+                raise ValueError(
+                    f"{out} holds {name} already: train into another folder, or move it away."
+                )
+        record, backbone, judge = _trained(task, config, place)
+        modules = {backbone_file(task): backbone, judge_file(task): judge}
+        try:
+            for name, module in modules.items():
+                write_atomically(out / name, partial(save_file, _half(module)))
+            write_json(out / record_file(task), {**record, "device": device})
+        except BaseException:
+            with undisturbed():
+                for name in (*modules, record_file(task)):
+                    (out / name).unlink(missing_ok=True)
+            raise
+    return {**record, "device": device}
+
+
+def _trained(
+    task: DemoTask, config: BaseTraining, place: torch.device
+) -> tuple[dict[str, Any], torch.nn.Module, Judge]:
+    """The record, the backbone and the judge."""
     start = time.process_time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -153,25 +180,25 @@ def train_base(
         judge_seconds = time.process_time() - start
         torch.manual_seed(config.seed)  # of its own: the judge's training must not change it
         backbone, final_loss = _train_backbone(task, config, place)
-    for name, module in ((backbone_file(task), backbone), (judge_file(task), judge)):
-        state = {
-            key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-            for key, value in sorted(module.state_dict().items())
-        }
-        write_atomically(out / name, partial(save_file, state))
     record: dict[str, Any] = {
         "what": f"{task.name}-base",
         "config": config,
         "judge_accuracy_on_held_out": accuracy,
         "judge_cpu_s": judge_seconds,
         "backbone_cpu_s": time.process_time() - start - judge_seconds,
-        "device": device,
         "final_loss": final_loss,
         "num_parameters": sum(p.numel() for p in backbone.parameters()),
         "provenance": provenance(),
     }
-    write_json(out / record_file(task), record)
-    return record
+    return record, backbone, judge
+
+
+def _half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state in half precision, to save."""
+    return {
+        key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for key, value in sorted(module.state_dict().items())
+    }
 
 
 def _train_backbone(
@@ -230,24 +257,37 @@ def judge_accuracy(judge: Judge, task: DemoTask) -> dict[str, float]:
 
 
 def load_backbone(task: DemoTask, folder: Path = ASSETS) -> SD3Transformer2DModel:
-    """The trained backbone in float32, in evaluation mode."""
+    """The trained backbone in float32, in evaluation mode.
+
+    Raises:
+        ValueError: If its file is missing, damaged, or another model's.
+    """
     model = task.build_backbone()
-    weights = load_file(_asset(folder, task, backbone_file(task)))
-    state = {name: value.float() for name, value in weights.items()}
-    model.load_state_dict(state)
+    _load(model, _asset(folder, task, backbone_file(task)))
     return model.eval()
 
 
 def load_judge(task: DemoTask, folder: Path = ASSETS) -> Judge:
-    """The trained judge in float32, in evaluation mode."""
+    """The trained judge in float32, in evaluation mode.
+
+    Raises:
+        ValueError: If its file is missing, damaged, or another model's.
+    """
     judge = task.build_judge()
-    weights = load_file(_asset(folder, task, judge_file(task)))
+    _load(judge, _asset(folder, task, judge_file(task)))
+    return judge.eval()
+
+
+def _load(module: torch.nn.Module, path: Path) -> None:
+    """Fill a module, its floating-point values in float32."""
     state = {
         name: value.float() if value.is_floating_point() else value
-        for name, value in weights.items()
+        for name, value in load_tensors(path).items()
     }
-    judge.load_state_dict(state)
-    return judge.eval()
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another model or task: {error}") from error
 
 
 def _asset(folder: Path, task: DemoTask, name: str) -> Path:

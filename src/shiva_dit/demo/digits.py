@@ -70,6 +70,10 @@ class DigitsTask(DemoTask):
         conditioning = {name: value[labels] for name, value in self._class_conditioning.items()}
         return Batch(latents=self.images[indices], conditioning=conditioning)
 
+    def content(self) -> dict[str, Tensor]:
+        """Images and labels."""
+        return {"images": self.images, "labels": self.labels}
+
     def held_out_captions(self, indices: Sequence[int]) -> list[str]:
         """Captions of held-out digits."""
         return [self.caption(label) for label in self.held_out_labels[list(indices)].tolist()]

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from shiva_dit.config import check_types
+
 
 class Judge(nn.Module):
     """A convolutional classifier whose penultimate layer gives the features of the distances.
@@ -65,6 +67,7 @@ class JudgeTraining:
     its own below it. A judge must see digits, not grain."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge {name} must be at least 1, got {getattr(self, name)}.")

@@ -256,6 +256,11 @@ class ScenesTask(DemoTask):
             conditioning=self.conditioning(scenes.captions()),
         )
 
+    def content(self) -> dict[str, Tensor]:
+        """The scenes, and the side of their pictures."""
+        drawn = {field.name: getattr(self.scenes, field.name) for field in fields(Scenes)}
+        return {**drawn, "size": torch.tensor(self.image_size)}
+
     def held_out_captions(self, indices: Sequence[int]) -> list[str]:
         """Captions of held-out scenes."""
         return self.held_out[torch.tensor(indices)].captions()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shiva_dit.demo.captions import CaptionEncoder
 from shiva_dit.demo.judge import Judge
+from shiva_dit.provenance import tensors_digest
 from shiva_dit.training.data import Batch
 
 PATCH = 2
@@ -53,6 +54,15 @@ class DemoTask(ABC):
     @abstractmethod
     def batch(self, indices: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
         """Training images by index, with their captions."""
+
+    @abstractmethod
+    def content(self) -> dict[str, Tensor]:
+        """The arrays that the training images and captions are made of."""
+
+    def identity(self) -> str:
+        """Digest of what is trained on: the images and their captions."""
+        empty = {f"empty.{name}": value for name, value in self.unconditional().items()}
+        return tensors_digest({**self.content(), **empty}.items())
 
     @abstractmethod
     def held_out_captions(self, indices: Sequence[int]) -> list[str]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from shiva_dit.demo.digits import DigitsTask
 from shiva_dit.demo.scenes import ScenesTask
 from shiva_dit.demo.task import DemoTask
 
+
+def _digits() -> DemoTask:
+    # scikit-learn, which holds the digits, is asked for where they are.
+    from shiva_dit.demo.digits import DigitsTask  # noqa: PLC0415
+
+    return DigitsTask()
+
+
 TASKS: dict[str, Callable[[], DemoTask]] = {
-    "digits": DigitsTask,
+    "digits": _digits,
     "scenes": ScenesTask,
     "scenes64": partial(ScenesTask, 64),
 }

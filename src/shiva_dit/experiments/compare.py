@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from shiva_dit.config import from_dict, merged, to_dict
+from shiva_dit.config import check_types, from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import (
@@ -29,7 +28,15 @@ from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.pool import run_jobs
 from shiva_dit.experiments.scoring import Sampler, Score, floors
-from shiva_dit.provenance import provenance, write_atomically, write_json
+from shiva_dit.ownership import owned
+from shiva_dit.provenance import (
+    load_tensors,
+    provenance,
+    read_as,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from shiva_dit.training.recipe import TrainConfig
 
 PLAIN = ("flops", "sample_s", "train_s", "keep_ratio", "parameters", "kept")
@@ -60,6 +67,7 @@ class Arm:
     """How they are made, where that is not the settings'."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.run_at is not None and not 0.0 < self.run_at < 1.0:
             raise ValueError(f"run_at must be a ratio in (0, 1), got {self.run_at}.")
         if self.num_steps is not None and self.num_steps < 1:
@@ -84,6 +92,7 @@ class Comparison:
     """By key: what each changes in the common recipe, and the fields of an `Arm`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.seeds or not self.arms:
             raise ValueError("a comparison needs at least one seed and one arm.")
         for key in (UNPRUNED, REFERENCE):
@@ -136,10 +145,21 @@ def run_comparison(
         The record.
 
     Raises:
-        ValueError: If the folder holds an arm that was run with other settings.
+        ValueError: If the folder holds an arm that was run with other settings, or another process
+            is at work in it.
     """
     contestants = comparison.contestants()
-    out.mkdir(parents=True, exist_ok=True)
+    with owned(out):
+        return _run(comparison, contestants, out, workers, retry_failed)
+
+
+def _run(
+    comparison: Comparison,
+    contestants: Mapping[str, Contestant],
+    out: Path,
+    workers: int,
+    retry_failed: bool,
+) -> dict[str, Any]:
     start = time.perf_counter()
     todo = []
     for seed in comparison.seeds:
@@ -240,7 +260,7 @@ def _where_run(
     found = []
     for key in contestants:
         for seed in comparison.seeds:
-            plain = json.loads((out / f"{key}-{seed}.json").read_text(encoding="utf-8"))
+            plain = read_json(out / f"{key}-{seed}.json")
             code = {name: plain["provenance"][name] for name in ("commit", "dirty")}
             if code not in found:
                 found.append(code)
@@ -254,12 +274,14 @@ def _is_done(
     path = out / f"{key}-{seed}.json"
     if not path.is_file():
         return False
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    run = plain["run"]
-    recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
-    same = recipe == contestant.recipe and run["seed"] == seed
-    same = same and all(run.get(name) == getattr(contestant, name) for name in RUN_BY)
-    if not same or saved_settings(run["settings"], str(path)) != settings:
+    with read_as("run of a comparison", path):
+        plain = read_json(path)
+        run = plain["run"]
+        recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
+        same = recipe == contestant.recipe and run["seed"] == seed
+        same = same and all(run.get(name) == getattr(contestant, name) for name in RUN_BY)
+        same = same and saved_settings(run["settings"], str(path)) == settings
+    if not same:
         raise ValueError(
             f"{path} was made with other settings: remove it to run that arm again, or use "
             "another folder (--out)."
@@ -303,24 +325,25 @@ def _save(
 
 def _load(out: Path, key: str, seed: int) -> Outcome | Diverged:
     path = out / f"{key}-{seed}.json"
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    if "failed" in plain:
-        return Diverged(**plain["failed"])
-    for name in ("run", "provenance", "trained"):
-        plain.pop(name, None)
-    schedule = plain.pop("schedule")
-    return Outcome(
-        score=Score(**plain.pop("score")),
-        held_out=HeldOut(**plain.pop("held_out")),
-        schedule=None if schedule is None else Schedule.from_json(schedule),
-        images=load_file(path.with_suffix(".safetensors"))["images"],
-        **plain,
-    )
+    plain = read_json(path)
+    with read_as("run of a comparison", path):
+        if "failed" in plain:
+            return Diverged(**plain["failed"])
+        for name in ("run", "provenance", "trained"):
+            plain.pop(name, None)
+        schedule = plain.pop("schedule")
+        return Outcome(
+            score=Score(**plain.pop("score")),
+            held_out=HeldOut(**plain.pop("held_out")),
+            schedule=None if schedule is None else Schedule.from_json(schedule),
+            images=load_tensors(path.with_suffix(".safetensors"))["images"],
+            **plain,
+        )
 
 
 def _kept(out: Path, key: str, seed: int) -> dict[str, Any] | None:
     """Where an arm's weights are, and the SHA-256 of each file."""
-    plain = json.loads((out / f"{key}-{seed}.json").read_text(encoding="utf-8"))
+    plain = read_json(out / f"{key}-{seed}.json")
     if not plain.get("kept"):
         return None
     return {"folder": f"{TRAINED}/{plain['trained']}", "files": plain["kept"]}

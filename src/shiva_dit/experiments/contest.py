@@ -6,7 +6,10 @@ import dataclasses
 import logging
 import math
 import multiprocessing
+import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shiva_dit.config import from_dict
+from shiva_dit.config import check_types, from_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import ASSETS, load_backbone, load_judge, usable_device
 from shiva_dit.demo.judge import Judge
@@ -37,6 +40,7 @@ from shiva_dit.experiments.scoring import (
 )
 from shiva_dit.models.attach import Attachment
 from shiva_dit.models.families import model_spec
+from shiva_dit.signals import Stopped, stop
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trained, Trainer
 
@@ -67,6 +71,7 @@ class Settings:
     """Folder of the task's backbone and judge (`shiva-dit train-base`); None for the shipped."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.count < MIN_COUNT:
             raise ValueError(
                 f"count must be at least {MIN_COUNT} (a distance needs that many images), "
@@ -176,10 +181,32 @@ class Job:
 
 
 def start_worker(lock: Any) -> None:
-    """Set up a process that runs contestants; the lock keeps progress bars apart."""
+    """Set up a process that runs contestants; the lock keeps progress bars apart.
+
+    A terminal sends Ctrl-C to all processes: the one that gave out the work answers it, and ends
+    these by SIGTERM, which takes their temporary files along. They end, too, when it is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(lock)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # each process would repeat the libraries' notices
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def compete_in_worker(job: Job) -> list[Outcome | Diverged]:
+    """As `compete`; a signal ends the process, which else would begin the next job."""
+    try:
+        return compete(job)
+    except Stopped as stopped:
+        os._exit(128 + stopped.number)
 
 
 def compete(job: Job) -> list[Outcome | Diverged]:
@@ -241,7 +268,7 @@ def _train(job: Job, task: DemoTask, recipe: TrainConfig) -> tuple[Trained | Div
             return trained, 0.0
         start = time.process_time()
         try:
-            trained = trainer.run(description=label, position=_place())
+            trained = trainer.run(description=label, position=_place(), saves_on_signals=False)
         except FloatingPointError as error:
             # What the trainer advises is for a run with a folder of its own.
             return Diverged(step=trainer.step, reason=str(error).partition(" at step ")[0]), 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from shiva_dit.provenance import write_atomically
+from shiva_dit.provenance import read_as, read_json, write_atomically
 
 GROUP_COLOURS = {"all": "0.25", "selected": "tab:blue", "rejected": "tab:orange"}
 
@@ -244,5 +243,6 @@ def draw_plots(text: str, folder: Path) -> list[Path]:
         record = folder / match["record"]
         if not record.is_file():
             raise ValueError(f"the record {record} is missing.")
-        PLOTS[match["kind"]](json.loads(record.read_text("utf-8")), folder / match["file"])
+        with read_as(f"record of a plot {match['kind']!r}", record):
+            PLOTS[match["kind"]](read_json(record), folder / match["file"])
     return [folder / match["file"] for match in found]

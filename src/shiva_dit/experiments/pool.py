@@ -5,8 +5,16 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from shiva_dit.experiments.contest import Diverged, Job, Outcome, compete, start_worker
+from shiva_dit.experiments.contest import (
+    Diverged,
+    Job,
+    Outcome,
+    compete_in_worker,
+    start_worker,
+)
+from shiva_dit.signals import undisturbed
 
 
 def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[list[Outcome | Diverged]]:
@@ -18,9 +26,28 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[list[Outcome | Diver
     Args:
         jobs: What to run.
         workers: Processes at a time.
+
+    Raises:
+        ValueError: If one of them was killed.
     """
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(
-        workers, context, initializer=start_worker, initargs=(context.RLock(),)
+        max(1, min(workers, len(jobs))),
+        context,
+        initializer=start_worker,
+        initargs=(context.RLock(),),
     ) as pool:
-        yield from pool.map(compete, jobs)
+        try:
+            yield from pool.map(compete_in_worker, jobs)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process was killed, most likely for want of memory: use fewer --workers."
+            ) from error
+        except BaseException:
+            # Else the pool would wait for the runs in hand, and begin those in the queue.
+            with undisturbed():
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+            raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shiva_dit.config import load_recipe, to_dict
+from shiva_dit.config import check_types, load_recipe, to_dict
 from shiva_dit.demo.base import ASSETS, load_judge
 from shiva_dit.demo.digits import DigitsTask
 from shiva_dit.experiments.contest import (
@@ -26,6 +26,7 @@ from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.picture import draw_quickstart
 from shiva_dit.experiments.pool import run_jobs
 from shiva_dit.experiments.scoring import NUM_STEPS, floors
+from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, write_json
 from shiva_dit.report import plain_table
 from shiva_dit.training.recipe import Method, TrainConfig
@@ -75,6 +76,7 @@ class QuickstartConfig:
     """How the adapter and the controls are trained."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         Settings(count=self.count)
         if not self.seeds:
             raise ValueError("seeds must be at least 1.")
@@ -264,14 +266,14 @@ def run_quickstart(
         workers=workers,
         recipe=dataclasses.replace(load_quickstart_recipe(overrides), keep_ratio=keep_ratio),
     )
-    out.mkdir(parents=True, exist_ok=True)  # what can fail must not fail after the work
-    start = time.perf_counter()
-    run = Quickstart(config)
-    record = run.run()
-    record["wall_s"] = time.perf_counter() - start
-    write_json(out / "quickstart.json", record)
-    picture = out / "quickstart.png"
-    run.draw(picture)
+    with owned(out):  # what can fail must not fail after the work
+        start = time.perf_counter()
+        run = Quickstart(config)
+        record = run.run()
+        record["wall_s"] = time.perf_counter() - start
+        write_json(out / "quickstart.json", record)
+        picture = out / "quickstart.png"
+        run.draw(picture)
     return (
         f"\n{plain_table(record)}\n\nPicture: {picture}\nRecord:  {out / 'quickstart.json'}\n"
         f"Took {record['wall_s']:.0f} s."

@@ -81,6 +81,20 @@ def linear_in_dtype_of(x: Tensor, layer: nn.Linear) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
+def check_groups(num_blocks: int, num_groups: int) -> None:
+    """Raise unless so many groups can share L blocks evenly.
+
+    Raises:
+        ValueError: Names the numbers of groups that can.
+    """
+    if not 1 <= num_groups <= num_blocks or num_blocks % num_groups:
+        divisors = [g for g in range(1, num_blocks + 1) if num_blocks % g == 0]
+        raise ValueError(
+            f"num_groups must divide the number of blocks, {num_blocks}: one of {divisors}, "
+            f"got {num_groups}."
+        )
+
+
 class DepthGroups(nn.Module):
     """Weights for every block, shared by adjacent ones: block l uses group l // (L / G).
 
@@ -97,12 +111,7 @@ class DepthGroups(nn.Module):
 
     def __init__(self, make: Callable[[], ContextModule], num_blocks: int, num_groups: int) -> None:
         super().__init__()
-        if not 1 <= num_groups <= num_blocks or num_blocks % num_groups:
-            divisors = [g for g in range(1, num_blocks + 1) if num_blocks % g == 0]
-            raise ValueError(
-                f"num_groups must divide the number of blocks, {num_blocks}: one of {divisors}, "
-                f"got {num_groups}."
-            )
+        check_groups(num_blocks, num_groups)
         self.num_blocks, self.num_groups = num_blocks, num_groups
         self.groups = nn.ModuleList(make() for _ in range(num_groups))
         self.layer_embedding = nn.Embedding(num_blocks, LAYER_DIM)

@@ -33,7 +33,12 @@ class Batch:
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """A finite set of samples; random augmentation draws from the generator it is given."""
+    """A finite set of samples; random augmentation draws from the generator it is given.
+
+    It may also have a method `identity() -> str`, a digest of its content: a run then goes on with
+    the same data alone, and the adapter's record says what it was trained on. And a `name`, for
+    the record.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -46,6 +51,22 @@ class TrainingData(Protocol):
     def unconditional(self) -> dict[str, Tensor]:
         """Conditioning of "no caption", without a batch dimension (for caption dropout)."""
         ...
+
+
+def data_name(data: TrainingData) -> str | None:
+    """What the data is called, if it says so."""
+    name = getattr(data, "name", None)
+    return None if name is None else str(name)
+
+
+def data_origin(data: TrainingData) -> dict[str, Any]:
+    """What a record says of training data: name, number of samples, identity of the content."""
+    identity = getattr(data, "identity", None)
+    return {
+        "name": data_name(data),
+        "samples": len(data),
+        "identity": "not given" if identity is None else identity(),
+    }
 
 
 def drop_captions(

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from shiva_dit.provenance import write_atomically, write_json
+from shiva_dit.ownership import owned
+from shiva_dit.provenance import (
+    data_digest,
+    file_digest,
+    load_tensors,
+    module_digest,
+    read_json,
+    read_text,
+    write_atomically,
+    write_json,
+)
 from shiva_dit.training.data import Batch
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
 LATENTS = "latents"
 ABOUT = "data.json"
 UNCONDITIONAL = "unconditional.safetensors"
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
+"""What Pillow's readers raise on damaged files."""
 
 
 def encode_folder(
@@ -41,7 +55,8 @@ def encode_folder(
 
     Raises:
         ValueError: If the pipeline is another kind, the size doesn't fit its patches, there are no
-            pictures, one can't be read or has no caption, or `out` holds other data.
+            pictures, one can't be read or has no caption, `out` holds other data, or another
+            process encodes into it.
     """
     if not isinstance(pipe, StableDiffusion3Pipeline):
         raise ValueError(
@@ -55,15 +70,25 @@ def encode_folder(
     if not pictures:
         raise ValueError(f"there are no pictures ({', '.join(KINDS)}) in {images}.")
     captions = [_caption(path) for path in pictures]
-    names = [path.relative_to(images).as_posix() for path in pictures]
-    about = {"pictures": names, "size": size, "model": str(pipe.name_or_path)}
-    _check_or_write(out / ABOUT, about)
-    if not (out / UNCONDITIONAL).is_file():
-        _save(out / UNCONDITIONAL, _text(pipe, ""))
+    about = {
+        "pictures": [path.relative_to(images).as_posix() for path in pictures],
+        "size": size,
+        "model": str(pipe.name_or_path),
+        "sources": [
+            data_digest([file_digest(path), caption])
+            for path, caption in zip(pictures, captions, strict=True)
+        ],
+        "encoders": {name: _digest_of(getattr(pipe, name)) for name in ENCODERS},
+        "scaling": [pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor],
+    }
     todo = list(zip(pictures, captions, sample_files(out, len(pictures)), strict=True))
-    for picture, caption, path in tqdm(todo, desc="encode", disable=not show_progress):
-        if not path.is_file():
-            _save(path, {LATENTS: _latents(pipe, picture, size), **_text(pipe, caption)})
+    with owned(out):
+        _check_or_write(out / ABOUT, about)
+        if not (out / UNCONDITIONAL).is_file():
+            _save(out / UNCONDITIONAL, _text(pipe, ""))
+        for picture, caption, path in tqdm(todo, desc="encode", disable=not show_progress):
+            if not path.is_file():
+                _save(path, {LATENTS: _latents(pipe, picture, size), **_text(pipe, caption)})
     return out
 
 
@@ -76,17 +101,30 @@ def _caption(picture: Path) -> str:
     path = picture.with_suffix(".txt")
     if not path.is_file():
         raise ValueError(f"{picture} has no caption: write it into {path.name} beside it.")
-    return path.read_text(encoding="utf-8").strip()
+    return read_text(path).strip()
+
+
+def _digest_of(encoder: nn.Module | None) -> str | None:
+    return None if encoder is None else module_digest(encoder)
 
 
 def _check_or_write(path: Path, about: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, about)
-    elif json.loads(path.read_text(encoding="utf-8")) != about:
+        return
+    found = read_json(path)
+    if found == about:
+        return
+    if not isinstance(found, dict) or found.keys() != about.keys():
         raise ValueError(
-            f"{path.parent} holds data of other pictures, another size or another model: encode "
+            f"{path} is not of this version of shiva-dit, or no data of pictures at all: encode "
             "into an empty folder."
         )
+    raise ValueError(
+        f"{path.parent} holds data of other pictures, another size or another model (what "
+        f"differs: {', '.join(key for key in about if found[key] != about[key])}): encode into an "
+        "empty folder."
+    )
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -99,7 +137,9 @@ def _latents(pipe: Any, picture: Path, size: int) -> Float[Tensor, "C H W"]:
     try:
         with Image.open(picture) as opened:
             image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
-    except (OSError, UnidentifiedImageError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{picture} is too large a picture, make it smaller: {error}") from error
+    except UNREADABLE as error:
         raise ValueError(f"{picture} can't be read as a picture: {error}") from error
     pixels = pipe.image_processor.preprocess(image).to(pipe.vae.device, pipe.vae.dtype)
     mean = pipe.vae.encode(pixels).latent_dist.mode()[0]
@@ -131,9 +171,15 @@ class FolderData:
                 f"{folder} holds no encoded pictures ({ABOUT} is missing): make it by "
                 "`shiva-dit encode`."
             )
-        count = len(json.loads(about.read_text(encoding="utf-8"))["pictures"])
+        self.name = str(folder)
+        self._about = read_json(about)
+        pictures = self._about.get("pictures") if isinstance(self._about, dict) else None
+        if not isinstance(pictures, list):
+            raise ValueError(f"{about} doesn't say which pictures were encoded: encode them again.")
+        count = len(pictures)
         self.files = sample_files(folder, count)
         self.empty = folder / UNCONDITIONAL
+        self._shapes: dict[str, torch.Size] = {}
         missing = [path.name for path in (*self.files, self.empty) if not path.is_file()]
         if missing:
             raise ValueError(
@@ -145,13 +191,41 @@ class FolderData:
         """Number of pictures."""
         return len(self.files)
 
+    def identity(self) -> str:
+        """Digest of what was encoded (pictures, captions, size) and by what (autoencoder, text).
+
+        "not given" for data of older versions, which didn't keep that.
+        """
+        if "sources" not in self._about:
+            return "not given"
+        return data_digest({k: v for k, v in self._about.items() if k != "model"})
+
     def batch(self, indices: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-        """The samples with these indices, in float32; nothing is drawn."""
+        """The samples with these indices, in float32; nothing is drawn.
+
+        Raises:
+            ValueError: If the file of a sample is damaged, or unlike the others.
+        """
         del generator
-        samples = [load_file(self.files[index]) for index in indices.tolist()]
+        samples = [self._sample(self.files[index]) for index in indices.tolist()]
         stacked = {n: torch.stack([s[n] for s in samples]).float() for n in samples[0]}
         return Batch(latents=stacked.pop(LATENTS), conditioning=stacked)
 
     def unconditional(self) -> dict[str, Tensor]:
-        """The empty caption."""
-        return {name: value.float() for name, value in load_file(self.empty).items()}
+        """The empty caption.
+
+        Raises:
+            ValueError: If its file is damaged.
+        """
+        return {name: value.float() for name, value in load_tensors(self.empty).items()}
+
+    def _sample(self, path: Path) -> dict[str, Tensor]:
+        sample = load_tensors(path)
+        shapes = {name: value.shape for name, value in sample.items()}
+        self._shapes = self._shapes or shapes
+        if LATENTS not in shapes or shapes != self._shapes:
+            raise ValueError(
+                f"{path} is not a sample like the others: remove it and run the same "
+                "`shiva-dit encode` again."
+            )
+        return sample

@@ -1,54 +1,47 @@
-"""Ctrl-C in training: the step in hand is finished and saved, not broken into."""
+"""Signals in training: the step in hand is finished and saved, not broken into."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from shiva_dit.signals import Stopped, handled, stop
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, after the step in hand was finished and everything saved in `checkpoint`."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"interrupted; saved in {checkpoint}")
+class TrainingInterrupted(Stopped):
+    """A signal, after the step in hand was finished and everything saved in `checkpoint`."""
+
+    def __init__(self, checkpoint: Path, number: int = signal.SIGINT) -> None:
+        super().__init__(number, f"interrupted; saved in {checkpoint}")
         self.checkpoint = checkpoint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.checkpoint, self.number)
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """Within: the first Ctrl-C fills the list instead of breaking into the middle of a step."""
+    """Within: the first signal fills the list instead of breaking into the middle of a step.
+
+    A second one breaks off at once (`Stopped`).
+    """
     interrupted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # only the main thread receives signals
-        return
 
     def remember(number: int, frame: object) -> None:
-        del frame
+        if interrupted:
+            stop(number, frame)
         interrupted.append(number)
-        signal.signal(signal.SIGINT, before)
-        tqdm.write("Finishing this step and saving; Ctrl-C again stops without.", file=sys.stderr)
+        with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone, or written to
+            tqdm.write(
+                "Finishing this step and saving; Ctrl-C again stops at once.", file=sys.stderr
+            )
 
-    before = signal.signal(signal.SIGINT, remember)
-    try:
+    with handled(remember):
         yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within: Ctrl-C does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shiva_dit.adapter import BackboneKind, RejectedKind
+from shiva_dit.adapter import MOST_BINS, BackboneKind, RejectedKind
+from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.budget import BudgetConfig
 from shiva_dit.core.estimators import EstimatorConfig
 
@@ -37,6 +38,7 @@ class RouterConfig:
     """Temperature of the inclusion scores at the start and the end, as a share of N."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.select_every < 1:
             raise ValueError(f"router select_every must be at least 1, got {self.select_every}.")
         if self.noise_std < 0:
@@ -61,6 +63,7 @@ class ShapeConfig:
     def __post_init__(self) -> None:
         if not (abs(self.depth) <= 20.0 and abs(self.time) <= 20.0):
             raise ValueError("policy.shape: depth and time must lie in [-20, 20].")
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +86,10 @@ class PolicyConfig:
     """The pull to the target."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.logit_noise < 0:
             raise ValueError(f"policy logit_noise must be at least 0, got {self.logit_noise}.")
-        if self.num_bins < 1:
-            raise ValueError(f"policy num_bins must be at least 1, got {self.num_bins}.")
+        whole_number("policy num_bins", self.num_bins, least=1, most=MOST_BINS)
         if self.target_range is not None:
             low, high = self.target_range
             if not 0.0 < low < high < 1.0:
@@ -117,6 +120,7 @@ class LossConfig:
     tokens budgeted as before, so that a learned policy spends its tokens where it counts."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if min(self.diffusion, self.distillation, self.output) < 0:
             raise ValueError("loss weights must be at least 0.")
         if self.diffusion + self.distillation + self.output == 0:
@@ -153,6 +157,7 @@ class OptimizerConfig:
     """Decay of the moving average of what is trained, in [0, 1); it is what is saved."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("router", "policy", "backbone", "updates", "weight_decay"):
             if not 0.0 <= getattr(self, name) <= 1e3:
                 raise ValueError(
@@ -173,12 +178,13 @@ class OptimizerConfig:
 class TrainConfig:
     """One run of `shiva-dit train`."""
 
-    task: str = "digits"
-    """Where model and data come from: "digits", "scenes" or "scenes64"."""
+    task: str | None = "digits"
+    """Where model and data come from: "digits", "scenes" or "scenes64"; None in the record of a run
+    with other data."""
     out: Path = Path("runs/train")
     """Folder for checkpoints, log and adapter."""
     seed: int = 0
-    """Of initial weights, data order and noise."""
+    """Of initial weights, data order and noise; in [0, 2^32)."""
     method: Method = "shiva"
     """What selects tokens: ours, or a control: "random", "norm", "centre" (a fixed map of the
     middle), "fixed_map" (a learned one), "dense" (no pruning)."""
@@ -234,6 +240,8 @@ class TrainConfig:
     """Learning rates, clipping and averaging."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
         if not 0.0 < self.keep_ratio < 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1), got {self.keep_ratio}.")
         for name in ("batch_size", "micro_batches"):

@@ -1,16 +1,25 @@
-"""A whole training run: resume or start, train, save the adapter."""
+"""A whole training run: own its folder, resume or start, train, save the adapter."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
-from shiva_dit.training.checkpoint import latest_checkpoint
+from shiva_dit.config import to_dict
+from shiva_dit.ownership import owned
+from shiva_dit.provenance import provenance, read_json, write_json
+from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
+from shiva_dit.training.origin import check_recipe
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.trainer import LOG_FILE, Trainer
+from shiva_dit.training.trainer import CHECKPOINTS, LOG_FILE, Trainer
+
+RUN_FILE = "run.json"
+"""What a run began with: its recipe, backbone and data."""
 
 
 def train(
@@ -23,11 +32,14 @@ def train(
 ) -> Path:
     """Train by a recipe and write the adapter into `config.out`/adapter.
 
+    The folder belongs to this process until the end. A run that was killed before its first
+    checkpoint starts again by itself, with or without `resume`.
+
     Args:
         config: The recipe; its method must be "shiva" (controls have no adapter to save).
         model: The backbone, on its device.
         data: Training samples.
-        resume: Go on from the last checkpoint in `config.out`.
+        resume: Go on from the last checkpoint in `config.out`; from the beginning if there is none.
         scheduler: That of the model's pipeline; needed where it is a diffusion schedule
             (PixArt, DiT), not for flow matching.
 
@@ -35,8 +47,9 @@ def train(
         The adapter's folder, for `shiva_dit.apply`.
 
     Raises:
-        ValueError: If the folder holds another run and `resume` is false, or no checkpoint and
-            `resume` is true; if a diffusion model comes without its scheduler.
+        ValueError: If another process trains into the folder, or it holds another run; if a
+            diffusion model comes without its scheduler.
+        TrainingInterrupted: After Ctrl-C or SIGTERM, when all was saved.
     """
     if config.method != "shiva":
         raise ValueError(
@@ -44,21 +57,66 @@ def train(
             "`shiva-dit quickstart --all-controls` trains and judges the controls."
         )
     folder = config.out / "adapter"
-    found = latest_checkpoint(config.out / "checkpoints")
-    if not resume:
-        for path in (found, folder, config.out / LOG_FILE):
-            if path is not None and path.exists():
-                raise ValueError(
-                    f"{config.out} holds a run already ({path.name}): go on with it by --resume, "
-                    "or train into another folder with out=..."
-                )
-    trainer = Trainer(config, model, data, scheduler)
-    try:
-        if resume:
-            trainer.resume()
-        trained = trainer.run()
-    finally:
-        trainer.close()
-    assert trained.adapter is not None
-    trained.adapter.save_pretrained(folder)
+    with owned(config.out):
+        tidy(config.out / CHECKPOINTS)
+        goes_on = _goes_on(config, folder, resume)
+        trainer = Trainer(config, model, data, scheduler)
+        try:
+            if goes_on:
+                trainer.resume()
+            else:
+                trainer.checkpoints.mkdir(
+                    exist_ok=True
+                )  # tells a begun run from what is left of one
+                about = {"recipe": to_dict(trainer.config), **trainer.origin}
+                write_json(config.out / RUN_FILE, {**about, "provenance": provenance()})
+            trained = trainer.run()
+        finally:
+            trainer.close()
+        assert trained.adapter is not None
+        trained.adapter.save_pretrained(folder)
     return folder
+
+
+def _goes_on(config: TrainConfig, adapter: Path, resume: bool) -> bool:
+    """Whether a run goes on from a checkpoint, or starts.
+
+    Raises:
+        ValueError: If it may do neither.
+    """
+    out = config.out
+    found = latest_checkpoint(out / CHECKPOINTS)
+    if found is None and adapter.exists() and resume:
+        raise ValueError(
+            f"{out} holds an adapter, but no checkpoint to go on from: train into another folder "
+            "(out=...)."
+        )
+    for path in (found, adapter):
+        if path is not None and path.exists() and not resume:
+            raise ValueError(
+                f"{out} holds a run already ({path.name}): go on with it by --resume, "
+                "or train into another folder with out=..."
+            )
+    if found is not None:
+        return True
+    begun = (out / RUN_FILE).is_file() and (resume or (out / CHECKPOINTS).is_dir())
+    if begun:
+        _check_beginning(config, out / RUN_FILE)
+        say = "a run without a checkpoint: it starts again"
+    elif (out / LOG_FILE).exists() and not resume:
+        raise ValueError(
+            f"{out} holds a run already ({LOG_FILE}), whose checkpoints are gone: start it again "
+            "by --resume, or train into another folder with out=..."
+        )
+    else:
+        say = "no checkpoint to resume from: the run starts"
+    if resume or begun:
+        tqdm.write(f"{out} holds {say} from the beginning.", file=sys.stderr)
+    return False
+
+
+def _check_beginning(config: TrainConfig, path: Path) -> None:
+    begun = read_json(path)
+    if not isinstance(begun, dict) or not isinstance(begun.get("recipe"), dict):
+        raise ValueError(f"{path} is not the beginning of a run: remove it to start one here.")
+    check_recipe(config, begun["recipe"], path)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
-from shiva_dit.config import from_dict, to_dict
+from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.modules.updates import RejectedUpdates
-from shiva_dit.provenance import provenance, write_atomically
+from shiva_dit.provenance import provenance, read_text, write_atomically
 from shiva_dit.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from shiva_dit.training.data import ShuffledIndices, TrainingData, drop_captions
+from shiva_dit.training.data import (
+    ShuffledIndices,
+    TrainingData,
+    data_name,
+    drop_captions,
+)
 from shiva_dit.training.fit import fit_updates
-from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt, uninterrupted
+from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
 from shiva_dit.training.optimization import Optimization
+from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.student import Student
 
-LOG_FILE = "log.jsonl"
-FREE = {"out", "checkpoint_every", "optimizer", "gradient_checkpointing", "backbone_dtype"}
-"""What a resumed run may change: where and how often it saves, and how fast it learns."""
+LOG_FILE, CHECKPOINTS = "log.jsonl", "checkpoints"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +91,11 @@ class Trainer:
         self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
     ) -> None:
         path = path_of(model_spec(model), scheduler)
+        if data_name(data) != config.task:
+            config = replace(config, task=None)
         self.config, self.data = config, data
-        self._fingerprint = fingerprint(model)
+        self.origin = origin(model, data)
+        """Which model and data the run starts from: names, and digests of their content."""
         self.step = 0
         self.last_good: Path | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -98,7 +104,16 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.student = Student(config, model, sample, self.generator, path)
-        fit_updates(self.student, data)
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        """What stands between a student and its first step."""
+        config = self.config
+        fit_updates(self.student, self.data)
         adapter = self.student.adapter
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
         self.planner = Planner(
@@ -163,7 +178,12 @@ class Trainer:
         )
 
     def run(
-        self, *, show_progress: bool = True, description: str | None = None, position: int = 0
+        self,
+        *,
+        show_progress: bool = True,
+        description: str | None = None,
+        position: int = 0,
+        saves_on_signals: bool = True,
     ) -> Trained:
         """Train to the end, from wherever `step` stands.
 
@@ -171,11 +191,15 @@ class Trainer:
             show_progress: Whether a bar tells loss, mean keep ratio and distillation error.
             description: Stands before the bar; the method by default.
             position: Line of the bar, where several processes train.
+            saves_on_signals: Whether the first signal is answered by a checkpoint; if not, signals
+                are left to whoever handles them.
 
         Raises:
-            TrainingInterrupted: After Ctrl-C: the step in hand is finished and a checkpoint saved.
+            TrainingInterrupted: After Ctrl-C or SIGTERM: the step in hand is finished and a
+                checkpoint saved.
             ValueError: If the recipe leaves nothing to train; `result` gives the control as it is.
-            KeyboardInterrupt: After a second Ctrl-C, at once: nothing is saved since the last
+                If the log that is there is damaged.
+            KeyboardInterrupt: After a second signal, at once: nothing is saved since the last
                 checkpoint.
         """
         if self.config.trains_nothing:
@@ -192,7 +216,8 @@ class Trainer:
             disable=not show_progress,
             position=position,
         )
-        with bar, self._log() as log, deferred_interrupt() as interrupted:
+        deferred = deferred_interrupt() if saves_on_signals else nullcontext([])
+        with bar, self._log() as log, deferred as interrupted:
             while self.step < total:
                 stage = self.config.stage_at(self.step)[0]
                 values = self.train_step()
@@ -202,9 +227,9 @@ class Trainer:
                     shown["distill"] = f"{values['distill']:.4f}"
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
-                log.write(json.dumps({"step": self.step, "stage": stage, **values}) + "\n")
+                self._write_line(log, {"step": self.step, "stage": stage, **values})
                 if interrupted and self.step < total:
-                    raise TrainingInterrupted(self.save())
+                    raise TrainingInterrupted(self.save(), interrupted[0])
                 if self.step % self.config.checkpoint_every == 0 or self.step == total:
                     self.save()
         return self.result()
@@ -215,12 +240,19 @@ class Trainer:
         path = self.config.out / LOG_FILE
         kept = ""
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines(True):
-                if line.endswith("\n") and json.loads(line)["step"] <= self.step:
+            for number, line in enumerate(read_text(path).splitlines(True), start=1):
+                if line.endswith("\n") and _step_of(line, number, path) <= self.step:
                     kept += line
         write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
         with path.open("a", encoding="utf-8", buffering=1) as log:
             yield log
+
+    def _write_line(self, log: Any, values: dict[str, Any]) -> None:
+        try:
+            log.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk, which names no file by itself
+            path = str(self.config.out / LOG_FILE)
+            raise OSError(error.errno, f"can't be written: {error.strerror}", path) from error
 
     def result(self) -> Trained:
         """What was trained so far, by its moving average. The run can go on afterwards.
@@ -250,6 +282,7 @@ class Trainer:
         adapter.training_record = {
             "recipe": to_dict(self.config),
             "steps": self.step,
+            **self.origin,
             "provenance": provenance(),
         }
         ours = self.config.method == "shiva"
@@ -271,7 +304,7 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
-        return self.config.out / "checkpoints"
+        return self.config.out / CHECKPOINTS
 
     def save(self) -> Path:
         """Write everything that a bit-equal continuation needs.
@@ -289,17 +322,10 @@ class Trainer:
             "step": self.step,
             "position": self.indices.position,
             "budget": self.budget.state_dict(),
-            "data": self._data(),
+            "origin": self.origin,
         }
-        with uninterrupted():
-            self.last_good = save_checkpoint(
-                self.checkpoints, self.step, Checkpoint(tensors, state)
-            )
+        self.last_good = save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
         return self.last_good
-
-    def _data(self) -> dict[str, Any]:
-        """What a continuation must find again: the samples and the model that it started from."""
-        return {"samples": len(self.data), "model": self._fingerprint}
 
     def resume(self) -> Path:
         """Go on from the latest checkpoint; returns its folder.
@@ -316,10 +342,8 @@ class Trainer:
             )
         checkpoint = load_checkpoint(path)
         try:
-            self._check_recipe(checkpoint.state["config"], path)
-            for what, found in self._data().items():
-                if checkpoint.state["data"][what] != found:
-                    raise ValueError(f"{path} was made with another {what} than this run's.")
+            check_recipe(self.config, checkpoint.state["config"], path)
+            check_origin(self.origin, checkpoint.state, path)
             self.optimization.load_tensors(checkpoint.tensors)
             self.generator.set_state(checkpoint.tensors["generator"])
             self.step = checkpoint.state["step"]
@@ -330,25 +354,13 @@ class Trainer:
         self.last_good = path
         return path
 
-    def _check_recipe(self, saved: dict[str, Any], path: Path) -> None:
-        current, then = (
-            json.loads(json.dumps(to_dict(config)))
-            # Settings that it was saved without count as their defaults.
-            for config in (self.config, from_dict(TrainConfig, saved, str(path)))
-        )
-        changed = sorted(k for k in current if k not in FREE and then[k] != current[k])
-        if changed:
-            raise ValueError(
-                f"{path} was made with other values of {', '.join(changed)}: resume with the same "
-                "recipe, or train into another folder (out=...)."
-            )
 
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A digest that tells models apart: of names, shapes and a few values of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        few = flat[:: max(1, len(flat) // 8)].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {few.tolist()}".encode())
-    return digest.hexdigest()
+def _step_of(line: str, number: int, path: Path) -> int:
+    """The step of a log's line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number}, is not a line of a run's log ({error!r}). Training doesn't "
+            "need the log: mend it or move it away."
+        ) from error

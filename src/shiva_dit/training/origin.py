@@ -1,0 +1,83 @@
+"""What a run was made from, recipe, backbone and data, and whether another could go on with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shiva_dit.config import from_dict, to_dict
+from shiva_dit.provenance import module_digest
+from shiva_dit.training.data import TrainingData, data_origin
+from shiva_dit.training.recipe import TrainConfig
+
+FREE = {"out", "checkpoint_every", "optimizer", "gradient_checkpointing", "backbone_dtype", "task"}
+"""What a resumed run may change: where and how often it saves, and how fast it learns. The task is
+told by the data's identity, which is compared by itself."""
+COMPARED = (
+    ("data", "samples", "samples"),
+    ("data", "identity", "data"),
+    ("backbone", "sha256", "model"),
+)
+"""What an origin is compared by, and the word for it."""
+
+
+def origin(model: torch.nn.Module, data: TrainingData) -> dict[str, Any]:
+    """Which model and data a run starts from: names, and digests of their content."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    backbone = {
+        "name": name,
+        "class": type(model).__name__,
+        "sha256": module_digest(model),
+    }
+    return {"backbone": backbone, "data": data_origin(data)}
+
+
+def check_recipe(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
+    """Raise unless a run that was saved with other settings could go on with these.
+
+    Raises:
+        ValueError: Names what was changed.
+    """
+    current, then = (
+        json.loads(json.dumps(to_dict(config)))
+        # Settings that it was saved without count as their defaults.
+        for config in (config, from_dict(TrainConfig, saved, str(path)))
+    )
+    changed = sorted(k for k in current if k not in FREE and then[k] != current[k])
+    if changed:
+        raise ValueError(
+            f"{path} was made with other values of {', '.join(changed)}: resume with the same "
+            "recipe, or train into another folder (out=...)."
+        )
+
+
+def check_origin(ours: dict[str, Any], state: dict[str, Any], path: Path) -> None:
+    """Raise unless model and data are those that a checkpoint was made with.
+
+    Args:
+        ours: This run's.
+        state: The checkpoint's.
+        path: Named in errors.
+
+    Raises:
+        ValueError: Says which is another.
+    """
+    then = state.get("origin")
+    if then is None:  # an older version's
+        then = {"data": {"samples": state["data"]["samples"]}}
+        tqdm.write(
+            f"{path} is an older version's: whether backbone and data are the same isn't known.",
+            file=sys.stderr,
+        )
+    for kind, key, what in COMPARED:
+        found, wanted = ours[kind][key], then.get(kind, {}).get(key, ours[kind][key])
+        if found != wanted:
+            raise ValueError(
+                f"{path} was made with another {what} than this run's ({wanted} then, {found} "
+                "now): resume with the same, or train into another folder (out=...)."
+            )

@@ -1,0 +1,292 @@
+"""The command line's one boundary: a foreseeable fault is one line and status 2, a bug is not."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shiva_dit import cli
+from shiva_dit.cli import main
+from shiva_dit.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+DIGITS = str(ROOT / "recipes" / "digits.toml")
+SHORT = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=4", "micro_batches=2"]
+
+
+def said(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> str:
+    """The one line on stderr."""
+    capsys.readouterr()
+    assert main(arguments) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("shiva-dit: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "is not TOML: |is nested too deeply"),
+        (b"[" + b".".join([b"a"] * 5000) + b"]\n", "is nested too deeply|unknown key"),
+        (b"steps = 1\xff", "is not UTF-8 text"),
+        (b"seed = " + b"9" * 5000, "is not TOML"),
+        (b"seed = " + b"9" * 30, "seed must be at most 4294967295"),
+        (b"seed = true", "seed: expected int, got True"),
+        (b"keep_ratio = nan", "keep_ratio: expected a finite number, got nan"),
+        (b"keep_ratio = 1" + b"0" * 400, "keep_ratio: expected a finite number"),
+        (b"[policy]\nnum_bins = 1000000000", "num_bins must be at most 10000"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_named(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    line = said(capsys, ["train", str(path)])
+    assert "mine.toml" in line
+    assert any(part in line for part in message.split("|")), line
+    assert len(line) < 1500
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "meta"], "device 'meta' can't be used here"),
+        (["--device", "nonsense"], "device 'nonsense' can't be used here"),
+        (["--threads", "100000"], "--threads must be at most "),
+        (["--base", "nowhere"], "nowhere/digits-backbone.safetensors is missing"),
+        (["x.y=" + "[" * 5000], "is nested too deeply"),
+        (["task=nothing"], "there is no task 'nothing'"),
+    ],
+)
+def test_options_that_can_t_be_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = said(capsys, ["train", DIGITS, f"out={tmp_path / 'run'}", *SHORT, *words])
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_are_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "compare-estimators-digits.toml")
+    out = ["--out", str(tmp_path), "--workers", "100000"]
+    assert "--workers must be at most" in said(capsys, ["compare", recipe, *out])
+    assert "--workers must be at most" in said(capsys, ["quickstart", *out])
+
+
+def damaged(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[kind]
+    )
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text"])
+def test_damaged_weights_are_named(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shiva_dit.demo.base import ASSETS  # noqa: PLC0415
+
+    for name in ("digits-backbone.safetensors", "digits-judge.safetensors"):
+        (tmp_path / name).write_bytes((ASSETS / name).read_bytes())
+    damaged(tmp_path / "digits-backbone.safetensors", kind)
+    line = said(capsys, ["train", DIGITS, f"out={tmp_path / 'run'}", "--base", str(tmp_path)])
+    assert "digits-backbone.safetensors is not a whole safetensors file" in line
+    judge = (tmp_path / "digits-judge.safetensors").read_bytes()
+    (tmp_path / "digits-backbone.safetensors").write_bytes(judge)
+    line = said(capsys, ["train", DIGITS, f"out={tmp_path / 'run'}", "--base", str(tmp_path)])
+    assert "digits-backbone.safetensors is of another model or task" in line
+
+
+def test_records_that_are_none_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (("a", b"{"), ("b", b"\xff"), ("c", b"[" * 10**5), ("d", b"{}")):
+        (tmp_path / f"{name}.json").write_bytes(content)
+        document = tmp_path / f"{name}.md"
+        document.write_text(f"<!-- table flips: {name}.json -->\n<!-- end table -->\n")
+        assert f"{name}.json" in said(capsys, ["report", str(document)])
+        both = [str(tmp_path / f"{name}.json")] * 2
+        line = said(capsys, ["merge", *both, "--out", str(tmp_path / "out.json")])
+        assert f"{name}.json" in line or "no record of a comparison" in line
+    (tmp_path / "e.md").write_bytes(b"\xff\xfe\xff")
+    assert "e.md is not UTF-8 text" in said(capsys, ["report", str(tmp_path / "e.md")])
+
+
+def test_a_log_line_that_is_none_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", DIGITS, f"out={tmp_path}", "--threads", "1", *SHORT]
+    assert main(words) == 0
+    log = tmp_path / "log.jsonl"
+    good = log.read_text()
+    for line in ('{"loss": 1}\n', "[]\n", "hello\n", '{"step": "x"}\n', "[" * 10**5 + "\n"):
+        log.write_text(line + good)
+        capsys.readouterr()
+        assert main([*words, "--resume"]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert f"{log}, line 1, is not a line of a run's log" in last
+        assert "Traceback" not in last
+    log.write_text(good)
+    assert main([*words, "--resume"]) == 0
+    assert log.read_text() == good
+
+
+# --- the boundary itself ----------------------------------------------------------------------
+
+
+def raising(error: BaseException, patch: pytest.MonkeyPatch) -> None:
+    def run(options: argparse.Namespace) -> int:
+        raise error
+
+    patch.setattr(cli, "_doctor", run)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore."), "batch"),
+        (RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried"), "batch"),
+        (OSError(28, "No space left on device", "runs/x"), "No space left on device: 'runs/x'"),
+        (ValueError("one\n  two"), "shiva-dit: one two"),
+        (ImportError("T5Tokenizer requires the SentencePiece library"), "SentencePiece"),
+        (
+            ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets"),
+            "pip install 'shiva-dit[demo]'",
+        ),
+        (FloatingPointError("the loss is not finite"), "the loss is not finite"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_foreseen_is_one_line(
+    error: Exception,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raising(error, monkeypatch)
+    assert message in said(capsys, ["doctor"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("step"),
+        RuntimeError("shapes differ"),
+        AssertionError(),
+        TypeError("no"),
+        ImportError("cannot import name", name="shiva_dit.api"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(error, monkeypatch)
+    with pytest.raises(type(error)):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_any_command_with_their_status(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undone: list[str] = []
+
+    def run(options: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            for _ in range(10**7):
+                pass
+        finally:
+            undone.append("yes")
+        return 0
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(cli, "_encode", run)
+    words = ["encode", "pictures", "--pipeline", "p", "--out", "o"]
+    assert main(words) == 128 + number
+    assert undone == ["yes"]
+    assert signal.getsignal(number) == before
+    assert "Go on with:\n  shiva-dit encode pictures --pipeline p" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_saves_like_ctrl_c(
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["train", DIGITS, "--threads", "1", *SHORT]
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> dict[str, float]:
+        if self.step == 1:
+            signal.raise_signal(number)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert main([*words, f"out={tmp_path / 'run'}"]) == 128 + number
+    err = capsys.readouterr().err
+    assert "saved in" in err
+    assert "--resume" in err
+    assert main([*words, f"out={tmp_path / 'run'}", "--resume"]) == 0
+    for path in (tmp_path / "whole" / "adapter").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "run" / "adapter" / path.name).read_bytes()
+
+
+def test_a_second_signal_stops_at_once_and_leaves_nothing_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", DIGITS, "--threads", "1", *SHORT, f"out={tmp_path}"]
+
+    def interrupted(self: Trainer) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert main(words) == 128 + signal.SIGTERM
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoints", "log.jsonl", "run.json"}
+    assert main(words) == 0  # it starts again by itself
+
+
+def test_without_scikit_learn_the_digits_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "shiva_dit.demo.digits", raising=False)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    line = said(capsys, ["train", DIGITS, f"out={tmp_path / 'run'}"])
+    assert "sklearn is not installed, and this needs it: pip install 'shiva-dit[demo]'" in line
+
+
+# --- what a run was made from -----------------------------------------------------------------
+
+
+def record(out: Path) -> dict[str, Any]:
+    return json.loads((out / "adapter" / "config.json").read_text())["training"]
+
+
+def test_the_record_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    from shiva_dit.demo.tasks import load_task  # noqa: PLC0415
+
+    assert main(["train", DIGITS, f"out={tmp_path}", "--threads", "1", *SHORT]) == 0
+    made = record(tmp_path)
+    task = load_task("digits")
+    assert made["recipe"]["task"] == "digits"
+    assert made["data"] == {"name": "digits", "samples": 1297, "identity": task.identity()}
+    assert made["backbone"]["class"] == "SD3Transformer2DModel"
+    assert len(made["backbone"]["sha256"]) == 64
+    assert load_task("scenes").identity() != task.identity()
