@@ -222,16 +222,19 @@ def _train(options: argparse.Namespace) -> int:
     data: Any = task
     if options.data is None:
         model: Any = load_backbone(task, options.base or ASSETS)
+        scheduler: Any = task.scheduler()
     else:
         from diffusers import AutoModel
 
+        from shiva_dit.models.sampling import pipeline_scheduler
         from shiva_dit.training.folder import FolderData
 
         data = FolderData(options.data)
         model = AutoModel.from_pretrained(options.pipeline, subfolder="transformer")
+        scheduler = pipeline_scheduler(str(options.pipeline))
     model.to(usable_device(options.device))
     try:
-        print(train(recipe, model, data, resume=options.resume))
+        print(train(recipe, model, data, resume=options.resume, scheduler=scheduler))
     except TrainingInterrupted as stop:
         print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
         return 130

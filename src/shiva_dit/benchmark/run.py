@@ -118,7 +118,9 @@ class Bench:
             if self.config.adapter is None:
                 found[f"keep {keep:g}"] = uniform(keep)
             else:
-                found[f"keep {keep:g}"] = adapter.policy.schedule(keep, config.num_bins)
+                found[f"keep {keep:g}"] = adapter.policy.schedule(
+                    keep, config.num_bins, adapter.schedule.law
+                )
         if self.config.adapter is not None:
             found[ADAPTER] = adapter.schedule
         return found

@@ -31,7 +31,7 @@ class KeepTable:
     weights: tuple[float, ...] = ()
     """How much each row counts for the mean, at least 0; all alike by default."""
     times: tuple[float, ...] = ()
-    """The rising times in [0, 1] that the rows are for: a run's own. Empty: equal bins of [0, 1]."""
+    """A run's own rising times in [0, 1], a row for each. Empty: rows are equal bins of [0, 1]."""
     is_constant: bool = field(init=False, repr=False, compare=False)
     """Whether all rows are equal: no time needs to be known."""
 

@@ -19,7 +19,7 @@ from shiva_dit.core.keep_table import (
     rounded_counts,
     weighted_mean,
 )
-from shiva_dit.core.time_law import TimeLaw
+from shiva_dit.core.time_law import UNIFORM, TimeLaw
 
 MEAN_TOLERANCE = 1e-3
 """How far the mean of executed counts may lie from the ratios', as a share of it."""
@@ -38,7 +38,7 @@ class Schedule:
     """Keep ratio r in (0, 1] of each (time bin, block). Bin b of S covers t in [b/S, (b+1)/S]."""
     full_blocks: tuple[int, ...] = (0,)
     """Blocks that are never pruned; their ratios are 1."""
-    law: TimeLaw = TimeLaw()
+    law: TimeLaw = UNIFORM
     """Whose steps the mean keep ratio is over."""
     prunable_blocks: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """Blocks that may be pruned."""
@@ -72,12 +72,12 @@ class Schedule:
         num_blocks: int,
         num_bins: int = 1,
         full_blocks: Sequence[int] = (0,),
-        law: TimeLaw | None = None,
+        law: TimeLaw = UNIFORM,
     ) -> Schedule:
         """The same ratio in every block that may be pruned, at every time."""
         row = tuple(1.0 if b in full_blocks else float(keep_ratio) for b in range(num_blocks))
         ratios = (row,) * num_bins
-        return cls(ratios=ratios, full_blocks=tuple(full_blocks), law=law or TimeLaw())
+        return cls(ratios=ratios, full_blocks=tuple(full_blocks), law=law)
 
     @property
     def num_bins(self) -> int:
@@ -102,14 +102,6 @@ class Schedule:
         """Mean ratio of one row over the blocks that may be pruned."""
         values = [row[block] for block in self.prunable_blocks]
         return math.fsum(values) / len(values) if values else 1.0
-
-    def under(self, law: TimeLaw) -> Schedule:
-        """The same shape for steps that lie otherwise: their mean is what it was for its own law.
-
-        All logits of the ratios are moved alike.
-        """
-        ratios = self._moved(self.ratios, law.weights(self.num_bins))
-        return Schedule(ratios=ratios, full_blocks=self.full_blocks, law=law)
 
     def for_tokens(
         self, num_tokens: int, *, multiple: int | None = None, segments: int | None = None
@@ -263,7 +255,7 @@ class Schedule:
     def to_json(self) -> str:
         """This schedule as JSON; `from_json` gives it back exactly."""
         data: dict[str, Any] = {"full_blocks": self.full_blocks, "ratios": self.ratios}
-        if self.law != TimeLaw():
+        if self.law != UNIFORM:
             data["law"] = {"name": self.law.name, "times": self.law.times}
         return json.dumps(data, sort_keys=True)
 
@@ -289,12 +281,12 @@ class Schedule:
         cls,
         ratios: Iterable[Iterable[float]],
         full_blocks: Iterable[int] = (0,),
-        law: TimeLaw | None = None,
+        law: TimeLaw = UNIFORM,
     ) -> Schedule:
         """A schedule from nested lists (bins, then blocks); for the uniform law by default."""
         rows = tuple(tuple(float(ratio) for ratio in row) for row in ratios)
         full = tuple(int(block) for block in full_blocks)
-        return cls(ratios=rows, full_blocks=full, law=law or TimeLaw())
+        return cls(ratios=rows, full_blocks=full, law=law)
 
 
 def _met(table: KeepTable, wanted: float) -> bool:
@@ -326,7 +318,7 @@ def hand_made(
     num_blocks: int,
     num_bins: int,
     full_blocks: Sequence[int] = (0,),
-    law: TimeLaw | None = None,
+    law: TimeLaw = UNIFORM,
 ) -> Schedule:
     r"""A schedule that is not learned: logits that rise or fall with depth and time.
 
@@ -357,7 +349,6 @@ def hand_made(
 
     logits = torch.zeros(num_bins, num_blocks)
     logits[:, prunable] = depth * spread(len(prunable)) + time * spread(num_bins)[:, None]
-    law = law or TimeLaw()
     ratios = ratios_from_logits(logits, target, full_blocks, law.weights(num_bins))
     return Schedule(ratios=ratios, full_blocks=tuple(full_blocks), law=law)
 

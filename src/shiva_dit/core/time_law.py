@@ -34,7 +34,7 @@ class TimeLaw:
             return
         if len(self.times) < 2:
             raise ValueError("a law of time needs at least two times, or none for an even one.")
-        if not (0.0 <= self.times[0] and self.times[-1] <= 1.0):
+        if self.times[0] < 0.0 or self.times[-1] > 1.0:
             raise ValueError(f"a law's times must lie in [0, 1], got {self.times}.")
         if not all(low <= high for low, high in pairwise(self.times)):
             raise ValueError(f"a law's times must rise, got {self.times}.")
@@ -77,3 +77,7 @@ class TimeLaw:
                 inside = min(high, (bin_ + 1) / num_bins) - max(low, bin_ / num_bins)
                 weights[bin_] += share * (inside / (high - low) if high > low else 1.0)
         return tuple(weights)
+
+
+UNIFORM = TimeLaw()
+"""Steps that lie evenly over [0, 1]."""

@@ -163,7 +163,7 @@ def _train(job: _Training) -> tuple[Trained, float]:
     label = _label("train", job.name, job.seed)
     with tempfile.TemporaryDirectory() as out:
         config = dataclasses.replace(job.recipe, task=task.name, seed=job.seed, out=Path(out))
-        trainer = Trainer(config, job.settings.backbone(task), task)
+        trainer = Trainer(config, job.settings.backbone(task), task, task.scheduler())
         start = time.process_time()
         if config.trains_nothing:
             trained, seconds = trainer.result(), 0.0
@@ -204,8 +204,8 @@ def _judged(
     images = torch.cat(parts)
     keep_ratio, maps = 1.0, None
     if attachment is not None:
-        table = attachment.counts.table(task.num_tokens)
-        keep_ratio = table.mean_keep_ratio_at(sampler_times(num_steps))
+        run = tuple(sampler_times(num_steps))
+        keep_ratio = attachment.counts.table(task.num_tokens, run).mean_keep_ratio
         if contestant.draws_maps:
             maps = kept_maps(task, attachment, 10, seed=noise_seed(seed), num_steps=num_steps)
     return Outcome(
@@ -237,8 +237,9 @@ def flops_per_image(
     size = task.num_tokens, task.captions.max_words
     if attachment is None:
         return float(num_steps * model_spec(backbone).flops(backbone, *size).dense())
-    rows = [attachment.counts.table(task.num_tokens).row(t) for t in sampler_times(num_steps)]
-    return float(sum(attachment.flops(*size, row) for row in rows))
+    run = tuple(sampler_times(num_steps))
+    table = attachment.counts.table(task.num_tokens, run)
+    return float(sum(attachment.flops(*size, table.row(t)) for t in run))
 
 
 def noise_seed(seed: int) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from shiva_dit.demo.judge import Judge
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.metrics import frechet_distance, kernel_distance
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.clock import Clock, SchedulerTimes
+from shiva_dit.models.sampling import listed_times
 
 NUM_STEPS = 12
 VAE_SCALE = 8  # the stock pipeline divides by this; without an autoencoder a latent is a pixel
@@ -60,27 +66,43 @@ def sample(
     shape = (count, task.channels, task.image_size, task.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     began = time.process_time()
-    images = task.pipeline(backbone)(
-        prompt_embeds=conditioning["encoder_hidden_states"],
-        pooled_prompt_embeds=conditioning["pooled_projections"],
-        negative_prompt_embeds=torch.zeros_like(conditioning["encoder_hidden_states"]),
-        negative_pooled_prompt_embeds=torch.zeros_like(conditioning["pooled_projections"]),
-        height=VAE_SCALE * task.image_size,
-        width=VAE_SCALE * task.image_size,
-        num_inference_steps=num_steps,
-        guidance_scale=guidance,
-        latents=noise.to(device),
-        output_type="latent",
-    ).images
+    pipe = task.pipeline(backbone)
+    with _following(pipe):
+        images = pipe(
+            prompt_embeds=conditioning["encoder_hidden_states"],
+            pooled_prompt_embeds=conditioning["pooled_projections"],
+            negative_prompt_embeds=torch.zeros_like(conditioning["encoder_hidden_states"]),
+            negative_pooled_prompt_embeds=torch.zeros_like(conditioning["pooled_projections"]),
+            height=VAE_SCALE * task.image_size,
+            width=VAE_SCALE * task.image_size,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance,
+            latents=noise.to(device),
+            output_type="latent",
+        ).images
     return images.cpu(), time.process_time() - began
+
+
+@contextmanager
+def _following(pipe: Any) -> Iterator[None]:
+    """Within: what is attached to a pipeline's model knows the pipeline's steps."""
+    attachment = attachment_of(pipe.transformer)
+    if attachment is None:
+        yield
+        return
+    counts = attachment.counts
+    before, counts.clock = counts.clock, Clock(SchedulerTimes(pipe))
+    try:
+        yield
+    finally:
+        counts.clock = before
 
 
 def sampler_times(num_steps: int) -> list[float]:
     """The times t that the demo's sampler visits, noisiest first."""
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(num_steps)
-    scale = scheduler.config["num_train_timesteps"]
-    return (scheduler.timesteps / scale).tolist()
+    return listed_times(scheduler, scheduler.timesteps.tolist())
 
 
 @torch.no_grad()

@@ -20,9 +20,11 @@ from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.core.time_law import UNIFORM
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.sampling import scheduler_law
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance, write_atomically
 from shiva_dit.training.checkpoint import (
@@ -68,7 +70,8 @@ class Trained:
         """
         if self.adapter is None:
             raise ValueError("a control has no schedule that could be moved to another ratio.")
-        return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins)
+        law = self.adapter.schedule.law
+        return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins, law)
 
 
 class Trainer:
@@ -80,14 +83,15 @@ class Trainer:
         config: The recipe.
         model: The backbone, a supported diffusers transformer, on its device.
         data: Training samples.
-        scheduler: That of the model's pipeline; needed where it is a diffusion schedule
-            (PixArt, DiT), not for flow matching.
+        scheduler: That of the model's pipeline: the mean keep ratio is over its steps (over evenly
+            spread ones without it). Needed where it is a diffusion schedule (PixArt, DiT).
     """
 
     def __init__(
         self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
     ) -> None:
-        path = path_of(model_spec(model), scheduler)
+        spec = model_spec(model)
+        path = path_of(spec, scheduler)
         self.config, self.data = config, data
         self._fingerprint = fingerprint(model)
         self.step = 0
@@ -95,9 +99,12 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.indices = ShuffledIndices(len(data), config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
+        law = UNIFORM
+        if scheduler is not None:
+            law = scheduler_law(scheduler, spec, spec.tokens(model, sample.latents))
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.student = Student(config, model, sample, self.generator, path)
+            self.student = Student(config, model, sample, self.generator, path, law)
         fit_updates(self.student, data)
         adapter = self.student.adapter
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
@@ -237,7 +244,7 @@ class Trainer:
             )
         if self.config.learns_policy:
             adapter.schedule = adapter.policy.schedule(
-                self.config.keep_ratio, self.config.policy.num_bins
+                self.config.keep_ratio, self.config.policy.num_bins, adapter.schedule.law
             )
         dtype = getattr(torch, self.config.backbone_dtype)
         adapter.backbone_weights = {k: v.to("cpu", dtype) for k, v in weights.items()}
@@ -250,6 +257,7 @@ class Trainer:
         adapter.training_record = {
             "recipe": to_dict(self.config),
             "steps": self.step,
+            "time_law": adapter.schedule.law.name,
             "provenance": provenance(),
         }
         ours = self.config.method == "shiva"
@@ -298,8 +306,9 @@ class Trainer:
         return self.last_good
 
     def _data(self) -> dict[str, Any]:
-        """What a continuation must find again: the samples and the model that it started from."""
-        return {"samples": len(self.data), "model": self._fingerprint}
+        """What a continuation must find again: samples, model, and whose steps tokens are for."""
+        law = self.student.adapter.schedule.law.name
+        return {"samples": len(self.data), "model": self._fingerprint, "scheduler": law}
 
     def resume(self) -> Path:
         """Go on from the latest checkpoint; returns its folder.
