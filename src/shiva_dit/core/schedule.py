@@ -396,8 +396,8 @@ def anchor_shift(
     """
     wide = logits.detach().double().cpu()
     chosen = wide[:, [block for block in range(wide.shape[1]) if block not in full_blocks]]
-    by_row = torch.ones(len(wide)) if weights is None else torch.tensor(weights)
-    by_row = by_row.to(wide) / by_row.sum()
+    by_row = torch.tensor(weights or [1.0] * len(wide), dtype=torch.float64)
+    by_row = by_row / by_row.sum()
     low, high = -40.0 - float(chosen.max()), 40.0 - float(chosen.min())
     for _ in range(200):
         middle = 0.5 * (low + high)
