@@ -336,7 +336,7 @@ def summary(
     text_tokens = attachment.spec.text_tokens if text_tokens is None else text_tokens
     run, law = _run(attachment, target, num_tokens, num_inference_steps)
     table = attachment.counts.table(num_tokens, run)
-    pruned = [attachment.flops(num_tokens, text_tokens, row) for row in table.counts]
+    pruned = [float(attachment.flops(num_tokens, text_tokens, row)) for row in table.counts]
     times = (0.95, 0.75, 0.5, 0.25, 0.05) if run is None else run
     return Summary(
         model_class=attachment.spec.model_class,

@@ -83,7 +83,7 @@ def scheduler_times(
     if "sigmas" not in options:
         options["num_inference_steps"] = num_steps
     own.set_timesteps(**options)
-    listed = own.timesteps.flatten().tolist()
+    listed = own.timesteps.flatten().double().tolist()
     times = listed_times(own, listed)
     if not all(0.0 <= t <= 1.0 + 1e-6 for t in times):
         raise ValueError(
