@@ -31,6 +31,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusion3Img2ImgPipeline,
     UniPCMultistepScheduler,
+    WanPipeline,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -271,6 +272,52 @@ def test_few_entries_get_a_smaller_multiple() -> None:
     assert schedule.for_steps([1.0], 1000, multiple=16).counts == ((1000, 608),)
     many = Schedule.uniform(ASKED, num_blocks=24).for_steps([1.0, 0.5], 4096)
     assert {k % 16 for row in many.counts for k in row} == {0}
+
+
+def test_a_model_for_the_noisy_part_meets_the_mean_over_that() -> None:
+    """Wan 2.2: two transformers, each for its own part of the way."""
+    pipe: Any = WanPipeline(
+        **{
+            **Wan().pipe.components,
+            "transformer_2": families.made("wan"),
+            "scheduler": UniPCMultistepScheduler(**FLOW, flow_shift=3.0),
+        },
+        boundary_ratio=0.875,
+    )
+    made = Wan()
+    made.pipe = pipe
+    attachment = applied(pipe)
+    with kept(attachment) as rows:
+        made(False, 12)
+    assert 3 <= len(rows) <= 6
+    assert_met(rows)
+    summary = shiva_dit.summary(
+        pipe, num_tokens=tiny.NUM_TOKENS, text_tokens=7, num_inference_steps=12
+    )
+    assert [list(row[1:]) for _, row in summary.rows] == rows
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_an_adapter_put_on_in_the_middle_of_a_run_keeps_its_list(on_cpu: bool) -> None:
+    made = SD3()
+    rows: list[list[int]] = []
+
+    def put_on(pipe: Any, step: int, t: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            attachment = applied(pipe)
+            assert attachment.counts.clock is not None
+            attachment.counts.clock.on_cpu = on_cpu
+            attachment.observer = lambda block, chosen: (
+                rows.append([chosen.shape[1]]) if block == 1 else None
+            )
+        return arguments
+
+    made(False, 8, callback_on_step_end=put_on)
+    attachment = attachment_of(made.pipe.transformer)
+    assert attachment is not None
+    times = scheduler_times(made.pipe.scheduler, attachment.spec, tiny.NUM_TOKENS, 8)
+    table = attachment.schedule.for_steps(times, tiny.NUM_TOKENS)
+    assert rows == [[table.row(t)[1]] for t in times[3:]]
 
 
 # --- times from a device ------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from shiva_dit.models.backbone import TunedBackbone, first_not_finite, pipeline_
 from shiva_dit.models.clock import Clock, ListedTimes, Run, SchedulerTimes
 from shiva_dit.models.families import MODELS, model_spec
 from shiva_dit.models.graphs import CudaRecorder
-from shiva_dit.models.sampling import scheduler_times
+from shiva_dit.models.sampling import own_times, scheduler_times
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
@@ -366,10 +366,11 @@ def _run(
             f"{type(target).__name__} has no scheduler to say what {num_steps} steps are: pass the "
             "pipeline, or the timesteps to apply."
         )
+    config = getattr(target, "config", None)
     times = scheduler_times(
-        scheduler, attachment.spec, num_tokens, num_steps, pipeline_config=target.config
+        scheduler, attachment.spec, num_tokens, num_steps, pipeline_config=config
     )
-    return tuple(times), f"{num_steps} steps of {type(scheduler).__name__}"
+    return tuple(own_times(target, times)), f"{num_steps} steps of {type(scheduler).__name__}"
 
 
 def _own_size(model: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiva_dit.models.sampling import listed_times
+from shiva_dit.models.sampling import listed_times, own_times
 
 TOLERANCE = 0.01
 """How far a forward's time may lie from the expected one: 16-bit timesteps are off by 0.004."""
@@ -112,13 +112,17 @@ class SchedulerTimes:
         return timesteps if asked and isinstance(timesteps, Tensor) and len(timesteps) else None
 
     def _learn(self, listed: Tensor, times: list[float], first: float) -> None:
+        """What the list says of the run, if it says the time that was read."""
         self._read, self.run = listed, None
         begin = getattr(self.pipeline.scheduler, "begin_index", None)
-        if begin is None:  # pipelines that don't say where in the list they begin
-            begin = min(range(len(times)), key=lambda place: abs(times[place] - first))
-        run = times[begin:]
-        if run and abs(run[0] - first) <= TOLERANCE and all(0 <= t <= 1 + 1e-6 for t in run):
-            self.run, self._begin = tuple(run), begin
+        place = getattr(self.pipeline.scheduler, "step_index", None)
+        if place is None:  # the run's first step; not all pipelines say where it is
+            nearest = min(range(len(times)), key=lambda place: abs(times[place] - first))
+            place = begin = nearest if begin is None else begin
+        run = times[begin or 0 :]
+        agrees = place < len(times) and abs(times[place] - first) <= TOLERANCE
+        if agrees and all(0.0 <= t <= 1.0 + 1e-6 for t in run):
+            self._begin, self.run = begin or 0, tuple(own_times(self.pipeline, run))
 
 
 class Clock:

@@ -42,6 +42,17 @@ def listed_times(scheduler: Any, listed: Sequence[float]) -> list[float]:
     return [1.0 - share for share in shares] if inverted else shares
 
 
+def own_times(pipeline: Any, times: Sequence[float]) -> Sequence[float]:
+    """The part of a run that the pipeline's first transformer sees.
+
+    Wan 2.2's second one takes over where there is little noise left.
+    """
+    boundary = getattr(pipeline, "config", {}).get("boundary_ratio")
+    if boundary is None or getattr(pipeline, "transformer_2", None) is None:
+        return times
+    return [t for t in times if t >= boundary]
+
+
 def scheduler_times(
     scheduler: Any,
     spec: ModelSpec,
