@@ -32,6 +32,11 @@ class ListedTimes:
     def __init__(self, times: Sequence[float]) -> None:
         if not times:
             raise ValueError("timesteps must name at least one step.")
+        if not all(0.0 <= t <= 1.0 + 1e-6 for t in times):
+            raise ValueError(
+                "timesteps must be the model's own, from noise to clean data: as t they must lie "
+                f"in [0, 1], got {times}."
+            )
         self.run: Run = tuple(times)
         self.place = 0
 

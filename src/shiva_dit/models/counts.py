@@ -90,17 +90,16 @@ class Counts:
         if key not in self._tables:
             if len(self._tables) >= TABLES:
                 self._tables.clear()
-            table = self._tables[key] = self.made(self.schedule, num_tokens, run)
+            table = self._tables[key] = self._made(num_tokens, run)
             if run is not None or self.clock is None or table.is_constant:  # it will be executed
                 self._tell_missed(table)
         return self._tables[key]
 
-    def made(self, schedule: Schedule, num_tokens: int, run: Run | None = None) -> KeepTable:
-        """A table of any schedule, rounded as this model's are."""
+    def _made(self, num_tokens: int, run: Run | None) -> KeepTable:
         rounding = {"multiple": self.multiple, "segments": self.segments}
         if run is None:
-            return schedule.for_tokens(num_tokens, **rounding)
-        return schedule.for_steps(run, num_tokens, **rounding)
+            return self.schedule.for_tokens(num_tokens, **rounding)
+        return self.schedule.for_steps(run, num_tokens, **rounding)
 
     def row(self, num_tokens: int, timestep: Tensor | float) -> tuple[int, ...]:
         """Every block's k, by the time; that is read from the device if nobody else knows it."""
