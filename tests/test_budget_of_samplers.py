@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -15,7 +16,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AuraFlowPipeline,
     AutoencoderKL,
+    ChromaPipeline,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogView4Pipeline,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -29,6 +35,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    QwenImagePipeline,
     StableDiffusion3Img2ImgPipeline,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -180,6 +187,74 @@ def test_both_passes_of_guidance_count_alike(name: str) -> None:
     if name in ("flux", "wan-unipc"):
         assert rows[::2] == rows[1::2]
     assert attachment.counts.clock.reads == 1
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def embedded(width: int, mask: str | None = None, words: int = families.TEXT) -> dict[str, Any]:
+    """Prompts, wanted and not, as embeddings."""
+    given: dict[str, Any] = {"prompt_embeds": numbers(1, words, width)}
+    if mask is not None:
+        given[mask] = torch.ones(1, words, dtype=torch.bool)
+    return {**given, **{f"negative_{key}": value for key, value in given.items()}}
+
+
+OWN_WAYS: dict[str, tuple[Any, Callable[[], Any], Callable[[Any], dict[str, Any]]]] = {
+    "cogview4": (
+        CogView4Pipeline,
+        lambda: FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75
+        ),
+        lambda c: embedded(c.text_embed_dim, words=16),
+    ),
+    "chroma": (
+        ChromaPipeline,
+        dynamic,
+        lambda c: embedded(c.joint_attention_dim, "prompt_attention_mask"),
+    ),
+    "qwen-image": (
+        QwenImagePipeline,
+        lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        lambda c: embedded(c.joint_attention_dim, "prompt_embeds_mask"),
+    ),
+    "auraflow": (
+        AuraFlowPipeline,
+        lambda: FlowMatchEulerDiscreteScheduler(shift=1.73),
+        lambda c: embedded(c.joint_attention_dim, "prompt_attention_mask"),
+    ),
+    "cogvideox": (
+        CogVideoXPipeline,
+        CogVideoXDDIMScheduler,
+        lambda c: embedded(c.text_embed_dim, words=c.max_text_seq_length) | {"num_frames": 13},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_WAYS)
+def test_pipelines_give_their_schedulers_other_arguments(name: str) -> None:
+    """What `summary` says of a number of steps is what the pipeline makes of it."""
+    kind, scheduler, arguments = OWN_WAYS[name]
+    model = families.made(name)
+    parts = dict.fromkeys(set(inspect.signature(kind.__init__).parameters) - {"self"})
+    pipe = kind(**{**parts, "transformer": model, "scheduler": scheduler()})
+    pipe.set_progress_bar_config(disable=True)
+    side = 64 if name == "cogvideox" else 128
+    with kept(applied(pipe)) as rows:
+        pipe(
+            **arguments(model.config),
+            height=side,
+            width=side,
+            num_inference_steps=6,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        )
+    assert_met(rows)
+    executed = shiva_dit.summary(
+        pipe, num_tokens=tiny.NUM_TOKENS, text_tokens=16, num_inference_steps=6
+    )
+    assert [list(row[1:]) for _, row in executed.rows] == rows[:: len(rows) // 6]
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 from diffusers import DiffusionPipeline
 
 from shiva_dit.core.time_law import TimeLaw
@@ -165,13 +166,12 @@ def _own_steps(num_steps: int) -> dict[str, Any]:
 
 def _even_sigmas(num_steps: int) -> dict[str, Any]:
     """Noise levels 1, 1 - 1/n, ..., 1/n, before they are shifted."""
-    return {"sigmas": [1.0 - step / num_steps for step in range(num_steps)]}
+    return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps).tolist()}
 
 
 def _whole_timesteps(num_steps: int) -> dict[str, Any]:
     """CogView 4: the model is told other times than the noise is scaled by."""
-    reach = max(num_steps - 1, 1)
-    steps = [float(int(1000 - place * 999 / reach)) for place in range(num_steps)]
+    steps = np.linspace(1000, 1.0, num_steps).astype(np.int64).tolist()
     return {"timesteps": steps, "sigmas": [step / 1000 for step in steps]}
 
 
@@ -190,6 +190,12 @@ def _shift_by_tokens(config: Mapping[str, Any], num_tokens: int, num_steps: int)
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return base + (num_tokens - low) * (top - base) / (high - low)
+
+
+def _shift_by_channels(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
+    """Lumina 2: its pipeline takes the 16 channels of its latents for their tokens."""
+    del num_tokens
+    return _shift_by_tokens(config, 16, num_steps)
 
 
 def _shift_by_side(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
@@ -249,5 +255,6 @@ SHIFTS: dict[str, Callable[[Mapping[str, Any], int, int], float]] = {
     "EasyAnimateTransformer3DModel": _shift_of_one,
     "Flux2Transformer2DModel": _shift_by_steps,
     "Krea2Transformer2DModel": _shift_unless_distilled,
+    "Lumina2Transformer2DModel": _shift_by_channels,
 }
 """`mu` for schedulers that shift by resolution: of their config, N and the number of steps."""
