@@ -522,6 +522,14 @@ def test_a_law_is_the_density_of_its_scheduler(kind: str, shift: float) -> None:
     assert scheduler.num_inference_steps is None if kind == "unipc" else True  # left alone
 
 
+def test_a_law_sees_a_shift_that_was_set_later() -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_shift(5.0)
+    law = scheduler_law(scheduler, MODELS["SD3Transformer2DModel"], 64)
+    assert law.name == "FlowMatchEulerDiscreteScheduler (shift = 5)"
+    assert law.weights(64)[60] > 3.0
+
+
 def test_a_law_shifts_by_resolution() -> None:
     spec = MODELS["FluxTransformer2DModel"]
     few, many = (scheduler_law(dynamic(), spec, n) for n in (256, 4096))

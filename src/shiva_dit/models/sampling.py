@@ -151,7 +151,8 @@ def _name(scheduler: Any, num_tokens: int) -> str:
     if config.get("use_dynamic_shifting"):
         told.append(f"{num_tokens} tokens")
     elif config.get("shift") is not None:
-        told.append(f"shift = {config['shift']:g}")
+        shift = vars(scheduler).get("_shift", config["shift"])  # `set_shift` leaves the config
+        told.append(f"shift = {shift:g}")
     elif config.get("use_flow_sigmas"):
         told.append(f"flow_shift = {config['flow_shift']:g}")
     name = type(scheduler).__name__
