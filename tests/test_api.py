@@ -72,8 +72,10 @@ def test_a_pipeline_runs_unmodified(kind: str, guidance: float) -> None:
         pruned = tiny.generate(pipe, guidance)
     assert len(calls) == 4
     assert all(call["batch"] == (4 if guidance > 1 else 2) for call in calls)
-    # shift = 3 puts the four steps at t = 1, 0.86, 0.60 and 0.01.
-    rows = [COUNTS[2], COUNTS[2], COUNTS[1], COUNTS[0]]
+    # shift = 3 puts the four steps at t = 1, 0.86, 0.60 and 0.01: in the last bin twice.
+    table = tiny.from_counts(COUNTS).for_steps([1.0, 0.86, 0.6, 0.01], 64)
+    rows = [table.row(t) for t in (1.0, 0.86, 0.6, 0.01)]
+    assert sum(map(sum, rows)) == pytest.approx(4 / 3 * sum(map(sum, COUNTS)), abs=1)
     for call, row in zip(calls, rows, strict=True):
         assert [(b, i.shape) for b, i in call["chosen"]] == [
             (b, (call["batch"], row[b])) for b in (1, 2, 3)

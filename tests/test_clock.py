@@ -63,7 +63,7 @@ def test_passes_in_turn_and_other_units() -> None:
     clock, kept = watched(made.pipe)
     assert torch.equal(made(True), expected)
     assert kept == kept_before
-    assert clock.reads == 2  # both calls of the first step
+    assert clock.reads == 1  # the second call of the first step is at the same time
 
 
 def test_a_replaced_scheduler_is_seen() -> None:
@@ -158,6 +158,9 @@ def test_no_steps_are_refused_and_no_scheduler_is_no_clock() -> None:
     model = tiny.sd3()
     with pytest.raises(ValueError, match="at least one step"):
         shiva_dit.apply(model, tiny.adapter(model), timesteps=[])
+    for wrong in (float("nan"), 1100.0, -1.0):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got"):
+            shiva_dit.apply(model, tiny.adapter(model), timesteps=[500.0, wrong])
     shiva_dit.apply(model, tiny.adapter(model))
     attachment = attachment_of(model)
     assert attachment is not None

@@ -84,7 +84,7 @@ class ShivaConfig:
     full_blocks: tuple[int, ...] = (0,)
     """Blocks that are never pruned."""
     keep_ratio: float = 0.6
-    """Target of the mean keep ratio over time and prunable blocks, in (0, 1)."""
+    """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1)."""
     multiple: int | None = None
     """The number of tokens kept is a multiple of this, or all; as `Schedule.for_tokens` sees fit by
     default."""
@@ -525,7 +525,8 @@ def model_card(adapter: ShivaAdapter) -> str:
 # Shiva adapter for {config.base_model or config.base_model_class}
 
 Each block of the transformer runs on a learned part of the image tokens: {config.keep_ratio:.0%}
-on average over time and over the blocks that are pruned. Backbone in training: {config.backbone}.
+on average over the sampler's steps and the blocks that are pruned. Trained for the density of
+{adapter.schedule.law.name} steps. Backbone in training: {config.backbone}.
 
 ```python
 import shiva_dit

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +17,12 @@ from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange
 from shiva_dit.models.backbone import first_not_finite
-from shiva_dit.models.clock import Clock, ListedTimes, SchedulerTimes
+from shiva_dit.models.clock import Clock, ListedTimes, Run, SchedulerTimes
 from shiva_dit.models.families import MODELS
 from shiva_dit.models.graphs import CudaRecorder
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.places import PLAIN
+from shiva_dit.models.sampling import own_times, scheduler_times
 from shiva_dit.models.target import pipeline_transformer, transformers_of
 from shiva_dit.models.tuned import TunedBackbone
 
@@ -58,6 +59,10 @@ def apply(
     both halves of one call keep the tokens that either wants; of passes one after the other, the
     unconditional one keeps the conditional one's. Loops of your own say it by `guided`.
 
+    The mean keep ratio is met over the very steps of each run of a pipeline, however few, and
+    over `timesteps`. A bare transformer doesn't know its steps: its tokens go by the density of
+    the steps that the schedule was made for (`summary` names it).
+
     Args:
         target: A diffusers pipeline, or its transformer.
         adapter: A `ShivaAdapter`, a folder, or a Hub id "user/name".
@@ -71,8 +76,9 @@ def apply(
         select_every: So many prunable blocks in a row share the scores of their first: 2 halves
             what choosing costs. The adapter's by default.
         timesteps: What the model will be called with, one entry per call, in its own units; then
-            from the start again. On a GPU, calls then need not wait for the device to say what
-            time it is. A pipeline needs none: its scheduler says so after a run's first step.
+            from the start again. The mean keep ratio is met over this list, and on a GPU calls
+            need not wait for the device to say what time it is. A pipeline needs none: its
+            scheduler says so after a run's first step.
         merge: Whether a LoRA or DoRA of the adapter is merged into the layers that are plain: it
             then costs nothing, and the model's own weights lie on the host until `remove`. False
             leaves them alone, for adapters that are switched often.
@@ -154,7 +160,8 @@ def _schedule(
 ) -> Schedule:
     """The schedule asked for, or the adapter's own."""
     if keep_ratio is not None:
-        schedule = adapter.policy.schedule(keep_ratio, adapter.config.num_bins)
+        bins, law = adapter.config.num_bins, adapter.schedule.law
+        schedule = adapter.policy.schedule(keep_ratio, bins, law)
     if schedule is None:
         return adapter.schedule
     adapter.warn_if_far(schedule)
@@ -360,14 +367,16 @@ class Summary:
     """N."""
     text_tokens: int
     """T."""
+    law: str
+    """Whose steps all means are over: those of a run, or a density of steps over time."""
     keep_ratio: float
-    """Mean of k / N over all time bins and prunable blocks: of the executed integers."""
+    """Mean of k / N over all these steps and prunable blocks: of the executed integers."""
     flops_dense: int
     """FLOPs of one dense forward of one sample."""
     flops_pruned: int
-    """The same with pruning, routers included, averaged over the time bins."""
+    """The same with pruning, routers included, averaged over these steps."""
     rows: tuple[tuple[float, tuple[int, ...]], ...]
-    """(t, k of every block) at a few times, noisiest first."""
+    """(t, k of every block), noisiest first: of each step of a run, or at a few times."""
     transformer_2: Summary | None = None
     """The same of a pipeline's second transformer, if it has an adapter too."""
 
@@ -384,7 +393,7 @@ class Summary:
             f"{self.num_tokens} image tokens, {self.text_tokens} text tokens",
             f"kept on average {self.keep_ratio:.1%}; FLOPs {self.flops_pruned / 1e9:.4g} G of "
             f"{self.flops_dense / 1e9:.4g} G, {self.flops_saved:.1%} saved",
-            "    t  tokens kept, by block",
+            f"    t  tokens kept, by block; means are over {self.law}",
         ]
         width = len(str(self.num_tokens))
         for t, row in self.rows:
@@ -395,7 +404,11 @@ class Summary:
 
 
 def summary(
-    target: Any, *, num_tokens: int | None = None, text_tokens: int | None = None
+    target: Any,
+    *,
+    num_tokens: int | None = None,
+    text_tokens: int | None = None,
+    num_inference_steps: int | None = None,
 ) -> Summary:
     """What is pruned and what it saves; print it, or read its fields.
 
@@ -404,35 +417,79 @@ def summary(
         num_tokens: Image tokens N; by default those of the last forward with the adapter on, and
             if none has run, those of the size that the model's config states.
         text_tokens: Text tokens T; as many as the model's pipelines use by default.
+        num_inference_steps: What the pipeline will be called with: the summary is then what that
+            run executes. Without it, it is for the `timesteps` given to `apply`, or else for the
+            density of steps that the schedule was made for; a run meets the same mean over its own
+            steps, by tokens that differ a little from these.
 
     Raises:
         ValueError: If no adapter is attached, or no forward has run of a model whose config
-            states no size (Flux) and `num_tokens` is not given.
+            states no size (Flux) and `num_tokens` is not given; for steps of a transformer without
+            its pipeline.
     """
     attachment = _attached(target)
-    model: Any = attachment.model
     num_tokens = _own_size(attachment) if num_tokens is None else num_tokens
     text_tokens = attachment.spec.text_tokens if text_tokens is None else text_tokens
-    table = attachment.counts.table(num_tokens)
-    pruned = [attachment.flops(num_tokens, text_tokens, row) for row in table.counts]
-    times = (0.95, 0.75, 0.5, 0.25, 0.05)
+    first = _summary(attachment, target, num_tokens, text_tokens, num_inference_steps)
+    second = _second_summary(target, num_tokens, text_tokens, num_inference_steps)
+    return first if second is None else replace(first, transformer_2=second)
+
+
+def _summary(
+    attachment: Attachment,
+    target: Any,
+    num_tokens: int,
+    text_tokens: int,
+    num_inference_steps: int | None,
+) -> Summary:
+    """What one attachment does."""
+    model: Any = attachment.model
+    run, law = _run(attachment, target, num_tokens, num_inference_steps)
+    table = attachment.counts.table(num_tokens, run)
+    pruned = [float(attachment.flops(num_tokens, text_tokens, row)) for row in table.counts]
+    times = (0.95, 0.75, 0.5, 0.25, 0.05) if run is None else run
     return Summary(
         model_class=attachment.spec.model_class,
         num_tokens=num_tokens,
         text_tokens=text_tokens,
+        law=law,
         keep_ratio=table.mean_keep_ratio,
         flops_dense=attachment.spec.flops(model, num_tokens, text_tokens).dense(),
-        flops_pruned=round(sum(pruned) / len(pruned)),
+        flops_pruned=round(table.weighed(pruned)),
         rows=tuple((t, table.row(t)) for t in times),
-        transformer_2=_second_summary(target, num_tokens, text_tokens),
     )
 
 
-def _second_summary(target: Any, num_tokens: int, text_tokens: int) -> Summary | None:
+def _second_summary(
+    target: Any, num_tokens: int, text_tokens: int, num_steps: int | None
+) -> Summary | None:
     second = _attachments(target)[1:]
     if not second:
         return None
-    return summary(second[0].model, num_tokens=num_tokens, text_tokens=text_tokens)
+    return _summary(second[0], target, num_tokens, text_tokens, num_steps)
+
+
+def _run(
+    attachment: Attachment, target: Any, num_tokens: int, num_steps: int | None
+) -> tuple[Run | None, str]:
+    """The steps that a summary is over, if any are known, and their name."""
+    clock = attachment.counts.clock
+    if num_steps is None:
+        if clock is not None and isinstance(clock.times, ListedTimes):
+            run = clock.times.run
+            return run, f"the {len(run)} timesteps given to apply"
+        return None, f"the density of {attachment.schedule.law.name} steps"
+    scheduler = getattr(target, "scheduler", None)
+    if scheduler is None:
+        raise ValueError(
+            f"{type(target).__name__} has no scheduler to say what {num_steps} steps are: pass the "
+            "pipeline, or the timesteps to apply."
+        )
+    config = getattr(target, "config", None)
+    times = scheduler_times(
+        scheduler, attachment.spec, num_tokens, num_steps, pipeline_config=config
+    )
+    return tuple(own_times(target, times)), f"{num_steps} steps of {type(scheduler).__name__}"
 
 
 def _own_size(attachment: Attachment) -> int:

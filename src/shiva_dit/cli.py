@@ -285,35 +285,38 @@ def _train(options: argparse.Namespace) -> int:
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
     device = usable_device(options.device)
-    model, data = _demo(recipe.task, options.base) if options.data is None else _own(options)
+    made = _demo(recipe.task, options.base) if options.data is None else _own(options)
+    model, data, scheduler = made
     model.to(device)
     try:
-        print(train(recipe, model, data, resume=options.resume))
+        print(train(recipe, model, data, resume=options.resume, scheduler=scheduler))
     except TrainingInterrupted as stop:
         print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
         return 128 + stop.number
     return 0
 
 
-def _demo(name: str | None, base: Path | None) -> tuple[Any, Any]:
-    """A demo task's backbone and data."""
+def _demo(name: str | None, base: Path | None) -> tuple[Any, Any, Any]:
+    """A demo task's backbone, data and scheduler."""
     from shiva_dit.demo.base import ASSETS, load_backbone
     from shiva_dit.demo.tasks import load_task
 
     if name is None:
         raise ValueError("the recipe names no task: set task=..., or give --data and --pipeline.")
     task = load_task(name)
-    return load_backbone(task, base or ASSETS), task
+    return load_backbone(task, base or ASSETS), task, task.scheduler()
 
 
-def _own(options: argparse.Namespace) -> tuple[Any, Any]:
-    """A pipeline's transformer, and data that `encode` made."""
+def _own(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """A pipeline's transformer, data that `encode` made, and the pipeline's scheduler."""
     from diffusers import AutoModel
 
+    from shiva_dit.models.sampling import pipeline_scheduler
     from shiva_dit.training.folder import FolderData
 
     data = FolderData(options.data)
-    return _loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer"), data
+    model = _loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
+    return model, data, _loaded(options.pipeline, pipeline_scheduler)
 
 
 def _loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:

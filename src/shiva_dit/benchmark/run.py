@@ -118,6 +118,7 @@ class Bench:
             if self.config.adapter is None:
                 found[f"keep {keep:g}"] = uniform(keep)
             else:
+                # For even steps, as the forwards that are timed are.
                 found[f"keep {keep:g}"] = adapter.policy.schedule(keep, config.num_bins)
         if self.config.adapter is not None:
             found[ADAPTER] = adapter.schedule

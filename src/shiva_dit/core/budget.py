@@ -131,8 +131,9 @@ class BudgetController:
 
         Args:
             mean_keep_ratio: The *executed* mean ratio, in (0, 1], differentiable in the policy.
-                Take it over a fixed grid of t (`shiva_dit.training.plan.Planner`), not over
-                the batch: the batch's sampling noise would act as a hidden penalty on Var(r).
+                Take it over a fixed grid of t, weighed by the density of the sampler's steps
+                (`shiva_dit.training.plan.Planner`), not over the batch: the batch's sampling noise
+                would act as a hidden penalty on Var(r).
 
         Returns:
             A scalar whose gradient is `2 lambda (mu - R) + d` times that of the mean.

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from shiva_dit.core.keep_table import KeepTable, merged_bins, rounded_counts
+from shiva_dit.config import from_dict
+from shiva_dit.core.keep_table import (
+    KeepTable,
+    merged_bins,
+    nearest_bin,
+    rounded_counts,
+    weighted_mean,
+)
+from shiva_dit.core.time_law import UNIFORM, TimeLaw
 
 MEAN_TOLERANCE = 1e-3
 """How far the mean of executed counts may lie from the ratios', as a share of it."""
@@ -29,6 +38,10 @@ class Schedule:
     """Keep ratio r in (0, 1] of each (time bin, block). Bin b of S covers t in [b/S, (b+1)/S]."""
     full_blocks: tuple[int, ...] = (0,)
     """Blocks that are never pruned; their ratios are 1."""
+    law: TimeLaw = UNIFORM
+    """Whose steps the mean keep ratio is over."""
+    prunable_blocks: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Blocks that may be pruned."""
 
     def __post_init__(self) -> None:
         if not self.ratios or not self.ratios[0]:
@@ -47,6 +60,9 @@ class Schedule:
                 raise ValueError(f"full_blocks: there is no block {block} among {num_blocks}.")
             if any(row[block] != 1.0 for row in self.ratios):
                 raise ValueError(f"block {block} is listed as never pruned: its ratios must be 1.")
+        full = set(self.full_blocks)
+        prunable = tuple(b for b in range(num_blocks) if b not in full)
+        object.__setattr__(self, "prunable_blocks", prunable)
 
     @classmethod
     def uniform(
@@ -56,10 +72,12 @@ class Schedule:
         num_blocks: int,
         num_bins: int = 1,
         full_blocks: Sequence[int] = (0,),
+        law: TimeLaw = UNIFORM,
     ) -> Schedule:
         """The same ratio in every block that may be pruned, at every time."""
         row = tuple(1.0 if b in full_blocks else float(keep_ratio) for b in range(num_blocks))
-        return cls(ratios=(row,) * num_bins, full_blocks=tuple(full_blocks))
+        ratios = (row,) * num_bins
+        return cls(ratios=ratios, full_blocks=tuple(full_blocks), law=law)
 
     @property
     def num_bins(self) -> int:
@@ -72,20 +90,23 @@ class Schedule:
         return len(self.ratios[0])
 
     @property
-    def prunable_blocks(self) -> tuple[int, ...]:
-        """Blocks that may be pruned."""
-        return tuple(b for b in range(self.num_blocks) if b not in self.full_blocks)
-
-    @property
     def mean_keep_ratio(self) -> float:
-        """Mean over all bins and all blocks that may be pruned: what a target refers to."""
-        values = [row[b] for row in self.ratios for b in self.prunable_blocks]
+        """Mean over all steps, as the law spreads them, and all blocks that may be pruned.
+
+        This is what a target refers to, and what every table keeps.
+        """
+        means = [self._mean(row) for row in self.ratios]
+        return weighted_mean(means, self.law.weights(self.num_bins))
+
+    def _mean(self, row: Sequence[float]) -> float:
+        """Mean ratio of one row over the blocks that may be pruned."""
+        values = [row[block] for block in self.prunable_blocks]
         return math.fsum(values) / len(values) if values else 1.0
 
     def for_tokens(
         self, num_tokens: int, *, multiple: int | None = None, segments: int | None = None
     ) -> KeepTable:
-        """The integers that are executed for N tokens, with the mean ratio kept.
+        """The integers that are executed for N tokens, by time bin, with the mean ratio kept.
 
         Rounding each ratio down would spend less than was asked for (by multiple / 2N on average),
         so the remainder is given back, one step at a time, where rounding took most; among equals
@@ -103,12 +124,71 @@ class Schedule:
                 `KeepTable.mean_keep_ratio` says what is executed.
 
         Returns:
-            A table whose mean ratio is within 0.1% of the schedule's (where that is at least
-            1 / N: no block keeps fewer tokens than one).
+            A table whose mean ratio, over steps as the law spreads them, is within 0.1% of the
+            schedule's (where that is at least 1 / N: no block keeps fewer tokens than one).
 
         Raises:
             ValueError: If no multiple comes that low: k is at least one `multiple`.
         """
+        multiple = self._multiple(num_tokens, multiple, segments)
+        wanted, weights = self.mean_keep_ratio, self.law.weights(self.num_bins)
+        table = self._table(self.ratios, weights, num_tokens, multiple, segments)
+        reachable = min(multiple, num_tokens) <= wanted * num_tokens  # else k = 1 is the nearest
+        if segments is None and reachable and not _met(table, wanted):
+            # The mean of n entries misses by half a step at most: multiple / (2 n N).
+            entries = len(self.prunable_blocks) * self.num_bins
+            needed = multiple / (2 * MEAN_TOLERANCE * wanted * num_tokens * entries)
+            parts = math.ceil(needed * max(weights))
+            rows = tuple(row for row in self.ratios for _ in range(parts))
+            weights = self.law.weights(len(rows))
+            # Within a bin the law may be uneven, which would move the mean between bins.
+            rows = self._moved(rows, weights)
+            table = self._table(rows, weights, num_tokens, multiple, None)
+        return table
+
+    def for_steps(
+        self,
+        times: Sequence[float],
+        num_tokens: int,
+        *,
+        multiple: int | None = None,
+        segments: int | None = None,
+    ) -> KeepTable:
+        """The integers that are executed in a run of known steps, with the mean ratio kept.
+
+        The mean is over this very list, few steps and part of the way included: all logits of the
+        ratios at these times are moved alike to meet it, and then rounded as in `for_tokens`.
+
+        Args:
+            times: t of each step in [0, 1], in any order; one that comes twice counts twice.
+            num_tokens: N, at least 1.
+            multiple: As in `for_tokens`; by default it is halved, too, until the mean is met.
+            segments: At most so many different rows.
+
+        Returns:
+            A table with a row for each time. Its mean is within 0.1% of the schedule's, or the
+            nearest that can be reached: a half `multiple` per step and block, at most.
+
+        Raises:
+            ValueError: If there are no times, one lies outside [0, 1], or no multiple comes that
+                low.
+        """
+        if not times:
+            raise ValueError("times must name at least one step.")
+        chosen = self._multiple(num_tokens, multiple, segments)
+        repeats = sorted(Counter(times).items())
+        weights = [float(count) for _, count in repeats]
+        rows = [self.ratios[nearest_bin(t, self.num_bins)] for t, _ in repeats]
+        rows, wanted = self._moved(rows, weights), self.mean_keep_ratio
+        unique = tuple(t for t, _ in repeats)
+        table = self._table(rows, weights, num_tokens, chosen, segments, times=unique)
+        while multiple is None and chosen > 1 and not _met(table, wanted):
+            chosen //= 2
+            table = self._table(rows, weights, num_tokens, chosen, segments, times=unique)
+        return table
+
+    def _multiple(self, num_tokens: int, multiple: int | None, segments: int | None) -> int:
+        """The multiple that is asked for, or the default one; all numbers checked."""
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
         wanted = self.mean_keep_ratio
@@ -125,30 +205,41 @@ class Schedule:
                 f"tokens, more than the mean of {wanted:.4g} asked for: use a multiple of at most "
                 f"{max(1, int(wanted * num_tokens))}."
             )
-        if segments is not None:
-            return self._table(num_tokens, multiple, merged_bins(self.ratios, segments))
-        table = self._table(num_tokens, multiple, [1] * self.num_bins)
-        reachable = lowest <= wanted * num_tokens  # if not, k = 1 is as near as it gets
-        if reachable and abs(table.mean_keep_ratio - wanted) > MEAN_TOLERANCE * wanted:
-            # The mean of n entries misses by half a step at most: multiple / (2 n N).
-            entries = len(self.prunable_blocks) * self.num_bins
-            needed = multiple / (2 * MEAN_TOLERANCE * wanted * num_tokens * entries)
-            parts = math.ceil(needed)
-            split = Schedule(
-                ratios=tuple(row for row in self.ratios for _ in range(parts)),
-                full_blocks=self.full_blocks,
-            )
-            table = split._table(num_tokens, multiple, [1] * split.num_bins)
-        return table
+        return multiple
 
-    def _table(self, num_tokens: int, multiple: int, lengths: Sequence[int]) -> KeepTable:
-        """The integers, equal within each run of so many time bins."""
-        means, start = [], 0
+    def _moved(
+        self, rows: Sequence[Sequence[float]], weights: Sequence[float]
+    ) -> tuple[tuple[float, ...], ...]:
+        """Ratios, their logits moved alike so that the mean by these weights is the schedule's."""
+        now = weighted_mean([self._mean(row) for row in rows], weights)
+        if abs(now - self.mean_keep_ratio) <= 1e-12:
+            return tuple(map(tuple, rows))
+        ratios = torch.tensor(rows, dtype=torch.float64)
+        logits = ratios.logit().clamp(-40.0, 40.0)  # a ratio of 1 stays one while others can give
+        return ratios_from_logits(logits, self.mean_keep_ratio, self.full_blocks, weights)
+
+    def _table(
+        self,
+        rows: Sequence[Sequence[float]],
+        weights: Sequence[float],
+        num_tokens: int,
+        multiple: int,
+        segments: int | None,
+        times: tuple[float, ...] = (),
+    ) -> KeepTable:
+        """The integers; neighbouring rows share theirs where there may be but few segments."""
+        lengths = [1] * len(rows)
+        if segments is not None:
+            lengths = merged_bins(rows, segments, weights)
+        means, totals, start = [], [], 0
         for length in lengths:
-            rows = self.ratios[start : start + length]
-            means.append([math.fsum(column) / length for column in zip(*rows, strict=True)])
+            part = slice(start, start + length)
+            totals.append(math.fsum(weights[part]))
+            # Bins in which no step falls have no say in the mean; among themselves all alike.
+            each = weights[part] if totals[-1] else [1.0] * length
+            means.append([weighted_mean(c, each) for c in zip(*rows[part], strict=True)])
             start += length
-        rounded = rounded_counts(means, lengths, self.prunable_blocks, num_tokens, multiple)
+        rounded = rounded_counts(means, totals, self.prunable_blocks, num_tokens, multiple)
         return KeepTable(
             counts=tuple(
                 tuple(row)
@@ -157,34 +248,49 @@ class Schedule:
             ),
             num_tokens=num_tokens,
             prunable_blocks=self.prunable_blocks,
+            weights=tuple(weights),
+            times=times,
         )
 
     def to_json(self) -> str:
         """This schedule as JSON; `from_json` gives it back exactly."""
-        return json.dumps({"full_blocks": self.full_blocks, "ratios": self.ratios}, sort_keys=True)
+        data: dict[str, Any] = {"full_blocks": self.full_blocks, "ratios": self.ratios}
+        if self.law != UNIFORM:
+            data["law"] = {"name": self.law.name, "times": self.law.times}
+        return json.dumps(data, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """A schedule from `to_json`.
+        """A schedule from `to_json`; one without a law is for the uniform one.
 
         Raises:
             ValueError: If the text is not one.
         """
         try:
             data = json.loads(text)
-            if not isinstance(data, dict) or set(data) != {"full_blocks", "ratios"}:
+            needed = {"full_blocks", "ratios"}
+            if not isinstance(data, dict) or set(data) - {"law"} != needed:
                 raise ValueError('expected an object with "full_blocks" and "ratios".')
-            return cls.from_ratios(data["ratios"], data["full_blocks"])
+            law = from_dict(TimeLaw, data.get("law", {}), "law")
+            return cls.from_ratios(data["ratios"], data["full_blocks"], law)
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a schedule: {error}") from error
 
     @classmethod
     def from_ratios(
-        cls, ratios: Iterable[Iterable[float]], full_blocks: Iterable[int] = (0,)
+        cls,
+        ratios: Iterable[Iterable[float]],
+        full_blocks: Iterable[int] = (0,),
+        law: TimeLaw = UNIFORM,
     ) -> Schedule:
-        """A schedule from nested lists (bins, then blocks)."""
+        """A schedule from nested lists (bins, then blocks); for the uniform law by default."""
         rows = tuple(tuple(float(ratio) for ratio in row) for row in ratios)
-        return cls(ratios=rows, full_blocks=tuple(int(block) for block in full_blocks))
+        full = tuple(int(block) for block in full_blocks)
+        return cls(ratios=rows, full_blocks=full, law=law)
+
+
+def _met(table: KeepTable, wanted: float) -> bool:
+    return abs(table.mean_keep_ratio - wanted) <= MEAN_TOLERANCE * wanted
 
 
 def anneal(start: float, end: float, progress: float) -> float:
@@ -212,6 +318,7 @@ def hand_made(
     num_blocks: int,
     num_bins: int,
     full_blocks: Sequence[int] = (0,),
+    law: TimeLaw = UNIFORM,
 ) -> Schedule:
     r"""A schedule that is not learned: logits that rise or fall with depth and time.
 
@@ -228,6 +335,7 @@ def hand_made(
         num_blocks: L.
         num_bins: Time bins.
         full_blocks: Blocks that are never pruned.
+        law: Whose steps the mean is over; the uniform law by default.
 
     >>> made = hand_made(0.5, depth=-9.0, time=0.0, form="step", num_blocks=5, num_bins=1)
     >>> [round(ratio, 2) for ratio in made.ratios[0]]
@@ -241,13 +349,15 @@ def hand_made(
 
     logits = torch.zeros(num_bins, num_blocks)
     logits[:, prunable] = depth * spread(len(prunable)) + time * spread(num_bins)[:, None]
-    return Schedule(
-        ratios=ratios_from_logits(logits, target, full_blocks), full_blocks=tuple(full_blocks)
-    )
+    ratios = ratios_from_logits(logits, target, full_blocks, law.weights(num_bins))
+    return Schedule(ratios=ratios, full_blocks=tuple(full_blocks), law=law)
 
 
 def ratios_from_logits(
-    logits: torch.Tensor, target: float, full_blocks: Sequence[int]
+    logits: torch.Tensor,
+    target: float,
+    full_blocks: Sequence[int],
+    weights: Sequence[float] | None = None,
 ) -> tuple[tuple[float, ...], ...]:
     """Ratios sigmoid(logit + shift), the shift chosen so that their mean is the target exactly.
 
@@ -257,6 +367,7 @@ def ratios_from_logits(
         logits: Of shape (bins, blocks).
         target: Mean keep ratio over the prunable blocks, in (0, 1].
         full_blocks: Blocks whose ratio is 1.
+        weights: How much each bin counts for the mean; all alike by default.
     """
     if not 0.0 < target <= 1.0:
         raise ValueError(f"target keep ratio must lie in (0, 1], got {target}.")
@@ -264,25 +375,33 @@ def ratios_from_logits(
     prunable = [block for block in range(wide.shape[1]) if block not in full_blocks]
     ratios = torch.ones_like(wide)
     if target < 1.0 and prunable:
-        shift = anchor_shift(wide, target, full_blocks)
+        shift = anchor_shift(wide, target, full_blocks, weights)
         ratios[:, prunable] = torch.sigmoid(wide[:, prunable] + shift).clamp_min(1e-6)
     return tuple(tuple(row) for row in ratios.tolist())
 
 
-def anchor_shift(logits: torch.Tensor, target: float, full_blocks: Sequence[int]) -> float:
+def anchor_shift(
+    logits: torch.Tensor,
+    target: float,
+    full_blocks: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> float:
     """What to add to logits of ratios so that the mean ratio is the target.
 
     Args:
         logits: Of shape (bins, blocks), with at least one block that may be pruned.
         target: Mean keep ratio over the prunable blocks, in (0, 1).
         full_blocks: Blocks that don't count.
+        weights: How much each bin counts for the mean; all alike by default.
     """
     wide = logits.detach().double().cpu()
     chosen = wide[:, [block for block in range(wide.shape[1]) if block not in full_blocks]]
+    by_row = torch.tensor(weights or [1.0] * len(wide), dtype=torch.float64)
+    by_row = by_row / by_row.sum()
     low, high = -40.0 - float(chosen.max()), 40.0 - float(chosen.min())
     for _ in range(200):
         middle = 0.5 * (low + high)
-        if float(torch.sigmoid(chosen + middle).mean()) < target:
+        if float(by_row @ torch.sigmoid(chosen + middle).mean(1)) < target:
             low = middle
         else:
             high = middle

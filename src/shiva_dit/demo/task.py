@@ -142,6 +142,10 @@ class DemoTask(ABC):
         judge(self.held_out_images[:1])
         return judge
 
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The sampler's."""
+        return FlowMatchEulerDiscreteScheduler()
+
     def pipeline(self, backbone: nn.Module) -> Any:
         """The stock SD3 pipeline around a backbone; `output_type="latent"` gives images.
 
@@ -151,7 +155,7 @@ class DemoTask(ABC):
         nothing: dict[str, Any] = dict.fromkeys(["vae", *text])
         pipe = StableDiffusion3Pipeline(
             transformer=backbone,  # type: ignore[arg-type]
-            scheduler=FlowMatchEulerDiscreteScheduler(),
+            scheduler=self.scheduler(),
             **nothing,
         )
         pipe.set_progress_bar_config(disable=True)

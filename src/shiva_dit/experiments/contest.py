@@ -261,7 +261,7 @@ def _train(job: Job, task: DemoTask, recipe: TrainConfig) -> tuple[Trained | Div
     label = _label("train", job.contestants[0].name, job.seed)
     with tempfile.TemporaryDirectory() as out:
         config = dataclasses.replace(recipe, task=task.name, seed=job.seed, out=Path(out))
-        trainer = Trainer(config, job.settings.backbone(task), task)
+        trainer = Trainer(config, job.settings.backbone(task), task, task.scheduler())
         if config.trains_nothing:
             trained = trainer.result()
             trainer.close()
@@ -313,8 +313,8 @@ def _judged(
         raise FloatingPointError("its pictures, or its predictions, are not finite")
     keep_ratio, maps = 1.0, None
     if attachment is not None:
-        table = attachment.counts.table(task.num_tokens)
-        keep_ratio = table.mean_keep_ratio_at(sampler_times(num_steps, sampler))
+        run = tuple(sampler_times(num_steps, sampler))
+        keep_ratio = attachment.counts.table(task.num_tokens, run).mean_keep_ratio
         if contestant.draws_maps:
             maps = kept_maps(
                 task,
@@ -357,9 +357,9 @@ def flops_per_image(
     size = task.num_tokens, task.captions.max_words
     if attachment is None:
         return float(num_steps * model_spec(backbone).flops(backbone, *size).dense())
-    table = attachment.counts.table(task.num_tokens)
-    rows = [table.row(t) for t in sampler_times(num_steps, sampler)]
-    return float(sum(attachment.flops(*size, row) for row in rows))
+    run = tuple(sampler_times(num_steps, sampler))
+    table = attachment.counts.table(task.num_tokens, run)
+    return float(sum(attachment.flops(*size, table.row(t)) for t in run))
 
 
 def noise_seed(seed: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from shiva_dit.demo.judge import Judge
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.metrics import frechet_distance, kernel_distance
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.clock import Clock, SchedulerTimes
+from shiva_dit.models.sampling import listed_times
 
 Sampler = Literal["euler", "unipc", "euler_diffusers"]
 """How a backbone is sampled. "euler": over t = 1, 1 - 1/n, ..., 1/n. "unipc": UniPC of second order
@@ -71,19 +76,35 @@ def sample(
     pipe = task.pipeline(backbone)
     pipe.scheduler = _scheduler(sampler)
     began = time.process_time()
-    images = pipe(
-        prompt_embeds=conditioning["encoder_hidden_states"],
-        pooled_prompt_embeds=conditioning["pooled_projections"],
-        negative_prompt_embeds=torch.zeros_like(conditioning["encoder_hidden_states"]),
-        negative_pooled_prompt_embeds=torch.zeros_like(conditioning["pooled_projections"]),
-        height=VAE_SCALE * task.image_size,
-        width=VAE_SCALE * task.image_size,
-        **_steps(sampler, num_steps),
-        guidance_scale=guidance,
-        latents=noise.to(device),
-        output_type="latent",
-    ).images
+    with _following(pipe):
+        images = pipe(
+            prompt_embeds=conditioning["encoder_hidden_states"],
+            pooled_prompt_embeds=conditioning["pooled_projections"],
+            negative_prompt_embeds=torch.zeros_like(conditioning["encoder_hidden_states"]),
+            negative_pooled_prompt_embeds=torch.zeros_like(conditioning["pooled_projections"]),
+            height=VAE_SCALE * task.image_size,
+            width=VAE_SCALE * task.image_size,
+            **_steps(sampler, num_steps),
+            guidance_scale=guidance,
+            latents=noise.to(device),
+            output_type="latent",
+        ).images
     return images.cpu(), time.process_time() - began
+
+
+@contextmanager
+def _following(pipe: Any) -> Iterator[None]:
+    """Within: what is attached to a pipeline's model knows the pipeline's steps."""
+    attachment = attachment_of(pipe.transformer)
+    if attachment is None:
+        yield
+        return
+    counts = attachment.counts
+    before, counts.clock = counts.clock, Clock(SchedulerTimes(pipe))
+    try:
+        yield
+    finally:
+        counts.clock = before
 
 
 def _scheduler(sampler: Sampler) -> Any:
@@ -106,8 +127,7 @@ def sampler_times(num_steps: int, sampler: Sampler = "euler") -> list[float]:
     scheduler = _scheduler(sampler)
     steps = _steps(sampler, num_steps)
     scheduler.set_timesteps(steps.pop("num_inference_steps", None), **steps)
-    scale = scheduler.config["num_train_timesteps"]
-    return (scheduler.timesteps / scale).tolist()
+    return listed_times(scheduler, scheduler.timesteps.tolist())
 
 
 @torch.no_grad()

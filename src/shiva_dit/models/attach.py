@@ -356,7 +356,7 @@ class Attachment(Uncopied):
         states: list[BlockState] = []
         for hook, k in zip(self.hooks, counts, strict=True):
             # In training a block that happens to keep all its tokens is judged too (Eq. 24).
-            prunable = hook.index in self.schedule.prunable_blocks
+            prunable = self.counts.prunable[hook.index]
             gates = gated.gates(hook.index) if gated is not None and prunable else None
             selects = gates is not None or (prunable and self.always_select)
             state = hook.slot.state = BlockState(

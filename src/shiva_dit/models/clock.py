@@ -1,18 +1,25 @@
-"""What time it is in a sampling, without asking the device at every step."""
+"""What time it is in a sampling and which steps it has, asking the device at a run's first."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shiva_dit.models.sampling import listed_times, own_times
+
 TOLERANCE = 0.01
 """How far a forward's time may lie from the expected one: 16-bit timesteps are off by 0.004."""
 UNCHECKED = 64
 """Forwards that may be under way before the oldest is waited for."""
+
+Run = tuple[float, ...]
+"""t of each of a run's forwards, in [0, 1]; those of one step may stand there once."""
+Time = Callable[[Any], Any]
+"""t of a model's timestep (`ModelSpec.time`)."""
 
 
 class ListedTimes:
@@ -25,24 +32,40 @@ class ListedTimes:
     def __init__(self, times: Sequence[float]) -> None:
         if not times:
             raise ValueError("timesteps must name at least one step.")
-        self.times = tuple(times)
+        if not all(0.0 <= t <= 1.0 + 1e-6 for t in times):
+            raise ValueError(
+                "timesteps must be the model's own, from noise to clean data: as t they must lie "
+                f"in [0, 1], got {times}."
+            )
+        self.run: Run = tuple(times)
         self.place = 0
 
-    def next(self) -> float | None:
+    def next(self, timestep: Tensor | None = None) -> float | None:
         """The next one of the list."""
-        t = self.times[self.place]
-        self.place = (self.place + 1) % len(self.times)
+        del timestep
+        t = self.run[self.place]
+        self.place = (self.place + 1) % len(self.run)
         return t
 
-    def learn(self, t: float) -> None:
-        """A call's time was read: nothing to learn from that."""
+    def read(self, timestep: Tensor, time: Time) -> list[float]:
+        """Times of a call's samples, from where they lie.
+
+        Raises:
+            RuntimeError: If one isn't on the list.
+        """
+        times = [time(step) for step in timestep.flatten().tolist()]
+        for t in times:
+            if _nearest(self.run, t) is None:
+                raise _wrong(self.run[self.place - 1], t)
+        return times
 
 
 class SchedulerTimes:
     """The times of a pipeline's scheduler, by its own count of steps.
 
-    A run's first step is read from the model's call: it starts the count, and shows whether the
-    scheduler's timesteps are the model's times.
+    A run's first step is read from the model's call, together with the scheduler's list: it starts
+    the count, and shows whether the scheduler's timesteps are the model's times and where in the
+    list the run begins (image to image).
 
     Args:
         pipeline: Its scheduler is looked at anew in each forward: users replace it.
@@ -50,36 +73,65 @@ class SchedulerTimes:
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        self.run: Run | None = None
+        """The run's times, if its list is known and is the model's."""
         self._read: Tensor | None = None
-        self._times: list[float] = []
-        self._agrees = False
+        self._begin = 0
 
-    def next(self) -> float | None:
-        """The time of the scheduler's current step."""
-        scheduler = self.pipeline.scheduler
-        step = getattr(scheduler, "step_index", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if step is None or timesteps is not self._read or not self._agrees:
+    def next(self, timestep: Tensor | None = None) -> float | None:
+        """The time of the scheduler's current step.
+
+        Args:
+            timestep: What the model is called with, for schedulers that don't count steps.
+        """
+        if self._read is None or self._list() is not self._read or self.run is None:
+            self.run = None  # what was read is another run's
             return None
-        return self._times[step] if step < len(self._times) else None
+        scheduler = self.pipeline.scheduler
+        if hasattr(scheduler, "step_index"):
+            step = scheduler.step_index
+            place = 0 if step is None else step - self._begin
+            if place >= len(self.run):  # a call after the run
+                self.run = None
+                return None
+        else:
+            place = -1 if timestep is None else _place_in(timestep, self._read) - self._begin
+        return self.run[place] if 0 <= place < len(self.run) else None
 
-    def learn(self, t: float) -> None:
-        """A forward whose time was read: does the scheduler's list say the same?"""
+    def read(self, timestep: Tensor, time: Time) -> list[float]:
+        """Times of a call's samples, from where they lie; of a run's first, the list as well."""
+        listed = self._list()
+        if listed is None or listed is self._read:
+            return [time(step) for step in timestep.flatten().tolist()]
+        own = timestep.detach().flatten().float()
+        both = torch.cat([own, listed.flatten().to(own)]).tolist()
+        times = [time(step) for step in both[: len(own)]]
+        self._learn(listed, listed_times(self.pipeline.scheduler, both[len(own) :]), times[0])
+        return times
+
+    def _list(self) -> Tensor | None:
+        """The scheduler's list for a run, if it was asked for one."""
         scheduler = self.pipeline.scheduler
         timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, Tensor) or timesteps is self._read:
-            return
-        span = scheduler.config.get("num_train_timesteps", 1000)
-        self._read = timesteps
-        self._times = [value / span for value in timesteps.flatten().tolist()]
-        step = getattr(scheduler, "step_index", None)
-        if step is None:  # a run's first; image to image begins later in the list
-            step = getattr(scheduler, "begin_index", None) or 0
-        self._agrees = step < len(self._times) and abs(t - self._times[step]) <= TOLERANCE
+        asked = getattr(scheduler, "num_inference_steps", None) is not None
+        return timesteps if asked and isinstance(timesteps, Tensor) and len(timesteps) else None
+
+    def _learn(self, listed: Tensor, times: list[float], first: float) -> None:
+        """What the list says of the run, if it says the time that was read."""
+        self._read, self.run = listed, None
+        begin = getattr(self.pipeline.scheduler, "begin_index", None)
+        place = getattr(self.pipeline.scheduler, "step_index", None)
+        if place is None:  # the run's first step; not all pipelines say where it is
+            nearest = min(range(len(times)), key=lambda place: abs(times[place] - first))
+            place = begin = nearest if begin is None else begin
+        run = times[begin or 0 :]
+        agrees = place < len(times) and abs(times[place] - first) <= TOLERANCE
+        if agrees and all(0.0 <= t <= 1.0 + 1e-6 for t in run):
+            self._begin, self.run = begin or 0, tuple(own_times(self.pipeline, run))
 
 
 class Clock:
-    """Tells a forward's time on the host; what it told is checked later, without waiting.
+    """Tells a forward's time and its run; what it told is checked later, without waiting.
 
     Args:
         times: Where times are known from.
@@ -89,30 +141,37 @@ class Clock:
     def __init__(self, times: ListedTimes | SchedulerTimes, *, on_cpu: bool = False) -> None:
         self.times, self.on_cpu = times, on_cpu
         self.reads = 0
-        """Timesteps read from where they lie so far."""
+        """Forwards whose time was read from where it lies so far."""
         self._told: deque[tuple[float, Tensor, torch.cuda.Event | None]] = deque()
 
-    def time(self, t: Tensor) -> float | None:
-        """Time of a forward, in [0, 1]; None where it must be read (then call `learn`).
+    def look(self, timestep: Tensor, time: Time) -> tuple[Run | None, list[float]]:
+        """The run that a forward is part of, if its steps are known, and its samples' times.
+
+        Times of a run are those of its list, wherever they were read: 16 bits round them.
 
         Args:
-            t: The same on the device, any shape; compared with what is told.
+            timestep: What the model is called with, any shape.
+            time: Its t.
 
         Raises:
             RuntimeError: If an earlier forward was told another time than its own.
         """
         self._check()
-        if t.device.type == "cpu" and not self.on_cpu:
-            return None
-        told = self.times.next()
-        if told is not None:
-            self._remember(told, t)
-        return told
-
-    def learn(self, t: float) -> None:
-        """A time was read."""
+        told = self.times.next(timestep)
+        if told is not None and (self.on_cpu or timestep.device.type != "cpu"):
+            self._remember(told, time(timestep))
+            return self.times.run, [told]
         self.reads += 1
-        self.times.learn(t)
+        read = self.times.read(timestep, time)
+        run = self.times.run
+        if run is None:
+            return None, read
+        if told is None:
+            told = self.times.next(timestep)
+        near = told is not None and all(abs(t - told) <= TOLERANCE for t in read)
+        found = [told] if near else [_nearest(run, t) for t in read]
+        listed = [t for t in found if t is not None]
+        return (run, listed) if len(listed) == len(found) else (None, read)
 
     def _remember(self, told: float, t: Tensor) -> None:
         off = (t.float() - told).abs().max()
@@ -135,8 +194,34 @@ class Clock:
             self._told.popleft()
             if float(off) > TOLERANCE:
                 self._told.clear()
-                raise RuntimeError(
-                    f"a forward was taken to be at t = {told:.3f} and was {float(off):.3f} away "
-                    "from it: the timesteps given to apply, or the scheduler's, are not those of "
-                    "the calls. Pass to apply the timesteps of all calls in their order, or none."
-                )
+                raise _wrong(told, told + float(off))
+
+
+def _nearest(run: Run, t: float) -> float | None:
+    """The run's own time that a time read from a device stands for."""
+    nearest = min(run, key=lambda step: abs(step - t))
+    return nearest if abs(nearest - t) <= TOLERANCE else None
+
+
+def _place_in(timestep: Tensor, listed: Tensor) -> int:
+    """Place in a scheduler's list of which a timestep is a view; -1 if it is none.
+
+    Schedulers without a count of steps are used by pipelines that pass on their entries.
+    """
+    same = (
+        timestep.dtype == listed.dtype
+        and timestep.device == listed.device
+        and timestep.untyped_storage().data_ptr() == listed.untyped_storage().data_ptr()
+        and all(n == 1 or s == 0 for n, s in zip(timestep.shape, timestep.stride(), strict=True))
+    )
+    if not same or listed.ndim != 1:
+        return -1
+    return (timestep.storage_offset() - listed.storage_offset()) // listed.stride(0)
+
+
+def _wrong(told: float, t: float) -> RuntimeError:
+    return RuntimeError(
+        f"a forward was taken to be at t = {told:.3f} and was {abs(t - told):.3f} away from it: "
+        "the timesteps given to apply, or the scheduler's, are not those of the calls. Pass to "
+        "apply the timesteps of all calls in their order, or none."
+    )

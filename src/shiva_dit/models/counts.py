@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from shiva_dit.core.keep_table import KeepTable
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.clock import Clock
+from shiva_dit.models.clock import Clock, Run
 from shiva_dit.models.families import model_spec
+
+logger = logging.getLogger("shiva_dit")
+
+TABLES = 64
+"""Tables kept for runs to come; all are forgotten when there are more."""
+MISSED = 5e-3
+"""A mean that is off by more than this share of what was asked is told."""
 
 
 class Counts:
@@ -44,7 +53,7 @@ class Counts:
         self.model, self.spec = model, model_spec(model)
         self.multiple, self.segments, self.select_every = multiple, segments, select_every
         self.clock: Clock | None = None
-        """Knows times without reading them."""
+        """Knows times without reading them, and the steps of a run."""
         self.use(schedule)
 
     def use(self, schedule: Schedule) -> None:
@@ -62,37 +71,78 @@ class Counts:
                 "can't be pruned: name them in the schedule's full_blocks."
             )
         self.schedule = schedule
-        self._tables: dict[int, KeepTable] = {}
+        self._tables: dict[tuple[int, Run | None], KeepTable] = {}
+        self._told = False
+        prunable = schedule.prunable_blocks
+        self.prunable = [block in prunable for block in range(num_blocks)]
+        """Of each block, whether it may be pruned."""
+        every = self.select_every
+        self._first = {b: prunable[place - place % every] for place, b in enumerate(prunable)}
 
-    def table(self, num_tokens: int) -> KeepTable:
-        """The integers executed for N image tokens."""
-        if num_tokens not in self._tables:
-            self._tables[num_tokens] = self.schedule.for_tokens(
-                num_tokens, multiple=self.multiple, segments=self.segments
-            )
-        return self._tables[num_tokens]
+    def table(self, num_tokens: int, run: Run | None = None) -> KeepTable:
+        """The integers executed for N image tokens.
+
+        Args:
+            num_tokens: N.
+            run: The times of a run's steps; without them, by the density of the schedule's law.
+        """
+        key = num_tokens, run
+        if key not in self._tables:
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            table = self._tables[key] = self._made(num_tokens, run)
+            if run is not None or self.clock is None or table.is_constant:  # it will be executed
+                self._tell_missed(table)
+        return self._tables[key]
+
+    def _made(self, num_tokens: int, run: Run | None) -> KeepTable:
+        rounding = {"multiple": self.multiple, "segments": self.segments}
+        if run is None:
+            return self.schedule.for_tokens(num_tokens, **rounding)
+        return self.schedule.for_steps(run, num_tokens, **rounding)
 
     def row(self, num_tokens: int, timestep: Tensor | float) -> tuple[int, ...]:
         """Every block's k, by the time; that is read from the device if nobody else knows it."""
         table = self.table(num_tokens)
-        if len(set(table.counts)) == 1:
+        if table.is_constant:  # whatever the steps are
             return table.counts[0]
-        clock = self.clock if isinstance(timestep, Tensor) else None
-        if clock is not None and isinstance(timestep, Tensor):
-            told = clock.time(self.spec.time(timestep))
-            if told is not None:
-                return table.row(told)
-        steps = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
-        times = [self.spec.time(step) for step in steps]
+        run, times = self._look(torch.as_tensor(timestep))
+        if run is not None:
+            table = self.table(num_tokens, run)
+        else:
+            self._tell_law()
         rows = {table.row(t) for t in times}
         if len(rows) > 1:
             raise ValueError(
                 f"the samples of one forward must share their time bin, so that they keep equally "
                 f"many tokens; got times {sorted(set(times))}. Split the batch by timestep."
             )
-        if clock is not None:
-            clock.learn(times[0])
         return rows.pop()
+
+    def _look(self, timestep: Tensor) -> tuple[Run | None, list[float]]:
+        if self.clock is not None:
+            return self.clock.look(timestep, self.spec.time)
+        return None, [self.spec.time(step) for step in timestep.flatten().tolist()]
+
+    def _tell_missed(self, table: KeepTable) -> None:
+        asked, executed = self.schedule.mean_keep_ratio, table.mean_keep_ratio
+        if abs(executed - asked) > MISSED * asked:
+            forced = self.multiple is not None or self.segments is not None
+            logger.log(
+                logging.WARNING if forced else logging.INFO,
+                "shiva_dit: %.1f%% of %d tokens are kept on average, %.1f%% were asked for: so few "
+                "steps and blocks round no nearer with multiple = %s and segments = %s.",
+                *(100 * executed, table.num_tokens, 100 * asked, self.multiple, self.segments),
+            )
+
+    def _tell_law(self) -> None:
+        if not self._told:
+            self._told = True
+            logger.info(
+                "shiva_dit: the steps of the run are not known: tokens are budgeted by the density "
+                "of %s steps. apply(..., timesteps=) makes the mean exact for a list.",
+                self.schedule.law.name,
+            )
 
     def check(self, counts: Sequence[int], num_tokens: int) -> None:
         """Raise a ValueError unless these are counts for this model and N."""
@@ -106,9 +156,5 @@ class Counts:
 
     def leader(self, block: int, counts: Sequence[int], num_tokens: int) -> int | None:
         """The block whose scores another one uses; None where it scores by itself."""
-        prunable = self.schedule.prunable_blocks
-        if self.select_every == 1 or block not in prunable:
-            return None
-        place = prunable.index(block)
-        first = prunable[place - place % self.select_every]
+        first = self._first.get(block, block)
         return first if first != block and counts[first] < num_tokens else None

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shiva_dit.core.schedule import Schedule, ratios_from_logits
+from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.modules.context import TIME_FEATURES, time_features
 
 POLICY_HIDDEN = TIME_FEATURES  # the layer embedding is as wide, and both branches are alike
@@ -69,18 +70,19 @@ class AdaptiveRatioPolicy(nn.Module):
         full[list(self.full_blocks)] = True
         return torch.where(full, 1.0, ratios)
 
-    def schedule(self, target: float, num_bins: int = 64) -> Schedule:
+    def schedule(self, target: float, num_bins: int = 64, law: TimeLaw = UNIFORM) -> Schedule:
         """The policy as a table, its anchor shifted so that the mean is the target exactly.
 
         Args:
-            target: Mean keep ratio over time and prunable blocks, in (0, 1].
+            target: Mean keep ratio over steps and prunable blocks, in (0, 1].
             num_bins: Time bins.
+            law: Whose steps the mean is over; the uniform law by default.
         """
         centres = (torch.arange(num_bins, device=self.anchor.device) + 0.5) / num_bins
         with torch.no_grad():
             logits = self.logits(centres)
-        ratios = ratios_from_logits(logits, target, self.full_blocks)
-        return Schedule(ratios=ratios, full_blocks=self.full_blocks)
+        ratios = ratios_from_logits(logits, target, self.full_blocks, law.weights(num_bins))
+        return Schedule(ratios=ratios, full_blocks=self.full_blocks, law=law)
 
 
 def _branch() -> nn.Sequential:

@@ -22,6 +22,7 @@ COMPARED = (
     ("data", "samples", "samples"),
     ("data", "identity", "data"),
     ("backbone", "sha256", "model"),
+    ("sampler", "time_law", "scheduler"),
 )
 """What an origin is compared by, and the word for it."""
 

@@ -136,7 +136,9 @@ def path_of(spec: ModelSpec, scheduler: Any = None) -> NoisePath:
     Raises:
         ValueError: If the model learned a diffusion schedule and none is given.
     """
-    if scheduler is not None and hasattr(scheduler, "alphas_cumprod"):
+    # Solvers of both kinds (UniPC, DPM++) hold a diffusion schedule that flow matching ignores.
+    flows = scheduler is not None and scheduler.config.get("use_flow_sigmas")
+    if hasattr(scheduler, "alphas_cumprod") and not flows:
         return Diffusion(scheduler)
     if scheduler is None and spec.diffusion:
         raise ValueError(

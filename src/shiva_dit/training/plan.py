@@ -62,7 +62,8 @@ class Planner:
         config: The recipe.
         num_tokens: N.
         policy: The ratio policy; unused where the recipe keeps the ratios fixed.
-        fixed: The schedule executed where no policy is on.
+        fixed: The schedule executed where no policy is on. Its law says how much each time
+            counts for the mean ratio.
         budget: Controller of the mean ratio.
     """
 
@@ -76,7 +77,8 @@ class Planner:
     ) -> None:
         self.config, self.num_tokens = config, num_tokens
         self.policy, self.budget = policy, budget
-        self.full_blocks = fixed.full_blocks
+        self.full_blocks, self.law = fixed.full_blocks, fixed.law
+        self.weights = fixed.law.weights(config.policy.num_bins)
         self.fixed = fixed.for_tokens(num_tokens)
 
     def step(self, stage: StageName, generator: torch.Generator) -> StepPlan:
@@ -89,7 +91,7 @@ class Planner:
         if not self.config.learns_policy and self.config.policy.shape.time:
             return self._fixed_in_time(generator)
         if not self.config.learns_policy:
-            # Rows of a fixed schedule differ by rounding at most.
+            # Rows of a fixed schedule differ by rounding at most: the law doesn't matter.
             rows = torch.randint(
                 self.fixed.num_bins, (self.config.micro_batches,), generator=generator
             )
@@ -130,12 +132,14 @@ class Planner:
 
         The strata of the whole batch are cut into parts in order of time, and a part keeps what
         the policy says at the time of one of its samples, drawn by chance: every bin is then
-        visited as often as the grid counts it. (A part's middle would not do: the policy would
-        keep more where it is looked at, and less between.) With `shared_bin` all samples of a
-        part move into that bin.
+        visited alike. (A part's middle would not do: the policy would keep more where it is looked
+        at, and less between.) With `shared_bin` all samples of a part move into that bin.
 
         The budget regulates the mean over the whole table of what would be executed, without
-        exploration noise or a moved anchor: a fixed grid of t, not the batch.
+        exploration noise or a moved anchor: a fixed grid of t, not the batch. Each bin counts by
+        the density of the sampler's steps there (the law), since that is what tokens cost. The
+        losses don't: what errors do to a sample is their integral over t, whose steps are the
+        longer the rarer they are.
         """
         num_bins, num_parts = self.config.policy.num_bins, self.config.micro_batches
         device = self.policy.anchor.device
@@ -144,8 +148,9 @@ class Planner:
         if not bool(((ratios > 0) & (ratios <= 1)).all()):
             raise FloatingPointError("the policy's keep ratios have left (0, 1]")
         prunable = list(self.policy.prunable_blocks)
-        table = Schedule.from_ratios(ratios.tolist(), self.full_blocks).for_tokens(self.num_tokens)
-        soft_mean = ratios[:, prunable].mean()
+        schedule = Schedule.from_ratios(ratios.tolist(), self.full_blocks, self.law)
+        table = schedule.for_tokens(self.num_tokens)
+        soft_mean = (ratios.new_tensor(self.weights) * ratios[:, prunable].mean(1)).mean()
         executed = table.mean_keep_ratio + (soft_mean - soft_mean.detach())
         times, leaders = self._led_times(generator)
         bins = torch.tensor([nearest_bin(t, num_bins) for t in leaders.flatten().tolist()])
@@ -186,7 +191,9 @@ class Planner:
         if stage == "joint" and policy.target_range is not None:
             targets = stratified_ratios(shape[0], *policy.target_range, generator).tolist()
             logits = self.policy.logits(grid)
-            moved = [anchor_shift(logits, target, self.full_blocks) for target in targets]
+            moved = [
+                anchor_shift(logits, target, self.full_blocks, self.weights) for target in targets
+            ]
             return torch.tensor(moved)[:, None].expand(shape)
         return None
 

@@ -116,8 +116,9 @@ class LossConfig:
     """Squared error of the prediction against the teacher's."""
     time_weighting: Literal["uniform", "logit_normal"] = "uniform"
     """How much each time counts in all losses. "logit_normal": by the density of that law, whose
-    mean over time is 1: the middle of the way decides what a picture shows. Times are drawn and
-    tokens budgeted as before, so that a learned policy spends its tokens where it counts."""
+    mean over time is 1: the middle of the way decides what a picture shows. Times are drawn
+    evenly and tokens budgeted by the sampler's steps as before, so that a learned policy spends
+    its tokens where it counts."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -189,7 +190,7 @@ class TrainConfig:
     """What selects tokens: ours, or a control: "random", "norm", "centre" (a fixed map of the
     middle), "fixed_map" (a learned one), "dense" (no pruning)."""
     keep_ratio: float = 0.6
-    """Target of the mean keep ratio over time and prunable blocks, in (0, 1)."""
+    """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1)."""
     backbone: BackboneKind = "dora"
     """What the joint stage does to the backbone: "frozen", "lora", "dora" or "full"."""
     lora_rank: int = 32
@@ -216,8 +217,9 @@ class TrainConfig:
     warmup_ratios: tuple[float, float] = (0.2, 0.9)
     """Range of the stratified keep ratios of the warm-up, within (0, 1]."""
     time_sampling: Literal["logit_normal", "uniform"] = "uniform"
-    """Law of t. Where the policy learns it must be "uniform", as the budget counts time: else it
-    would pay to keep many tokens at the times that training visits and few at the others."""
+    """Law of t in training. Where the policy learns it must be "uniform": its losses are an
+    integral over t, and the budget counts each t by the steps that the sampler takes there. How
+    much a time counts for the losses is `loss.time_weighting`'s to say."""
     caption_dropout: float = 0.1
     """Probability of training a sample without its caption."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -272,8 +274,9 @@ class TrainConfig:
     def _check_combination(self) -> None:
         if self.learns_policy and self.time_sampling != "uniform":
             raise ValueError(
-                'a learned policy needs time_sampling = "uniform": the budget counts all times '
-                "alike. Set policy.adaptive = false to train with other laws of t."
+                'a learned policy needs time_sampling = "uniform": its losses are an integral over '
+                't. To count some times more, set loss.time_weighting = "logit_normal", or '
+                "policy.adaptive = false to train with other laws of t."
             )
 
     @property

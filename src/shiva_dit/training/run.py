@@ -40,8 +40,8 @@ def train(
         model: The backbone, on its device.
         data: Training samples.
         resume: Go on from the last checkpoint in `config.out`; from the beginning if there is none.
-        scheduler: That of the model's pipeline; needed where it is a diffusion schedule
-            (PixArt, DiT), not for flow matching.
+        scheduler: That of the model's pipeline: the mean keep ratio is over its steps (over evenly
+            spread ones without it). Needed where it is a diffusion schedule (PixArt, DiT).
 
     Returns:
         The adapter's folder, for `shiva_dit.apply`.

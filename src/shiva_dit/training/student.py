@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig, lora_metadata
-from shiva_dit.core.schedule import anneal, hand_made
+from shiva_dit.core.schedule import Schedule, anneal, hand_made
+from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.gates import SelectionGates
@@ -42,6 +43,7 @@ class Student:
         sample: One training sample, for shapes.
         generator: Source of selection noise, and of the random control's choices.
         path: How clean samples become noise.
+        law: Whose steps the mean keep ratio is over.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Student:
         sample: Batch,
         generator: torch.Generator,
         path: NoisePath,
+        law: TimeLaw = UNIFORM,
     ) -> None:
         if attachment_of(model) is not None:
             raise ValueError(
@@ -72,7 +75,7 @@ class Student:
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
-        self.adapter = _adapter(config, model).to(self.device)
+        self.adapter = _adapter(config, model, law).to(self.device)
         if config.backbone in ("lora", "dora"):
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
         if config.gradient_checkpointing:
@@ -243,11 +246,17 @@ class Student:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def _adapter(config: TrainConfig, model: Any) -> ShivaAdapter:
+def _adapter(config: TrainConfig, model: Any, law: TimeLaw) -> ShivaAdapter:
     made = adapter_config(config, model)
     shape = config.policy.shape
     if shape == ShapeConfig():
-        return ShivaAdapter(made)
+        schedule = Schedule.uniform(
+            config.keep_ratio,
+            num_blocks=made.num_blocks,
+            full_blocks=made.full_blocks,
+            law=law,
+        )
+        return ShivaAdapter(made, schedule)
     schedule = hand_made(
         config.keep_ratio,
         depth=shape.depth,
@@ -256,6 +265,7 @@ def _adapter(config: TrainConfig, model: Any) -> ShivaAdapter:
         num_blocks=made.num_blocks,
         num_bins=made.num_bins,
         full_blocks=made.full_blocks,
+        law=law,
     )
     return ShivaAdapter(made, schedule)
 

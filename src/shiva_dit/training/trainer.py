@@ -19,9 +19,11 @@ from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.core.time_law import UNIFORM
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.sampling import scheduler_law
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance, read_text, write_atomically
 from shiva_dit.training.checkpoint import (
@@ -71,7 +73,8 @@ class Trained:
         """
         if self.adapter is None:
             raise ValueError("a control has no schedule that could be moved to another ratio.")
-        return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins)
+        law = self.adapter.schedule.law
+        return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins, law)
 
 
 class Trainer:
@@ -83,14 +86,15 @@ class Trainer:
         config: The recipe.
         model: The backbone, a supported diffusers transformer, on its device.
         data: Training samples.
-        scheduler: That of the model's pipeline; needed where it is a diffusion schedule
-            (PixArt, DiT), not for flow matching.
+        scheduler: That of the model's pipeline: the mean keep ratio is over its steps (over evenly
+            spread ones without it). Needed where it is a diffusion schedule (PixArt, DiT).
     """
 
     def __init__(
         self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
     ) -> None:
-        path = path_of(model_spec(model), scheduler)
+        spec = model_spec(model)
+        path = path_of(spec, scheduler)
         if data_name(data) != config.task:
             config = replace(config, task=None)
         self.config, self.data = config, data
@@ -101,9 +105,13 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.indices = ShuffledIndices(len(data), config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
+        law = UNIFORM
+        if scheduler is not None:
+            law = scheduler_law(scheduler, spec, spec.tokens(model, sample.latents))
+        self.origin["sampler"] = {"time_law": law.name}
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.student = Student(config, model, sample, self.generator, path)
+            self.student = Student(config, model, sample, self.generator, path, law)
         try:
             self._prepare()
         except BaseException:
@@ -269,7 +277,7 @@ class Trainer:
             )
         if self.config.learns_policy:
             adapter.schedule = adapter.policy.schedule(
-                self.config.keep_ratio, self.config.policy.num_bins
+                self.config.keep_ratio, self.config.policy.num_bins, adapter.schedule.law
             )
         dtype = getattr(torch, self.config.backbone_dtype)
         adapter.backbone_weights = {k: v.to("cpu", dtype) for k, v in weights.items()}
