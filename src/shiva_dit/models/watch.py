@@ -8,6 +8,7 @@ asked what that means.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 
@@ -30,9 +31,11 @@ class Watch:
         self._lists: list[list[Any]] = []
         self._judges_of_lists: list[Callable[[], object]] = []
         self._fill(self)
-        self._held = list(map(dict.get, self._dicts, self._keys))  # so that no id is used again
-        self._ids = list(map(id, self._held))
+        self._held = self._found()
         self._lengths = list(map(len, self._lists))
+
+    def _found(self) -> list[Any]:
+        return list(map(dict.get, self._dicts, self._keys))
 
     def add(self, entries: dict[Any, Any], key: Any, judge: Callable[[], object]) -> None:
         """Watch an entry, present or not.
@@ -61,13 +64,14 @@ class Watch:
         Raises:
             Exception: By a judge.
         """
-        ids = list(map(id, map(dict.get, self._dicts, self._keys)))
-        lengths = list(map(len, self._lists))
-        if ids == self._ids and lengths == self._lengths:
+        same = all(map(is_, map(dict.get, self._dicts, self._keys), self._held))
+        if same and list(map(len, self._lists)) == self._lengths:
             return
-        found, known = [*ids, *lengths], [*self._ids, *self._lengths]
-        judges = [*self._judges, *self._judges_of_lists]
-        for now, then, judge in zip(found, known, judges, strict=True):
-            if now != then:
+        for now, then, judge in zip(self._found(), self._held, self._judges, strict=True):
+            if now is not then:
+                judge()
+        watched = zip(self._lists, self._lengths, self._judges_of_lists, strict=True)
+        for each, length, judge in watched:
+            if len(each) != length:
                 judge()
         self._refill()
