@@ -183,8 +183,10 @@ def test_diffusers_pipelines_load_the_lora_file_by_themselves(
     shiva_dit.apply(ours, made, keep_ratio=1.0)
     tiny.pipeline(theirs).load_lora_weights(str(tmp_path))
     output = tiny.run(theirs, tiny.inputs())
-    assert torch.equal(output, tiny.run(ours, tiny.inputs()))
-    assert not torch.equal(output, bare)
+    found = tiny.run(ours, tiny.inputs())
+    # PEFT's layers round otherwise than weights with a LoRA in them. Measured: 1e-6.
+    assert (output - found).norm() <= 1e-5 * output.norm()
+    assert (output - bare).norm() > 0.01 * output.norm()
 
 
 @pytest.mark.parametrize("backbone", KINDS_OF_BACKBONE)

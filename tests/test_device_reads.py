@@ -130,11 +130,12 @@ def test_a_pipeline_reads_once_in_a_run(name: str) -> None:
     clock.on_cpu = True
     with reads() as found:
         running.call(name, pipe)
-    found = [read for read in found if "Clock._check" not in read]  # of what has arrived
+    # Of what has arrived; and the table of the run's steps is made of the host's own numbers.
+    host = "Clock._check", "ratios_from_logits", "anchor_shift", "listed_times"
+    found = [read for read in found if not any(name in read for name in host)]
     assert found
     assert all(re.search(r" (Counts|SchedulerTimes|Clock)\.", read) for read in found), found
-    if hasattr(pipe.scheduler, "step_index") and name != "MochiPipeline":
-        assert clock.reads <= 2  # the two passes of the first step
+    assert clock.reads == 1
 
 
 def test_times_of_a_pipeline_that_are_equal_by_token_are_not_read() -> None:

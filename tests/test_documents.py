@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 import re
 import shlex
+import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from shiva_dit.experiments.compare import Comparison
 from shiva_dit.inspection import FlipConfig
 from shiva_dit.models.neighbours import BLOCK_CACHES, REFUSED
 from shiva_dit.training.recipe import TrainConfig
-from tests import tiny
+from tests import running, tiny
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "shiva_dit"
@@ -64,6 +65,7 @@ ELSEWHERE = {
     "except Exception": "Python's",
     "except BaseException": "Python's",
     "pip install torch": "pip's",
+    "nohup": "of every shell",
     "hf auth login": "the Hub's",
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu": "pip's",
     "CheckpointError: A different number of tensors was saved": "torch's",
@@ -162,6 +164,12 @@ def package_index() -> dict[str, Any]:
     return found
 
 
+def modular_pipelines() -> Iterator[Any]:
+    """Their modules that hold the blocks which call a model."""
+    for kind, _, _ in running.served_denoisers().values():
+        yield sys.modules[kind.__module__]
+
+
 @cache
 def neighbours() -> tuple[Any, ...]:
     """What documents speak of that others made: pipelines, models, tensors, modules."""
@@ -173,6 +181,7 @@ def neighbours() -> tuple[Any, ...]:
         *model.modules(),
         diffusers,
         diffusers.hooks,
+        *modular_pipelines(),
         torch.Tensor,
         torch,
         torch.nn,

@@ -124,7 +124,6 @@ def test_each_transformer_gets_an_adapter_of_its_own() -> None:
     seen = [kept(model) for model in models]
     pruned = videos(pipe)
     assert not torch.equal(pruned, bare)
-    assert {k for _, k in seen[0]} <= {5, 30, 17, 33, 2, 48, 63, 20, 9}
     assert {k for _, k in seen[1]} == {8}
     assert seen[0]
     for model in models:

@@ -455,7 +455,11 @@ def test_the_saved_adapter_gives_what_was_trained(
     fresh = tiny.sd3()
     dense = tiny.run(fresh, tiny.inputs())
     shiva_dit.apply(fresh, tmp_path / "adapter")
-    assert torch.equal(tiny.run(fresh, tiny.inputs()), expected)
+    found = tiny.run(fresh, tiny.inputs())
+    if backbone in ("lora", "dora"):  # in training PEFT's layers run, which round otherwise
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    else:
+        assert torch.equal(found, expected)
     shiva_dit.remove(fresh)
     assert torch.equal(tiny.run(fresh, tiny.inputs()), dense)
 

@@ -31,7 +31,7 @@ SWITCHES = (
 """Settings of a scheduler that a law's name tells where they are on."""
 
 
-def listed_times(scheduler: Any, listed: Sequence[float]) -> list[float]:
+def listed_times(scheduler: Any, listed: Sequence[float | int]) -> list[float]:
     """A scheduler's timesteps as t, 1 for pure noise; in [0, 1] if they are a model's times.
 
     Args:
