@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shiva_dit.models.guidance import running_call
 from shiva_dit.models.sampling import listed_times, own_times
 
 TOLERANCE = 0.01
@@ -96,6 +97,7 @@ class SchedulerTimes:
                 return None
         else:
             place = -1 if timestep is None else _place_in(timestep, self._read) - self._begin
+            place = _place_in_loop() if place < 0 else place
         return self.run[place] if 0 <= place < len(self.run) else None
 
     def read(self, timestep: Tensor, time: Time) -> list[float]:
@@ -217,6 +219,20 @@ def _place_in(timestep: Tensor, listed: Tensor) -> int:
     if not same or listed.ndim != 1:
         return -1
     return (timestep.storage_offset() - listed.storage_offset()) // listed.stride(0)
+
+
+def _place_in_loop() -> int:
+    """Which step the loop of the running pipeline is at, by its own list; -1 if it doesn't say.
+
+    Some pass on copies of the entries, or ask their scheduler for its list twice.
+    """
+    running = running_call()
+    if running is None or not running.is_known:
+        return -1
+    t, listed = running.scope.get("t"), running.scope.get("timesteps")
+    if not isinstance(t, Tensor) or not isinstance(listed, Tensor):
+        return -1
+    return _place_in(t, listed)
 
 
 def _wrong(told: float, t: float) -> RuntimeError:
