@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import RemovableHandle
 
 import shiva_dit
-from shiva_dit.models import tuned
 from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.low_rank import Beside, LowRank
 from shiva_dit.models.places import Place
 from shiva_dit.models.undo import Undo
+from shiva_dit.models.weights import Whole
 from tests import tiny
 
 KINDS = ["frozen", "lora", "dora", "full"]
@@ -26,9 +27,9 @@ STEPS: list[tuple[Any, str]] = [
     (nn.Module, "register_forward_pre_hook"),
     (Place, "set"),
     (Place, "get"),
-    (tuned.LowRank, "merged"),
-    (tuned.Whole, "merged"),
-    (tuned.Beside, "__init__"),
+    (LowRank, "merged"),
+    (Whole, "merged"),
+    (Beside, "__init__"),
     (Tensor, "to"),
 ]
 """What putting on, switching and taking off is made of."""

@@ -27,6 +27,7 @@ from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
 from shiva_dit.models.guidance import Pass, Passes
+from shiva_dit.models.low_rank import flops_beside
 from shiva_dit.models.neighbours import (
     reaches,
     refuse_neighbours,
@@ -250,7 +251,7 @@ class Attachment(Uncopied):
                 for name in self.spec.block_lists
                 for key in self.model.get_submodule(name)._modules
             ]
-            total += self.backbone.flops(model_flops, counts, paths)
+            total += flops_beside(self.backbone.beside, model_flops, counts, paths)
         pruned = [block for block, k in enumerate(counts) if k < num_tokens]
         if pruned:
             total += self.selector.condition_flops()

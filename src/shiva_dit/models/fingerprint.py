@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shiva_dit.models.tuned import PARTS
+from shiva_dit.models.low_rank import PARTS
 
 
 class Fingerprint:

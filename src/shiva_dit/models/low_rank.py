@@ -1,0 +1,222 @@
+"""A LoRA or DoRA on one linear layer: in its weight, or beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
+from shiva_dit.models.neighbours import below_offloading
+from shiva_dit.models.places import PLAIN, linear_bias, linear_weight
+
+LORA_PREFIX = "transformer."
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What LoRA (and DoRA) do to one linear layer."""
+
+    a: Tensor
+    """(r, in)."""
+    b: Tensor
+    """(out, r)."""
+    magnitude: Tensor | None
+    """Norms of the rows, (out,), for DoRA."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The layer's weight with this in it, computed in float32 or wider."""
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        total = wide + self.b.to(wide) @ self.a.to(wide)
+        factor = self.factor(total)
+        return (total if factor is None else factor[:, None] * total).to(weight.dtype)
+
+    def factor(self, total: Tensor) -> Tensor | None:
+        """DoRA's factor of each row, of the weights with the low rank in them."""
+        if self.magnitude is None:
+            return None
+        return self.magnitude.to(total) / torch.linalg.vector_norm(total, dim=1)
+
+
+def low_ranks(weights: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """LoRA's and DoRA's parts by the path of their layer.
+
+    Args:
+        weights: As PEFT and diffusers name them, "transformer.PATH.lora_A.weight" and so on.
+
+    Raises:
+        ValueError: If a part is missing or unknown, or two don't fit each other.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        path, dot, kind = name.removeprefix(LORA_PREFIX).partition(".lora_")
+        kind = kind.removesuffix(".weight")
+        if not dot or kind not in ("A", "B", "magnitude_vector"):
+            raise ValueError(f"the LoRA weights don't fit this model: {name} is no part of a LoRA.")
+        parts.setdefault(path, {})[kind] = value
+    found = {}
+    has_magnitudes = any("magnitude_vector" in part for part in parts.values())
+    for path, part in parts.items():
+        missing = {"A", "B", *(["magnitude_vector"] if has_magnitudes else [])} - part.keys()
+        if missing:
+            raise ValueError(
+                f"the LoRA weights don't fit this model: {path} has no lora_{missing.pop()}."
+            )
+        a, b, magnitude = part["A"], part["B"], part.get("magnitude_vector")
+        rows = () if magnitude is None else tuple(magnitude.shape)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or rows not in ((), b.shape[:1]):
+            raise ValueError(
+                f"the LoRA weights don't fit this model: {path} has parts of shapes "
+                f"{tuple(a.shape)}, {tuple(b.shape)}{f' and {rows}' if rows else ''}."
+            )
+        found[path] = LowRank(a, b, magnitude)
+    return found
+
+
+class Beside:
+    """A LoRA beside a linear layer, or a DoRA, which scales what the layer gives as well.
+
+    What it is made of is an attribute of the layer, and one function stands in the place of all
+    such layers' forwards: compiled blocks then share a graph. (Dynamo looks at no torch hooks when
+    it looks for a graph that fits, and would take one layer's for another's.)
+
+    Args:
+        layer: The layer; its weight is read once, for DoRA's norms.
+        change: The LoRA or DoRA.
+        path: The layer's in the model.
+    """
+
+    def __init__(self, layer: nn.Module, change: LowRank, path: str) -> None:
+        self.layer, self.path = layer, path
+        self.own: Parts = (change.a, change.b, None, None)
+        if change.magnitude is not None:
+            # f (W x + B A x) + b from W x + b: f times that, and what is then missing of b.
+            weight, bias = linear_weight(layer, change.a.shape[1]), linear_bias(layer)
+            factor = change.factor(weight + change.b.to(weight) @ change.a.to(weight))
+            assert factor is not None
+            shift = None if bias is None else (1 - factor) * bias.to(factor)
+            self.own = (change.a, change.b, factor, shift)
+
+    @property
+    def scales(self) -> bool:
+        """Whether what the layer gives is multiplied."""
+        return self.own[2] is not None
+
+    def flops(self, rows: int) -> int:
+        """FLOPs for so many tokens."""
+        return 2 * rows * (self.own[0].numel() + self.own[1].numel())
+
+    def put_on(self) -> None:
+        """Let it act."""
+        self.take_off()  # where that broke off after all
+        with below_offloading(self.layer):
+            entries = self.layer.__dict__
+            parts = self.own
+            weight = self.layer._parameters.get("weight")
+            if weight is not None and weight.dtype in PLAIN and not weight.is_meta:
+                parts = _cast(self.own, weight)
+            entries[PARTS], entries[BEFORE] = (parts, self.own), entries.get("forward")
+            entries["forward"] = MethodType(forward_with_low_rank, self.layer)
+
+    def take_off(self) -> None:
+        """Leave the layer as it was; a wrapper that lies above then passes through."""
+        with below_offloading(self.layer):
+            entries = self.layer.__dict__
+            before = entries.get(BEFORE)
+            if getattr(entries.get("forward"), "__func__", None) is forward_with_low_rank:
+                del entries["forward"]
+                if before is not None:
+                    entries["forward"] = before
+                entries.pop(BEFORE, None)
+            elif before is None:
+                entries.pop(BEFORE, None)
+            entries.pop(PARTS, None)
+
+
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A (r, in), B (out, r); for DoRA the factor of each row and what that leaves out of the bias."""
+PARTS, BEFORE = "_shiva_dit_low_rank", "_shiva_dit_forward"
+
+
+def forward_with_low_rank(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """In the place of a linear layer's forward: what that gives, with a LoRA or DoRA in it."""
+    entries: Any = layer
+    before = entries._shiva_dit_forward if hasattr(layer, BEFORE) else None
+    output: Tensor = (
+        type(layer).forward(layer, *args, **kwargs) if before is None else before(*args, **kwargs)
+    )
+    if not hasattr(layer, PARTS):  # taken off below a wrapper that stays
+        return output
+    parts, own = entries._shiva_dit_low_rank
+    x = args[0] if args else next(iter(kwargs.values()))
+    if parts[0].dtype != x.dtype or parts[0].device != x.device:
+        parts = _cast(own, x)
+        entries._shiva_dit_low_rank = (parts, own)
+    a, b, factor, shift = parts
+    total = output + F.linear(F.linear(x, a), b).to(output.dtype)
+    if factor is not None:
+        total = factor.to(output.dtype) * total
+    return total if shift is None else total + shift.to(output.dtype)
+
+
+def _cast(parts: Parts, like: Tensor) -> Parts:
+    a, b, factor, shift = parts
+    return (
+        a.to(like),
+        b.to(like),
+        None if factor is None else factor.to(like),
+        None if shift is None else shift.to(like),
+    )
+
+
+def flops_beside(
+    found: Sequence[Beside],
+    model_flops: ModelFlops,
+    counts: Sequence[int],
+    block_paths: Sequence[str],
+) -> int:
+    """FLOPs of what lies beside layers, of one forward of one sample.
+
+    Args:
+        found: All of it.
+        model_flops: Of the model; its blocks know how many text tokens they see.
+        counts: k of every block.
+        block_paths: The blocks' names in the model.
+    """
+    index_of = {path: index for index, path in enumerate(block_paths)}
+    text = max(getattr(shape, "text_tokens", 0) for shape in model_flops.blocks)
+    total = 0
+    for beside in found:
+        block = index_of.get(_block_of(beside.path))
+        if block is None:  # refiners of text or latents, side blocks
+            image = model_flops.num_tokens
+            is_text = not re.match(r"noise_refiner|vace_blocks", beside.path)
+            rows = text if is_text or CROSS.search(beside.path) else image
+        else:
+            rows = _rows(beside.path, model_flops.blocks[block], counts[block])
+        total += beside.flops(rows)
+    return total
+
+
+TEXT = re.compile(r"\.(add_[qkv]_proj|to_add_out|ff_context|txt_\w+)(\.|$)")
+CROSS = re.compile(r"\.attn2\.to_[kv]$")
+
+
+def _block_of(path: str) -> str:
+    """The first two parts of a layer's path: blocks lie in lists of the model's."""
+    return ".".join(path.split(".")[:2])
+
+
+def _rows(path: str, shape: Any, image: int) -> int:
+    """How many tokens a layer of a block sees."""
+    text: int = getattr(shape, "text_tokens", 0)
+    if isinstance(shape, SharedBlockShape):
+        return image + text
+    crosses = not isinstance(shape, JointBlockShape) and CROSS.search(path)
+    return text if crosses or TEXT.search(path) else image
