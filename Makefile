@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest
+# Each test runs on one thread: two processes.
+PYTEST := $(BIN)/python -m pytest -n 2
 # Shape annotations are enforced at run time, save in the tests that compile: it breaks the graph.
 COMPILED := tests/test_compile.py tests/test_composition.py tests/test_readme.py
 SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=,$(COMPILED))

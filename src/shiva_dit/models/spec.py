@@ -84,8 +84,6 @@ class ModelSpec:
     """Pooled text or class embedding, (B, Dc), from the model and a call's arguments."""
     guidance: Literal["one batch", "in turn"] = "in turn"
     """How its pipelines run the two passes of guidance, as a rule (`pipelines.PIPELINES`)."""
-    lora_scale: str | None = None
-    """Argument whose "scale" multiplies all LoRAs of the model."""
     text_tokens: int
     """Text tokens T of the model's own pipelines, by default."""
     full_blocks: Callable[[nn.Module], tuple[int, ...]] = lambda model: ()

@@ -61,7 +61,6 @@ MODELS = (
         time_embedder="time_step_proj",
         context=text_mean("zeros"),
         guidance="one batch",
-        lora_scale="attention_kwargs",
         text_tokens=256,
         tokens=latent_grid,
         own_tokens=own_square,

@@ -61,7 +61,6 @@ MODELS = (
         noise_timestep=1.0,
         time_embedder=None,
         context=text_mean("attention_mask"),
-        lora_scale="joint_attention_kwargs",
         text_tokens=512,
         tokens=packed,
         dims=_dims,

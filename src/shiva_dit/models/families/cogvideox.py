@@ -81,7 +81,6 @@ MODELS = (
         time_embedder="time_embedding",
         context=text_mean(),
         guidance="one batch",
-        lora_scale="attention_kwargs",
         text_tokens=226,
         tokens=_tokens,
         own_tokens=_own_tokens,

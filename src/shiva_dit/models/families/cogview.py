@@ -64,7 +64,6 @@ _COGVIEW4 = ModelSpec(
     noise_timestep=1000.0,
     time_embedder="time_condition_embed.timestep_embedder",
     context=text_mean("attention_mask"),
-    lora_scale="attention_kwargs",
     text_tokens=1024,
     tokens=latent_grid,
     own_tokens=own_square,
@@ -80,7 +79,6 @@ MODELS = (
         name="CogView3-Plus",
         guidance="one batch",
         diffusion=True,
-        lora_scale=None,
         text_tokens=224,
     ),
 )

@@ -75,7 +75,6 @@ MODELS = (
         noise_timestep=1.0,
         time_embedder="time_guidance_embed.timestep_embedder",
         context=_text,
-        lora_scale="joint_attention_kwargs",
         text_tokens=512,
         tokens=packed,
         dims=_dims,

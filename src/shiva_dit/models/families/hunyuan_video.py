@@ -122,7 +122,6 @@ _VIDEO = ModelSpec(
     noise_timestep=1000.0,
     time_embedder="time_text_embed.timestep_embedder",
     context=pooled_text,
-    lora_scale="attention_kwargs",
     text_tokens=256,
     tokens=_tokens,
     dims=_dims,

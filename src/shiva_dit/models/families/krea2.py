@@ -89,7 +89,6 @@ MODELS = (
         noise_timestep=1.0,
         time_embedder="time_embed",
         context=_text,
-        lora_scale="attention_kwargs",
         text_tokens=512,
         tokens=packed,
         dims=_dims,

@@ -60,7 +60,6 @@ MODELS = (
         time_embedder="time_embed.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
         guidance="one batch",
-        lora_scale="attention_kwargs",
         text_tokens=128,
         tokens=packed,
         dims=_dims,

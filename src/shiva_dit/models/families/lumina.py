@@ -170,7 +170,6 @@ MODELS = (
         clean_timestep=1.0,
         time_embedder="time_caption_embed.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
-        lora_scale="attention_kwargs",
         text_tokens=256,
         tokens=latent_grid,
         own_tokens=own_square,

@@ -102,7 +102,6 @@ MODELS = (
         time_embedder="time_embed.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
         guidance="one batch",
-        lora_scale="attention_kwargs",
         text_tokens=256,
         tokens=_tokens,
         dims=_dims,

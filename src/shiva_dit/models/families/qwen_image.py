@@ -50,7 +50,6 @@ MODELS = (
         noise_timestep=1.0,
         time_embedder="time_text_embed.timestep_embedder",
         context=text_mean("encoder_hidden_states_mask"),
-        lora_scale="attention_kwargs",
         text_tokens=512,
         tokens=packed,
         dims=_dims,

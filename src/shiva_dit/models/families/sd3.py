@@ -64,7 +64,6 @@ MODELS = (
         time_embedder="time_text_embed.timestep_embedder",
         context=pooled_text,
         guidance="one batch",
-        lora_scale="joint_attention_kwargs",
         text_tokens=333,
         tokens=latent_grid,
         own_tokens=own_square,

@@ -80,7 +80,6 @@ _WAN = ModelSpec(
     noise_timestep=1000.0,
     time_embedder="condition_embedder.time_embedder",
     context=text_mean("zeros"),
-    lora_scale="attention_kwargs",
     text_tokens=512,
     tokens=_tokens,
     dims=_dims,

@@ -111,7 +111,6 @@ MODELS = (
         time_embedder="t_embedder",
         context=_text,
         guidance="one batch",
-        lora_scale="joint_attention_kwargs",
         text_tokens=512,
         tokens=_tokens,
         dims=_dims,
