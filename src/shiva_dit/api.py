@@ -236,7 +236,7 @@ def remove(target: T) -> T:
 def disabled(target: Any) -> Iterator[None]:
     """Within: the dense model, its own weights included, for comparison.
 
-    A forward that runs in another thread is waited for.
+    Those that overlap, in several threads or tasks, last until the last one ends. A forward that runs in another thread is waited for.
 
     Raises:
         ValueError: If no adapter is attached.
@@ -244,8 +244,7 @@ def disabled(target: Any) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for attachment in _all_attached(target):
-            stack.callback(attachment.enable, attachment.enabled)
-            attachment.enable(False)
+            stack.enter_context(attachment.disabled())
         yield
 
 

@@ -88,6 +88,7 @@ class Attachment(Uncopied):
         """Tuned weights; they come and go with the hooks."""
         self.adapter: Any = None
         self._is_on = False
+        self._pauses, self._was_enabled = 0, True
         self._compiled: dict[str, Any] | None = None
         self.num_tokens: int | None = None
         """N of the last forward."""
@@ -116,22 +117,41 @@ class Attachment(Uncopied):
         Raises:
             ValueError: If something on the model can't go along with it.
         """
+        self._put(self._put_weights_on)
+
+    def put_back(self) -> None:
+        """Put on what was taken off, as it was: for undoing that."""
+        self._put(self._put_weights_back)
+
+    def _put(self, put_weights: Callable[[], None]) -> None:
         with self.turns.switch():
             if self._is_on:
                 return
             refuse_neighbours(self.model, self.model.modules())
             try:
-                self._put_on()
+                self._undo.add(self._take_weights_off)
+                put_weights()
+                self._put_hooks_on()
                 self.watch = Watch(self._watch)
             except BaseException:
                 self._undo.run()
                 raise
             self._is_on = True
 
-    def _put_on(self) -> None:
+    def _put_weights_on(self) -> None:
         if self.backbone is not None:
-            self._undo.add(self.backbone.restore)
             self.backbone.put_on()
+
+    def _put_weights_back(self) -> None:
+        if self.backbone is not None:
+            self.backbone.put_back()
+            self.backbone.enable(self.enabled)
+
+    def _take_weights_off(self) -> None:
+        if self.backbone is not None:
+            self.backbone.restore()
+
+    def _put_hooks_on(self) -> None:
         self._undo.add(partial(_forget_registries, self.model))
         for block, hook in zip(self.blocks, self.hooks, strict=True):
             self._undo.add(partial(unregister, block, HOOK_NAME))
@@ -174,8 +194,7 @@ class Attachment(Uncopied):
                 nothing has changed then.
         """
         with self.turns.switch():
-            if self.backbone is not None:
-                self.backbone.restore()
+            self._take_weights_off()
             self._is_on = False
             self._undo.run()
 
@@ -191,6 +210,22 @@ class Attachment(Uncopied):
             if self.backbone is not None:
                 self.backbone.enable(enabled)
             self.enabled = enabled
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within: the model itself. Those that overlap last until the last one ends."""
+        with self.turns.switch():
+            if not self._pauses:
+                self._was_enabled = self.enabled
+                self.enable(False)
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self.turns.switch(interruptible=False):
+                self._pauses -= 1
+                if not self._pauses:
+                    self.enable(self._was_enabled)
 
     def _watch(self, watch: Watch) -> None:
         """What must hold before each forward (`Watch`)."""
@@ -532,23 +567,28 @@ def exchange(new: Sequence[Attachment], gone: Sequence[Attachment] = ()) -> None
         ValueError: If a new one can't be put on.
     """
     with ExitStack() as switches:
-        for attachment in (*new, *gone):
+        for attachment in sorted((*new, *gone), key=_place_in_turn):
             switches.enter_context(attachment.turns.switch())
         undo = Undo()
         try:
             for attachment in gone:
-                undo.add(attachment.put_on)
+                undo.add(attachment.put_back)
                 attachment.detach()
             for attachment in new:
                 old = attachment_of(attachment.model)
                 if old is not None:
-                    undo.add(old.put_on)
+                    undo.add(old.put_back)
                     old.detach()
                 undo.add(attachment.detach)
                 attachment.put_on()
         except BaseException:
             undo.run()
             raise
+
+
+def _place_in_turn(attachment: Attachment) -> int:
+    """All take the turns of several models in one order, lest two wait for each other."""
+    return id(attachment.model)
 
 
 def detach_all(attachments: Sequence[Attachment]) -> None:
@@ -559,12 +599,12 @@ def detach_all(attachments: Sequence[Attachment]) -> None:
     """
     undo = Undo()
     with ExitStack() as switches:
-        for attachment in attachments:
+        for attachment in sorted(attachments, key=_place_in_turn):
             switches.enter_context(attachment.turns.switch())
         try:
             for attachment in attachments:
-                undo.add(attachment.put_on)
+                undo.add(attachment.put_back)
                 attachment.detach()
-        except RuntimeError:
+        except BaseException:
             undo.run()
             raise

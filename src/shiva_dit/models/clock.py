@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -73,11 +74,16 @@ class SchedulerTimes:
     """
 
     def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+        self._pipeline = ref(pipeline)  # a transformer may outlive it
         self.run: Run | None = None
         """The run's times, if its list is known and is the model's."""
         self._read: Tensor | None = None
         self._begin = 0
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline, while it is there."""
+        return self._pipeline()
 
     def next(self, timestep: Tensor | None = None) -> float | None:
         """The time of the scheduler's current step.
@@ -113,7 +119,7 @@ class SchedulerTimes:
 
     def _list(self) -> Tensor | None:
         """The scheduler's list for a run, if it was asked for one."""
-        scheduler = self.pipeline.scheduler
+        scheduler = getattr(self.pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         asked = getattr(scheduler, "num_inference_steps", None) is not None
         return timesteps if asked and isinstance(timesteps, Tensor) and len(timesteps) else None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
-from shiva_dit.models.neighbours import below_offloading
+from shiva_dit.models.neighbours import below_offloading, reaches
 from shiva_dit.models.places import PLAIN, linear_bias, linear_weight
 
 LORA_PREFIX = "transformer."
@@ -75,7 +75,8 @@ def low_ranks(weights: Mapping[str, Tensor]) -> dict[str, LowRank]:
                 f"the LoRA weights don't fit this model: {path} has parts of shapes "
                 f"{tuple(a.shape)}, {tuple(b.shape)}{f' and {rows}' if rows else ''}."
             )
-        found[path] = LowRank(a, b, magnitude)
+        copies = (None if each is None else each.clone() for each in (a, b, magnitude))
+        found[path] = LowRank(*copies)  # type: ignore[arg-type]
     return found
 
 
@@ -100,6 +101,11 @@ class Beside:
             weight, bias = linear_weight(layer, change.a.shape[1]), linear_bias(layer)
             factor = change.factor(weight + change.b.to(weight) @ change.a.to(weight))
             assert factor is not None
+            if not torch.isfinite(factor).all():
+                raise ValueError(
+                    f"the adapter's DoRA of {path} meets rows of the model's weight that it can't "
+                    "scale (zeros): is it the model that it was trained on?"
+                )
             shift = None if bias is None else (1 - factor) * bias.to(factor)
             self.own = (change.a, change.b, factor, shift)
 
@@ -121,21 +127,20 @@ class Beside:
             weight = self.layer._parameters.get("weight")
             if weight is not None and weight.dtype in PLAIN and not weight.is_meta:
                 parts = _cast(self.own, weight)
-            entries[PARTS], entries[BEFORE] = (parts, self.own), entries.get("forward")
-            entries["forward"] = MethodType(forward_with_low_rank, self.layer)
+            entries[PARTS] = (parts, self.own)
+            if not reaches(entries.get("forward"), forward_with_low_rank):
+                entries[BEFORE] = entries.get("forward")
+                entries["forward"] = MethodType(forward_with_low_rank, self.layer)
 
     def take_off(self) -> None:
         """Leave the layer as it was; a wrapper that lies above then passes through."""
         with below_offloading(self.layer):
             entries = self.layer.__dict__
-            before = entries.get(BEFORE)
             if getattr(entries.get("forward"), "__func__", None) is forward_with_low_rank:
                 del entries["forward"]
+                before = entries.pop(BEFORE, None)
                 if before is not None:
                     entries["forward"] = before
-                entries.pop(BEFORE, None)
-            elif before is None:
-                entries.pop(BEFORE, None)
             entries.pop(PARTS, None)
 
 
@@ -166,6 +171,9 @@ def forward_with_low_rank(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor
 
 
 def _cast(parts: Parts, like: Tensor) -> Parts:
+    if torch.is_inference_mode_enabled():  # what is kept may be trained through later
+        with torch.inference_mode(False):
+            return _cast(parts, torch.empty((), dtype=like.dtype, device=like.device))
     a, b, factor, shift = parts
     return (
         a.to(like),

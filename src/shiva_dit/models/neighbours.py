@@ -99,11 +99,14 @@ def reaches(forward: Any, target: object) -> bool:
         elif inspect.isfunction(item):
             cells = item.__closure__ or ()
             todo += [cell.cell_contents for cell in cells if cell != CellType()]
-            todo.append(item.__dict__.get("__wrapped__"))
+            todo += [item.__dict__.get("__wrapped__"), *(item.__defaults__ or ())]
+            todo += (item.__kwdefaults__ or {}).values()
         elif isinstance(item, HookFunctionReference):
             todo += [item.forward, item.original_forward]
         elif isinstance(item, nn.Module):
             todo.append(item.__dict__.get("_old_forward"))
+        elif callable(item) and not inspect.isclass(item):
+            todo += getattr(item, "__dict__", {}).values()
     return False
 
 

@@ -88,11 +88,20 @@ def _kept_aside(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str] |
     return None
 
 
-def are_streamed(model: nn.Module) -> bool:
-    """Whether diffusers' group offloading brings weights from pinned copies of its own."""
-    registries = [module.__dict__.get("_diffusers_hook") for module in model.modules()]
-    hooks = [hook for registry in registries if registry for hook in registry.hooks.values()]
-    return any(getattr(getattr(hook, "group", None), "stream", None) is not None for hook in hooks)
+def kept_copies(model: nn.Module) -> str | None:
+    """What brings weights from copies of its own, past what stands in the modules, or None.
+
+    diffusers' group offloading does with a stream, and from files.
+    """
+    for module in model.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        for hook in () if registry is None else registry.hooks.values():
+            group = getattr(hook, "group", None)
+            if getattr(group, "stream", None) is not None:
+                return "group offloading with a stream"
+            if getattr(group, "offload_to_disk_path", None):
+                return "group offloading to disk"
+    return None
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -154,6 +163,30 @@ def fused_into(layers: list[Any]) -> Fused:
     return tuple((layer, tuple(layer.merged_adapters)) for layer in layers if layer.merged_adapters)
 
 
+def odd_fused(fused: Fused) -> str | None:
+    """The kind of an adapter that was fused otherwise than by adding to the weight, or None."""
+    for layer, names in fused:
+        for name in names:
+            if name not in getattr(layer, "lora_A", ()):
+                return f"{type(layer).__name__} {name!r}"
+            if name in layer.lora_variant or layer.lora_bias.get(name):
+                return f"LoRA {name!r} with a variant (DoRA) or a bias"
+    return None
+
+
+@torch.no_grad()
+def with_fused(values: Tensor, fused: Fused, sign: int = 1) -> Tensor:
+    """Values with LoRAs fused into them, as PEFT does it; without them for a sign of -1."""
+    if not fused:
+        return values
+    total = values.clone()
+    for layer, names in fused[::sign]:
+        for name in names[::sign]:
+            delta = layer.get_delta_weight(name).to(total)
+            total = total + delta if sign > 0 else total - delta
+    return total
+
+
 def refuse_projections(module: nn.Module, path: str) -> None:
     """Raise where an attention's queries, keys and values run as one layer, past their own.
 
@@ -184,14 +217,17 @@ def linear_weight(layer: nn.Module, width: int) -> Tensor:
         width: Of its input.
     """
     parameter = layer._parameters.get("weight")
+    is_plain = type(layer).forward is nn.Linear.forward  # others may do more to it
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach().float()
-    if type(parameter) is nn.Parameter and parameter.dtype.is_floating_point:
+    if is_plain and type(parameter) is nn.Parameter and parameter.dtype.is_floating_point:
         if not parameter.is_meta:
             return parameter.detach().float()
         return Place(layer, "weight", "weight").get().float()
     bias = layer._parameters.get("bias")
-    tensors = [t for t in (bias, *layer._buffers.values(), parameter) if t is not None]
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if parameter is not None:
+        tensors.append(parameter)
     floats = [t for t in tensors if t.dtype in PLAIN]
     dtype = floats[0].dtype if floats else torch.float32
     with torch.no_grad():

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import Beside, LowRank, forward_with_low_rank, low_ranks
@@ -17,10 +18,11 @@ from shiva_dit.models.neighbours import reaches
 from shiva_dit.models.places import (
     PLAIN,
     Place,
-    are_streamed,
     fused_into,
+    kept_copies,
     layer_at,
     links,
+    odd_fused,
     own_parameters,
     projections_are_fused,
     refuse_projections,
@@ -28,7 +30,7 @@ from shiva_dit.models.places import (
 )
 from shiva_dit.models.undo import Undo
 from shiva_dit.models.watch import Watch
-from shiva_dit.models.weights import Merged, Whole, exchange_weights, what_changed
+from shiva_dit.models.weights import Merged, Whole, exchange_weight, what_changed
 
 ADVICE = (
     "quantise, shard or fuse first and apply afterwards; or, for a LoRA or DoRA, apply with "
@@ -61,6 +63,7 @@ class TunedBackbone:
         self._merged: list[Merged] = []
         self.beside: list[Beside] = []
         """What lies beside layers, and costs something of its own."""
+        self._before: tuple[list[Merged], list[Beside]] = [], []
 
     def put_on(self) -> None:
         """Look where everything goes on the model as it is now, and put it there.
@@ -82,17 +85,26 @@ class TunedBackbone:
     # --- what goes where --------------------------------------------------------------------
 
     def _read_low_rank(self) -> None:
-        merge = self.merge and not are_streamed(self.model)
+        copies = kept_copies(self.model)
+        merge = self.merge and copies is None
+        seen: set[int] = set()
         for path, change in low_ranks(self.weights).items():
             layer = layer_at(self.model, path)
             if layer is None:
                 raise ValueError(f"the LoRA weights don't fit this model: it has no layer {path}.")
             _check_shape(layer, change, path)
             place = Place(layer, "weight", f"{path}.weight")
-            if merge and isinstance(layer, nn.Linear) and _is_mergeable(place):
-                self._merged.append(Merged([place], [change]))
-            else:
-                self.beside.append(Beside(layer, change, path))
+            is_plain = type(layer).forward is nn.Linear.forward and id(place.parameter) not in seen
+            seen.add(id(place.parameter))
+            if merge and is_plain and _is_mergeable(place):
+                self._merged.append(Merged(place, change))
+                continue
+            if change.magnitude is not None and copies == "group offloading to disk":
+                raise ValueError(
+                    f"the weights of {path} are in files ({copies}), and a DoRA must read them: "
+                    "apply first, then offload."
+                )
+            self.beside.append(Beside(layer, change, path))
 
     def _read_whole(self) -> None:
         places, weights = own_parameters(self.model), self.weights
@@ -107,15 +119,14 @@ class TunedBackbone:
                 f"the tuned backbone doesn't fit this model: {odd[:3]} differ. Apply to the model "
                 "that it was trained on, before its projections are fused or layers replaced."
             )
-        streamed = are_streamed(self.model)
-        by_layer: dict[int, tuple[list[Place], list[Whole]]] = {}
+        copies = kept_copies(self.model)
         for name in weights:
             place = places[name]
             parameter = place.parameter
             assert parameter is not None
             why = place.obstacle()
-            if why is None and streamed:
-                why = f"{name} is under group offloading with a stream, which keeps copies of it"
+            if why is None and copies is not None:
+                why = f"{name} is under {copies}, which keeps copies of it"
             if why is not None:
                 raise ValueError(
                     f"a tuned backbone replaces the model's weights, and {why}: apply to the plain "
@@ -126,14 +137,11 @@ class TunedBackbone:
                     f"the tuned backbone doesn't fit this model: {name} has shape "
                     f"{tuple(weights[name].shape)}, the model's is {tuple(parameter.shape)}."
                 )
-            of_layer = by_layer.setdefault(id(place.module), ([], []))
-            of_layer[0].append(place)
-            of_layer[1].append(Whole(weights[name]))
-        self._merged = [Merged(*of_layer) for of_layer in by_layer.values()]
+            self._merged.append(Merged(place, Whole(weights[name])))
 
     def _touched(self) -> set[str]:
         """Paths of all layers that hold something of ours."""
-        merged = {entry.places[0].path.rpartition(".")[0] for entry in self._merged}
+        merged = {entry.place.path.rpartition(".")[0] for entry in self._merged}
         return merged | {beside.path for beside in self.beside}
 
     def _attentions(self) -> Iterator[tuple[nn.Module, str]]:
@@ -171,43 +179,65 @@ class TunedBackbone:
         if enabled == self.enabled:
             return
         over = wrappers(self.model) if self._merged else {}
-        if enabled:
-            self._check_reachable()
-        else:
-            self._check_untouched(over)
         undo = Undo()
-        try:
-            for entry in self._merged:
-                exchange_weights(entry, over.get(id(entry.layer), []), enabled, undo)
-            for beside in self.beside:
-                undo.add(beside.take_off if enabled else beside.put_on)
-                (beside.put_on if enabled else beside.take_off)()
-        except BaseException:
-            undo.run()
-            raise
+        # Tensors that are made here may be trained on later, whatever mode this runs in.
+        with torch.inference_mode(False), torch.no_grad():
+            if enabled:
+                self._check_reachable(over)
+            else:
+                self._check_untouched(over)
+            try:
+                for entry in self._merged:
+                    exchange_weight(entry, over.get(id(entry.layer), []), enabled, undo)
+                for beside in self.beside:
+                    undo.add(beside.take_off if enabled else beside.put_on)
+                    (beside.put_on if enabled else beside.take_off)()
+            except BaseException:
+                undo.run()
+                raise
         self.enabled = enabled
         if not enabled:
             for entry in self._merged:
-                entry.own, entry.base = [], []
+                entry.own = entry.base = None
 
     def restore(self) -> None:
-        """Give the model its own weights back, to the bit, until `put_on`.
+        """Give the model its own weights back, to the bit, until `put_on` or `put_back`.
 
         Raises:
             RuntimeError: As `enable`. Nothing has changed then.
         """
         self.enable(False)
-        self._merged, self.beside = [], []
+        if self._merged or self.beside:
+            self._before, self._merged, self.beside = (self._merged, self.beside), [], []
 
-    def _check_reachable(self) -> None:
+    def put_back(self) -> None:
+        """Put on what was taken off, where it was: for undoing that."""
+        self._merged, self.beside = self._before
+        self.enable(True)
+
+    def _check_copies(self) -> None:
+        """An exchange would not reach what offloading keeps aside."""
+        copies = kept_copies(self.model) if self._merged else None
+        if copies is not None:
+            raise RuntimeError(
+                f"the model's weights can't be exchanged under {copies}, which brings copies of "
+                "its own: apply a LoRA or DoRA with merge=False there, or load the model again."
+            )
+
+    def _check_reachable(self, over: Mapping[int, list[Any]]) -> None:
+        self._check_copies()
         for entry in self._merged:
-            for place in entry.places:
-                why = place.obstacle()
-                if why is not None:
-                    raise RuntimeError(f"the adapter's weights can't be put on: {why}. {ADVICE}")
+            odd = odd_fused(entry.fused_now(over.get(id(entry.layer), [])))
+            why = entry.place.obstacle() or (odd and f"a {odd} of yours is fused into it")
+            if why is not None:
+                raise RuntimeError(
+                    f"the adapter's {entry.place.path} can't be put on: {why}. Unfuse what is "
+                    f"yours; {ADVICE}"
+                )
 
     def _check_untouched(self, over: Mapping[int, list[Any]]) -> None:
         """Raise unless the tuned weights still stand where they were put, and only there."""
+        self._check_copies()
         for attention, path in self._attentions() if self._merged else ():
             if projections_are_fused(attention):
                 raise RuntimeError(
@@ -233,8 +263,7 @@ class TunedBackbone:
         for entry in self._merged:
             judge = partial(self._judge_weights, entry)
             watch.add(entry.layer.__dict__, "_hf_hook", judge)
-            for place in entry.places:
-                watch.add(*place.entry(), judge)
+            watch.add(*entry.place.entry(), judge)
         for path in sorted(self._touched()):
             for parent, name, child in links(self.model, path):
                 watch.add(parent._modules, name, partial(self._judge_link, parent, name, child))
