@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
 )
+from jaxtyping import TypeCheckError
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
@@ -526,6 +527,96 @@ def test_replaced_forwards_and_blocks_are_noticed() -> None:
         tiny.run(model, tiny.inputs())
 
 
+def test_wrappers_may_hold_the_forward_in_a_default() -> None:
+    model: Any = shiva_dit.apply(tiny.sd3(), adapter_for(tiny.sd3()))
+    expected = tiny.run(model, tiny.inputs())
+    block = model.transformer_blocks[2]
+
+    def wrapper(*args: Any, _own: Any = block.forward, **kwargs: Any) -> Any:
+        return _own(*args, **kwargs)
+
+    block.forward = wrapper
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_wrapper_over_a_layer_with_a_lora_beside_it(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model: Any = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made, merge=False)
+    expected = tiny.run(model, tiny.inputs())
+    layer = model.transformer_blocks[2].attn.to_q
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    for _ in range(2):
+        assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+        with shiva_dit.disabled(model):
+            assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.remove(model)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+@backbones
+def test_disabled_that_overlap_last_until_the_last_one_ends(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model: Any = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made, schedule=tiny.from_counts(COUNTS))
+    expected = tiny.run(model, tiny.inputs())
+    one, other = shiva_dit.disabled(model), shiva_dit.disabled(model)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    other.__exit__(None, None, None)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+
+
+@backbones
+def test_an_apply_that_fails_inside_disabled_leaves_the_dense_model(method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    wrong, _ = tuned_adapter(method, "plain")
+    name = next(n for n in wrong.backbone_weights if "attn.to_q" in n and "magnitude" not in n)
+    wrong.backbone_weights[name] = torch.zeros(7, 5)
+    model: Any = tiny.sd3()
+    bare = tiny.run(model, tiny.inputs())
+    shiva_dit.apply(model, made)
+    expected = tiny.run(model, tiny.inputs())
+    with shiva_dit.disabled(model):
+        with pytest.raises(ValueError, match="fit this model"):
+            shiva_dit.apply(model, wrong)
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+
+
+def test_what_a_caller_does_to_an_adapter_afterwards_is_nothing_to_the_model() -> None:
+    for method in ("lora", "dora", "full"):
+        made, _ = tuned_adapter(method, "plain")
+        model: Any = tiny.sd3()
+        bare = tiny.run(model, tiny.inputs())
+        shiva_dit.apply(model, made)
+        expected = tiny.run(model, tiny.inputs())
+        for value in made.backbone_weights.values():
+            value.mul_(2.0)
+        assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+        shiva_dit.remove(model)
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_users_lora_learns_on_top_of_what_was_put_on_in_inference_mode(merge: bool) -> None:
+    made, _ = tuned_adapter("lora", "plain")
+    model: Any = tiny.sd3()
+    with torch.inference_mode():
+        shiva_dit.apply(model, made, merge=merge)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="mine")
+    model(**tiny.inputs()).sample.square().mean().backward()
+    gradients = [p.grad for n, p in model.named_parameters() if "mine" in n and "lora_B" in n]
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
 def test_a_call_past_the_models_hooks_is_refused() -> None:
     model: Any = shiva_dit.apply(tiny.sd3(), adapter_for(tiny.sd3()))
     with pytest.raises(RuntimeError, match=r"call model\(\.\.\.\), not model.forward"):
@@ -640,6 +731,26 @@ def test_summary_says_what_is_kept() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": True}, "num_tokens: expected int"),
+        ({"num_tokens": 1.5}, "num_tokens: expected int"),
+        ({"text_tokens": -1}, "text_tokens must be at least 0"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps: expected int"),
+        ({"num_inference_steps": 10**6}, "num_inference_steps must be at most 10000"),
+    ],
+)
+def test_summary_takes_whole_numbers(options: dict[str, Any], message: str) -> None:
+    pipe = tiny.pipeline(tiny.sd3())
+    shiva_dit.apply(pipe, adapter_for(pipe.transformer))
+    try:
+        with pytest.raises(ValueError, match=message):
+            shiva_dit.summary(pipe, **options)
+    except TypeCheckError:
+        assert "expected" in message
+
+
 def test_summary_of_another_resolution() -> None:
     model = tiny.sd3()
     shiva_dit.apply(model, adapter_for(model), schedule=Schedule.uniform(0.5, num_blocks=4))
@@ -747,6 +858,15 @@ def test_weights_that_are_not_finite_are_refused(where: str, value: float) -> No
         ({"keep_ratio": 0.5, "schedule": Schedule.uniform(0.5, num_blocks=4)}, "not both"),
         ({"schedule": Schedule.uniform(0.5, num_blocks=3)}, "schedule is for 3 blocks, .*has 4"),
         ({"timesteps": []}, "timesteps must name at least one step"),
+        ({"timesteps": 5}, "timesteps must be a list of numbers, got 5"),
+        ({"timesteps": "ab"}, "timesteps must be a list of numbers, got 'ab'"),
+        ({"timesteps": [True]}, "timesteps: expected"),
+        ({"timesteps": [float("nan")]}, "timesteps: expected a finite number"),
+        ({"keep_ratio": True}, "keep_ratio: expected"),
+        ({"keep_ratio": "x"}, "keep_ratio: expected"),
+        ({"multiple": 1.5}, "multiple: expected int, got 1.5"),
+        ({"segments": True}, "segments: expected int"),
+        ({"schedule": 3}, "schedule must be a Schedule, got int"),
         ({"merge": False}, 'backbone = "full".*merge=False'),
     ],
 )
@@ -760,8 +880,11 @@ def test_options_outside_their_range_change_nothing(
         shiva_dit.apply(model, made)
     output, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
     on = attachment_of(model)
-    with pytest.raises((ValueError, TypeError), match=message):
-        shiva_dit.apply(model, made, **options)
+    try:
+        with pytest.raises(ValueError, match=message):
+            shiva_dit.apply(model, made, **options)
+    except TypeCheckError:  # where annotations are enforced, as in most tests, they come first
+        assert "expected" in message or "must be a" in message
     assert attachment_of(model) is on
     assert tiny.footprint(model) == before
     assert torch.equal(tiny.run(model, tiny.inputs()), output)

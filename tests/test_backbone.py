@@ -415,6 +415,52 @@ def test_a_lora_fused_and_unloaded_keeps_the_adapter_on(method: str) -> None:
         assert torch.equal(tiny.run(model, tiny.inputs()), expected)
 
 
+@methods
+@pytest.mark.parametrize("odd", [{"lora_bias": True}, {"use_dora": True}])
+def test_what_does_more_than_add_to_a_weight_must_be_unfused(
+    method: str, odd: dict[str, Any]
+) -> None:
+    weights, _ = tiny.tuned(method)
+    for fused_first in (True, False):
+        model = tiny.sd3()
+        config = LoraConfig(r=2, target_modules=["to_q"], **odd)
+        model.add_adapter(config, adapter_name="mine")
+        tiny.fill_lora(model, "mine", seed=8)
+        unfused = tiny.run(model, tiny.inputs())
+        backbone = TunedBackbone(model, weights, SETTINGS[method])
+        if fused_first:
+            model.fuse_lora()
+            with pytest.raises(RuntimeError, match=r"LoRA 'mine' with a variant .* Unfuse"):
+                backbone.put_on()
+        else:
+            backbone.put_on()
+            model.fuse_lora()
+            with pytest.raises(RuntimeError, match=r"LoRA 'mine' with a variant .* fused into it"):
+                backbone.restore()
+        model.unfuse_lora()
+        backbone.restore()
+        assert near(tiny.run(model, tiny.inputs()), unfused)
+
+
+@methods
+@pytest.mark.parametrize("change", ["deleted", "rescaled"])
+def test_a_fused_lora_that_is_deleted_or_rescaled_is_noticed(method: str, change: str) -> None:
+    weights, _ = tiny.tuned(method)
+    model = tiny.sd3()
+    add_users_lora(model, "mine", ["to_q", "to_k"], seed=8)
+    add_users_lora(model, "other", ["to_q"], seed=9)
+    backbone = put(model, weights, SETTINGS[method])
+    model.fuse_lora(adapter_names=["mine"])
+    fused = tiny.run(model, tiny.inputs())
+    if change == "deleted":
+        model.delete_adapters("mine")
+    else:
+        model.set_adapters("mine", [0.3])
+    with pytest.raises(RuntimeError, match="can't be given back"):
+        backbone.enable(False)
+    assert torch.equal(tiny.run(model, tiny.inputs()), fused)
+
+
 # --- layers that aren't plain -----------------------------------------------------------------
 
 
@@ -453,6 +499,63 @@ def test_beside_quantised_layers(method: str) -> None:
     assert near(tiny.run(model, tiny.inputs()), expected, 4 * off)
     backbone.restore()
     assert tiny.footprint(model) == before
+
+
+@low_rank
+def test_layers_that_share_a_weight_or_have_a_forward_of_their_own(method: str) -> None:
+    """Merging would change the one twice, and the other as it doesn't run."""
+    weights, _ = tiny.tuned(method)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, 2.0 * self.weight, self.bias)
+
+    def changed(doubled: bool) -> Any:
+        model = tiny.sd3()
+        attention = model.transformer_blocks[1].attn
+        if doubled:
+            own = attention.to_q
+            attention.to_q = Doubled(32, 32)
+            attention.to_q.load_state_dict({**own.state_dict(), "weight": own.weight / 2})
+        else:
+            attention.to_k.weight = attention.to_q.weight
+        return model
+
+    for doubled in (True, False):
+        model, reference = changed(doubled), changed(doubled)
+        before, state = tiny.run(model, tiny.inputs()), state_of(model)
+        backbone = put(model, weights, SETTINGS[method])
+        assert len(backbone.beside) == (1 if doubled else 2)
+        apart = TunedBackbone(reference, weights, SETTINGS[method], merge=False)
+        apart.put_on()
+        assert near(tiny.run(model, tiny.inputs()), tiny.run(reference, tiny.inputs()))
+        backbone.restore()
+        assert same_state(model, state)
+        assert torch.equal(tiny.run(model, tiny.inputs()), before)
+
+
+@methods
+def test_offloading_to_disk_keeps_copies(method: str, tmp_path: Any) -> None:
+    weights, expected = tiny.tuned(method)
+    model, cpu = tiny.sd3(), torch.device("cpu")
+    bare = tiny.run(model, tiny.inputs())
+    options = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path / "first")}
+    model.enable_group_offload(cpu, cpu, **options)
+    if method == "lora":
+        backbone = put(model, weights, SETTINGS[method])
+        assert near(tiny.run(model, tiny.inputs()), expected)
+        backbone.restore()
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    else:
+        with pytest.raises(ValueError, match="group offloading to disk"):
+            put(model, weights, SETTINGS[method])
+    model = tiny.sd3()
+    backbone = put(model, weights, SETTINGS[method])
+    options["offload_to_disk_path"] = str(tmp_path / "second")
+    model.enable_group_offload(cpu, cpu, **options)
+    assert near(tiny.run(model, tiny.inputs()), expected)
+    with pytest.raises(RuntimeError, match="can't be exchanged under group offloading to disk"):
+        backbone.restore()
 
 
 def test_a_whole_backbone_on_layers_that_are_not_plain_is_refused() -> None:

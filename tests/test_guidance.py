@@ -256,6 +256,25 @@ def test_a_callback_that_ends_guidance_is_followed() -> None:
     assert any(differ(c) for call in calls[2:] for c in call.values())
 
 
+def test_a_direct_call_from_a_callback_is_alone() -> None:
+    """Of as many samples as the pipeline's own call has."""
+    model = tiny.sd3()
+    pipe = tiny.pipeline(model)
+    applied(pipe)
+    four = tiny.inputs(batch=4)
+
+    def call(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        tiny.run(pipe.transformer, four)
+        return given
+
+    with calls_of(model) as calls:
+        tiny.generate(pipe, 5.0, callback_on_step_end=call)
+    own, direct = calls[::2], calls[1::2]
+    assert len(own) == len(direct) == 4
+    assert all(torch.equal(*c.chunk(2)) for each in own for c in each.values())
+    assert all(any(not torch.equal(*c.chunk(2)) for c in each.values()) for each in direct)
+
+
 class Mine(FluxImg2ImgPipeline):
     """Counts like its base."""
 

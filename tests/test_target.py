@@ -303,3 +303,26 @@ def test_one_time_for_all_samples_is_everyones(name: str) -> None:
         families.run(model, given)
         families.run(model, {**given, "timestep": given["timestep"][:1]})
     assert all(torch.equal(a, b) for a, b in zip(chosen[:3], chosen[3:], strict=True))
+
+
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt, RuntimeError])
+def test_remove_takes_both_off_or_none(
+    failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = experts()
+    first, second = pipe.transformer, pipe.transformer_2
+    shiva_dit.apply(pipe, adapter(first), transformer_2=adapter(second, [[64, 8, 8, 8]]))
+    expected = videos(pipe)
+    attachment = attachment_of(second)
+    assert attachment is not None
+
+    def fail() -> None:
+        raise failure
+
+    monkeypatch.setattr(attachment, "_take_weights_off", fail)
+    with pytest.raises(failure):
+        shiva_dit.remove(pipe)
+    monkeypatch.undo()
+    assert attachment_of(first) is not None
+    assert attachment_of(second) is attachment
+    assert torch.equal(videos(pipe), expected)

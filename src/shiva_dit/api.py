@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
+from shiva_dit.config import finite_number, whole_number
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange
 from shiva_dit.models.backbone import first_not_finite
@@ -97,10 +98,8 @@ def apply(
     """
     models = transformers_of(target)
     _check_second(target, models, transformer_2, timesteps)
-    if schedule is not None and keep_ratio is not None:
-        raise ValueError("pass either a schedule or a keep_ratio, not both.")
-    if keep_ratio is not None and not 0.0 < keep_ratio <= 1.0:
-        raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
+    numbers = {"multiple": multiple, "segments": segments, "select_every": select_every}
+    _check_numbers(schedule, keep_ratio, numbers)
     made = []
     for model, source in zip(models, (adapter, transformer_2), strict=False):
         if source is None:
@@ -132,6 +131,23 @@ def apply(
             100 * attachment.schedule.mean_keep_ratio,
         )
     return target
+
+
+def _check_numbers(schedule: object, keep_ratio: Any, numbers: Mapping[str, Any]) -> None:
+    """Raise a ValueError for what `apply` can't take."""
+    for name, value in numbers.items():
+        if value is not None:
+            whole_number(name, value)
+    if schedule is not None and keep_ratio is not None:
+        raise ValueError("pass either a schedule or a keep_ratio, not both.")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be a Schedule, got {type(schedule).__name__}.")
+    if keep_ratio is None:
+        return
+    if keep_ratio == keep_ratio:  # NaN is out of range, below
+        finite_number("keep_ratio", keep_ratio)
+    if not 0.0 < keep_ratio <= 1.0:
+        raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
 
 
 def _check_second(
@@ -185,10 +201,18 @@ def _backbone(model: Any, adapter: ShivaAdapter, merge: bool) -> TunedBackbone |
 def _clock(attachment: Attachment, target: Any, timesteps: Sequence[float] | None) -> Clock | None:
     """Who knows a call's time, beside the call."""
     if timesteps is not None:
-        return Clock(ListedTimes([float(attachment.spec.time(step)) for step in timesteps]))
+        if isinstance(timesteps, str) or not isinstance(timesteps, Iterable):
+            raise ValueError(f"timesteps must be a list of numbers, got {timesteps!r}.")
+        steps = [finite_number("timesteps", _plain(step)) for step in timesteps]
+        return Clock(ListedTimes([float(attachment.spec.time(step)) for step in steps]))
     if attachment.model is not target and hasattr(target, "scheduler"):
         return Clock(SchedulerTimes(target))
     return None
+
+
+def _plain(step: Any) -> Any:
+    """A number out of a tensor or array of one."""
+    return step.item() if hasattr(step, "item") and getattr(step, "ndim", 1) == 0 else step
 
 
 def _check_weights(adapter: ShivaAdapter) -> None:
@@ -236,7 +260,8 @@ def remove(target: T) -> T:
 def disabled(target: Any) -> Iterator[None]:
     """Within: the dense model, its own weights included, for comparison.
 
-    Those that overlap, in several threads or tasks, last until the last one ends. A forward that runs in another thread is waited for.
+    Those that overlap, in several threads or tasks, last until the last one ends. A forward that
+    runs in another thread is waited for.
 
     Raises:
         ValueError: If no adapter is attached.
@@ -427,6 +452,12 @@ def summary(
             its pipeline.
     """
     attachment = _attached(target)
+    asked = {"num_tokens": num_tokens, "num_inference_steps": num_inference_steps}
+    for name, value in asked.items():
+        if value is not None:
+            whole_number(name, value, least=1, most=10**8 if name == "num_tokens" else 10_000)
+    if text_tokens is not None:
+        whole_number("text_tokens", text_tokens, least=0)
     num_tokens = _own_size(attachment) if num_tokens is None else num_tokens
     text_tokens = attachment.spec.text_tokens if text_tokens is None else text_tokens
     first = _summary(attachment, target, num_tokens, text_tokens, num_inference_steps)

@@ -99,6 +99,9 @@ class Counts:
         rounding = {"multiple": self.multiple, "segments": self.segments}
         if run is None:
             return self.schedule.for_tokens(num_tokens, **rounding)
+        same = self.table(num_tokens)
+        if same.is_constant:  # whatever the steps are, and no forward asks for them then
+            return same
         return self.schedule.for_steps(run, num_tokens, **rounding)
 
     def row(self, num_tokens: int, timestep: Tensor | float) -> tuple[int, ...]:

@@ -97,21 +97,30 @@ class Running:
         return value > float(bound) if bound else value
 
 
+LIBRARIES = {"accelerate", "contextlib", "diffusers", "functools", "peft", "shiva_dit", "torch"}
+"""Through whose code a pipeline reaches its model."""
+
+
 def running_call() -> Running | None:
-    """The innermost call of a pipeline on this thread's stack, or None."""
-    frame = sys._getframe(1)
+    """The pipeline's call that is calling the model: the innermost on this thread's stack, or None.
+
+    A call from a user's code in between (a callback) is none of the pipeline's.
+    """
+    frame, detour = sys._getframe(1), False
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__call__":
+        module, bases = str(frame.f_globals.get("__name__")), set()
+        if frame.f_code.co_name == "__call__":
+            bases = {base.__name__ for base in type(frame.f_locals.get("self")).__mro__}
+        is_block = "ModularPipelineBlocks" in bases
+        if is_block or "DiffusionPipeline" in bases:
+            is_known = module.startswith("diffusers.")
+            if is_known and detour:
+                return None
             scope = frame.f_locals
-            owner = scope.get("self")
-            bases = {base.__name__ for base in type(owner).__mro__}
-            is_block = "ModularPipelineBlocks" in bases
-            if is_block or "DiffusionPipeline" in bases:
-                is_known = str(frame.f_globals.get("__name__")).startswith("diffusers.")
-                name = code.co_qualname.removesuffix(".__call__")
-                name = name if is_known else type(owner).__name__
-                return Running(name, is_known, is_block, scope)
+            name = frame.f_code.co_qualname.removesuffix(".__call__")
+            name = name if is_known else type(scope["self"]).__name__
+            return Running(name, is_known, is_block, scope)
+        detour |= module.partition(".")[0] not in LIBRARIES
         frame = frame.f_back
     return None
 

@@ -6,6 +6,7 @@ top.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -73,10 +74,12 @@ class TunedBackbone:
                 has changed then.
         """
         self._merged, self.beside = [], []
-        if self.is_low_rank:
-            self._read_low_rank()
-        elif self.weights:
-            self._read_whole()
+        # Tensors that are made here may be trained through later, whatever mode this runs in.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.is_low_rank:
+                self._read_low_rank()
+            elif self.weights:
+                self._read_whole()
         for attention, path in self._attentions():
             refuse_projections(attention, path)
         self._refuse_fused_under_dora()
@@ -87,15 +90,16 @@ class TunedBackbone:
     def _read_low_rank(self) -> None:
         copies = kept_copies(self.model)
         merge = self.merge and copies is None
-        seen: set[int] = set()
+        shared = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
         for path, change in low_ranks(self.weights).items():
             layer = layer_at(self.model, path)
             if layer is None:
                 raise ValueError(f"the LoRA weights don't fit this model: it has no layer {path}.")
             _check_shape(layer, change, path)
             place = Place(layer, "weight", f"{path}.weight")
-            is_plain = type(layer).forward is nn.Linear.forward and id(place.parameter) not in seen
-            seen.add(id(place.parameter))
+            # Others do more with a weight, or one of several layers with the same one is meant.
+            is_plain = type(layer).forward is nn.Linear.forward
+            is_plain &= shared[id(place.parameter)] == 1
             if merge and is_plain and _is_mergeable(place):
                 self._merged.append(Merged(place, change))
                 continue
@@ -180,7 +184,6 @@ class TunedBackbone:
             return
         over = wrappers(self.model) if self._merged else {}
         undo = Undo()
-        # Tensors that are made here may be trained on later, whatever mode this runs in.
         with torch.inference_mode(False), torch.no_grad():
             if enabled:
                 self._check_reachable(over)
