@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,53 @@ def test_the_record_says_what_it_was_trained_on(tmp_path: Path) -> None:
     assert made["backbone"]["class"] == "SD3Transformer2DModel"
     assert len(made["backbone"]["sha256"]) == 64
     assert load_task("scenes").identity() != task.identity()
+
+
+# --- seeds, and jobs that fail ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_seeds_are_checked_before_anything_runs(
+    seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    bound = "at least 0" if seed == "-1" else "at most 4294967295"
+    recipe = str(ROOT / "recipes" / "compare-estimators-digits.toml")
+    for words in (
+        ["quickstart", "--seed", seed, "--out", str(out)],
+        ["quickstart", "--seed", "4294967295", "--seeds", "2", "--out", str(out)],
+        ["compare", recipe, f"seeds=[0, {seed}]", "--out", str(out)],
+        ["train", DIGITS, f"seed={seed}", f"out={out}"],
+        ["inspect", "flips", f"seed={seed}", "--out", str(out)],
+    ):
+        line = said(capsys, words)
+        assert "seed" in line
+        assert f"must be {bound}" in line or words[1:3] == ["--seed", "4294967295"]
+        assert not out.exists()
+
+
+FAILING_JOBS = """
+from pathlib import Path
+from shiva_dit.experiments.contest import Contestant, Job, Settings
+from shiva_dit.experiments.pool import run_jobs
+
+if __name__ == "__main__":
+    settings = Settings(base=Path("nowhere"))
+    job = Job(settings=settings, contestants=(Contestant(name="x"),), seed=0)
+    try:
+        print(list(run_jobs([job] * 6, 1)))
+    except ValueError as error:
+        print("ended:", error)
+"""
+
+
+def test_a_job_that_fails_ends_all(tmp_path: Path) -> None:
+    """With more jobs than workers: some wait in the pool, some in its queue."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING_JOBS)
+    done = subprocess.run(  # the time is a guard against one that never ends
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ended: nowhere/digits-backbone.safetensors is missing")
+    assert not done.stderr

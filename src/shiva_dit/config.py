@@ -183,6 +183,16 @@ def _convert_plain(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {name}, got {_shown(value)}.")
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check several runs' seeds, before the first of them.
+
+    Raises:
+        ValueError: If one lies outside [0, 2^32).
+    """
+    for seed in seeds:
+        whole_number("each of seeds", seed, least=0, most=LARGEST_SEED)
+
+
 def check_types(config: object) -> None:
     """Check the types of a dataclass's values against its annotations; for `__post_init__`.
 
