@@ -454,17 +454,15 @@ def _benchmark(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.benchmark.config import BenchmarkConfig
     from shiva_dit.benchmark.pairs import run_pair
-    from shiva_dit.benchmark.records import save_record
+    from shiva_dit.benchmark.records import check_record_place, save_record
     from shiva_dit.benchmark.run import run_benchmark, run_scaling
     from shiva_dit.benchmark.steps import run_step_benchmark
     from shiva_dit.benchmark.tables import timing_note, timing_rows
     from shiva_dit.benchmark.timing import keep_memory
     from shiva_dit.demo.base import usable_device
-    from shiva_dit.ownership import check_folder
     from shiva_dit.report import plain_rows
 
     usable_device(options.device)
-    check_folder(options.out)
     memory_kept = keep_memory()
     config = BenchmarkConfig(
         model=options.model,
@@ -487,6 +485,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     )
     if options.scaling and (config.train or config.beside):
         raise ValueError("--scaling, --train and --beside: one of them at a time.")
+    check_record_place(config, options.scaling or (), options.out)
     if options.scaling:
         record = run_scaling(config, options.scaling)
     elif config.train:
