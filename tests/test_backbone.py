@@ -682,3 +682,12 @@ def test_the_tensor_that_is_not_finite_is_named(value: float) -> None:
     tensors = {"good": torch.ones(2), "bad": torch.tensor([1.0, value])}
     assert first_not_finite(tensors) == "bad"
     assert first_not_finite({"good": torch.ones(2)}) is None
+
+
+def test_a_rank_that_no_layer_has_is_refused_before_anything_is_put_on() -> None:
+    model = tiny.sd3()  # of width 32
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"lora_rank must be at most 32, .*, got 33"):
+        add_lora(model, {"r": 33, "lora_alpha": 33})
+    assert set(model.state_dict()) == names
+    add_lora(model, {"r": 32, "lora_alpha": 32})

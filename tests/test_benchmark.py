@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -29,7 +30,7 @@ from shiva_dit.benchmark.operators import (
     time_operators,
 )
 from shiva_dit.benchmark.pairs import run_pair
-from shiva_dit.benchmark.records import record_path, save_record
+from shiva_dit.benchmark.records import check_record_place, record_path, save_record
 from shiva_dit.benchmark.run import ADAPTER, DENSE, FORCED, run_benchmark, run_scaling
 from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
 from shiva_dit.benchmark.tables import benchmark_rows, scaling_rows
@@ -225,6 +226,16 @@ def test_records_are_named_by_what_they_hold_and_never_overwritten(
     assert json.loads(path.read_text(encoding="utf-8"))["rows"][2]["arm"] == "keep 0.5"
     with pytest.raises(ValueError, match="is there already"):
         save_record(record, tmp_path)
+    same = BenchmarkConfig(**SMALL | {"repeats": 1}, keep=(0.6,))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is there already"):
+        check_record_place(same, (), tmp_path)  # before anything is measured
+    for config, sides in (
+        (same, (64, 128)),
+        (replace(same, train="lora"), ()),
+        (replace(same, beside="mag_cache"), ()),
+        (replace(same, batch=3), ()),
+    ):
+        check_record_place(config, sides, tmp_path)
     record["config"]["size"] = [832, 480]
     assert "sd3-tiny-832x480-" in record_path(record, tmp_path).name
 

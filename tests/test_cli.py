@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,175 @@ def test_the_record_says_what_it_was_trained_on(tmp_path: Path) -> None:
     assert made["backbone"]["class"] == "SD3Transformer2DModel"
     assert len(made["backbone"]["sha256"]) == 64
     assert load_task("scenes").identity() != task.identity()
+
+
+# --- seeds, and jobs that fail ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_seeds_are_checked_before_anything_runs(
+    seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    bound = "at least 0" if seed == "-1" else "at most 4294967295"
+    recipe = str(ROOT / "recipes" / "compare-estimators-digits.toml")
+    for words in (
+        ["quickstart", "--seed", seed, "--out", str(out)],
+        ["quickstart", "--seed", "4294967295", "--seeds", "2", "--out", str(out)],
+        ["compare", recipe, f"seeds=[0, {seed}]", "--out", str(out)],
+        ["train", DIGITS, f"seed={seed}", f"out={out}"],
+        ["inspect", "flips", f"seed={seed}", "--out", str(out)],
+    ):
+        line = said(capsys, words)
+        assert "seed" in line
+        assert f"must be {bound}" in line or words[1:3] == ["--seed", "4294967295"]
+        assert not out.exists()
+
+
+FAILING_JOBS = """
+from pathlib import Path
+from shiva_dit.experiments.contest import Contestant, Job, Settings
+from shiva_dit.experiments.pool import run_jobs
+
+if __name__ == "__main__":
+    settings = Settings(base=Path("nowhere"))
+    job = Job(settings=settings, contestants=(Contestant(name="x"),), seed=0)
+    try:
+        print(list(run_jobs([job] * 6, 1)))
+    except ValueError as error:
+        print("ended:", error)
+"""
+
+
+def test_a_job_that_fails_ends_all(tmp_path: Path) -> None:
+    """With more jobs than workers: some wait in the pool, some in its queue."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING_JOBS)
+    done = subprocess.run(  # the time is a guard against one that never ends
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ended: nowhere/digits-backbone.safetensors is missing")
+    assert not done.stderr
+
+
+# --- places -----------------------------------------------------------------------------------
+
+
+def test_places_are_checked_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is loaded, measured or trained where the result has no place to be."""
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "shiva_dit.benchmark.run.run_benchmark",
+        "shiva_dit.experiments.flips.run_flips",
+        "shiva_dit.experiments.caption_swap.run_caption_swap",
+        "shiva_dit.experiments.synthetic.run_synthetic",
+        "shiva_dit.experiments.quickstart.Quickstart",
+        "shiva_dit.experiments.compare._run",
+        "shiva_dit.demo.base._trained",
+        "shiva_dit.cli._demo",
+        "shiva_dit.cli._loaded",
+        "shiva_dit.provenance.read_json",
+    ):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("worked before it looked"))
+    file, lost = tmp_path / "file", tmp_path / "lost"
+    file.write_text("mine")
+    lost.symlink_to(tmp_path / "nowhere")
+    recipe = str(ROOT / "recipes" / "compare-estimators-digits.toml")
+    commands = [
+        ["benchmark", "sd3-small"],
+        *(["inspect", what] for what in ("flips", "captions", "synthetic")),
+        ["quickstart"],
+        ["compare", recipe],
+        ["train-base"],
+        ["encode", str(tmp_path), "--pipeline", "p"],
+        ["train", DIGITS],
+    ]
+    for words in commands:
+        for out, wrong in (
+            (file, f"{file} is a file, not a folder"),
+            (file / "a" / "b", f"{file} is a file, not a folder"),
+            (lost / "a", f"{lost} is a link that leads nowhere"),
+        ):
+            place = [f"out={out}"] if words[0] == "train" else ["--out", str(out)]
+            line = said(capsys, [*words, *place])
+            assert line == f"shiva-dit: {wrong}: choose another place for what is written."
+    line = said(capsys, ["merge", "a.json", "b.json", "--out", str(file / "all.json")])
+    assert f"{file} is a file, not a folder" in line
+    assert file.read_text() == "mine"
+
+
+def test_an_empty_place_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "out: expected a path, got ''" in said(capsys, ["train", DIGITS, "out="])
+    line = said(capsys, ["train", DIGITS, 'out="a\\u0000b"'])
+    assert "out: a path can't hold a NUL character, got 'a\\x00b'" in line
+    with pytest.raises(SystemExit, match="2"):
+        main(["quickstart", "--out", ""])
+    assert "--out: path: expected a path, got ''" in capsys.readouterr().err
+
+
+def test_files_and_folders_in_each_other_s_places_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = tmp_path / "loop.md"
+    loop.symlink_to(loop)
+    (tmp_path / "file").write_text("")
+    for path, wrong in (
+        (tmp_path, "is a folder where a file is expected: name a file."),
+        (tmp_path / "none.md", "is not there: check the path."),
+        (tmp_path / "file" / "x.md", "is, or lies below, a file where a folder is expected"),
+        (loop, "is a loop of links: remove it"),
+        (tmp_path / ("x" * 300), "has too long a name: choose a shorter one."),
+    ):
+        line = said(capsys, ["report", str(path)])
+        assert line.startswith(f"shiva-dit: {path} {wrong}")
+        assert "Errno" not in line
+
+
+# --- records ----------------------------------------------------------------------------------
+
+ROW = {"method": "dense", "name": "unpruned", "flops": 1.0, "correct_by_seed": [1.0]}
+ROW |= {"frechet_by_seed": [1.0], "train_cpu_s": 0.0, "sample_cpu_s": 1.0}
+QUICKSTART = {
+    "rows": [ROW],
+    "config": {"keep_ratio": 0.4, "seeds": [0], "count": 20},
+    "keep_ratio_executed": 0.4,
+    "frechet_floor": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": []},
+        {"rows": {}},
+        {"rows": [{**ROW, "method": "other"}]},
+        {"rows": [{**ROW, "flops": 0.0}]},
+        {"rows": [{**ROW, "correct_by_seed": []}]},
+        {"frechet_floor": "x"},
+        {"keep_ratio_executed": "x"},
+        {"cases": []},
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", ["table quickstart", "table comparison", "plot scaling", "table speed"]
+)
+def test_records_with_wrong_values_are_named(
+    kind: str, changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, document = tmp_path / "mine.json", tmp_path / "mine.md"
+    record.write_text(json.dumps({**QUICKSTART, "sizes": [QUICKSTART, {"rows": []}], **changes}))
+    table = "<!-- end table -->" if kind.startswith("table") else "![x](x.png)"
+    document.write_text(f"<!-- {kind}: mine.json -->\n{table}\n")
+    if kind == "table quickstart" and "cases" in changes:
+        assert main(["report", str(document)]) == 0  # whole: the others fail for what is wrong
+        return
+    assert str(record) in said(capsys, ["report", str(document)])
+
+
+def test_documents_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    document = tmp_path / "mine.md"
+    document.write_bytes(b"\xef\xbb\xbf# Mine\n")
+    assert main(["report", str(document)]) == 0

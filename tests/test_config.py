@@ -301,3 +301,19 @@ def test_configs_check_types_wherever_they_are_made(make: Any, message: str):
             make()
     except TypeCheckError:  # where annotations are enforced, as in most tests, they come first
         assert "expected" in message
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(recipe: Path) -> None:
+    plain = load_recipe(Outer, recipe)
+    recipe.write_bytes(b"\xef\xbb\xbf" + recipe.read_bytes())
+    assert load_recipe(Outer, recipe) == plain
+
+
+@pytest.mark.parametrize("name", ["./three.toml", "sub/../three.toml", "link.toml"])
+def test_a_recipe_like_itself_by_another_name_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    three = tmp_path / "three.toml"
+    (tmp_path / "link.toml").symlink_to(three)
+    three.write_text(f'like = "{name}"')
+    with pytest.raises(ValueError, match="which is like itself in the end"):
+        load_recipe(Outer, three)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import signal
@@ -18,6 +19,15 @@ EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "PIL": "demo"}
 """Which extra brings a module along."""
 FORESEEN = (ValueError, FloatingPointError, OSError, ImportError, MemoryError, RuntimeError)
 """What a caller or a machine can bring about; `_foreseen` looks closer at the last three."""
+AT_PATHS = {
+    errno.EISDIR: "is a folder where a file is expected: name a file",
+    errno.EEXIST: "is, or lies below, a file where a folder is expected: choose another place",
+    errno.ENOTDIR: "is, or lies below, a file where a folder is expected: choose another place",
+    errno.ENOENT: "is not there: check the path",
+    errno.ELOOP: "is a loop of links: remove it, or choose another place",
+    errno.ENAMETOOLONG: "has too long a name: choose a shorter one",
+}
+"""What is wrong with the path that an `OSError` names, and what to do."""
 MOST_PER_CORE = 16
 """Threads or workers: torch and the system break down far above the number of cores."""
 
@@ -52,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _foreseen(error: Exception) -> str | None:
     """What to say of an error that isn't a bug; None of one that is."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in AT_PATHS:
+        return f"{error.filename} {AT_PATHS[error.errno]}."
     if isinstance(error, (ValueError, FloatingPointError, OSError)):
         return str(error)
     if isinstance(error, ImportError):
@@ -108,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", type=float, default=0.4, help="mean share of tokens kept")
     add("--seed", type=int, default=0, help="seed of training and sampling")
     add("--seeds", type=_positive, default=1, help="repeat with so many seeds")
-    add("--out", type=Path, default=Path("quickstart"), help="folder to fill")
+    add("--out", type=_path, default=Path("quickstart"), help="folder to fill")
     add("--count", type=_positive, default=300, help="images judged per method")
     add("--all-controls", action="store_true", help="all controls, about 3 times longer")
     add("--workers", type=_positive, default=2, help="methods run at a time")
@@ -117,15 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(command)
 
     add = command("compare", _compare, "train and judge many recipes side by side")
-    add("recipe", type=Path, help="such as recipes/compare-estimators-digits.toml")
-    add("--out", type=Path, help="folder to fill or to go on in; runs/<what> by default")
+    add("recipe", type=_path, help="such as recipes/compare-estimators-digits.toml")
+    add("--out", type=_path, help="folder to fill or to go on in; runs/<what> by default")
     add("--workers", type=_positive, default=2, help="recipes at a time")
     add("--retry-failed", action="store_true", help="run arms that diverged again")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
     add = command("merge", _merge, "one record from several whose seeds ran apart")
-    add("records", nargs="+", type=Path, help="record.json of one comparison, seeds apart")
-    add("--out", type=Path, required=True, help="the record to write")
+    add("records", nargs="+", type=_path, help="record.json of one comparison, seeds apart")
+    add("--out", type=_path, required=True, help="the record to write")
 
     add = command("inspect", _inspect, "hold estimators against the truth")
     add(
@@ -134,9 +146,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the flip test; whether tokens follow the caption; the paper's figure 6",
     )
     add("--task", default="digits", help="demo task; for models of your own: shiva_dit.inspection")
-    add("--adapter", type=Path, help="what selects; the shipped adapter by default")
+    add("--adapter", type=_path, help="what selects; the shipped adapter by default")
     add("--random", type=float, metavar="KEEP", help="select by chance at this keep ratio instead")
-    add("--out", type=Path, help="folder for record and plot; runs/<what> by default")
+    add("--out", type=_path, help="folder for record and plot; runs/<what> by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="images, tokens, loss, seed")
 
     _add_benchmark(command)
@@ -144,31 +156,31 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what is installed, and what it is enough for")
 
     add = command("report", _report, "write tables and plots of documents from records")
-    add("documents", nargs="+", type=Path, help="Markdown files")
+    add("documents", nargs="+", type=_path, help="Markdown files")
     return parser
 
 
 def _add_training(command: Callable[..., Any]) -> None:
     add = command("train", _train, "train an adapter by a recipe")
-    add("recipe", type=Path, help="a TOML file, such as recipes/digits.toml")
+    add("recipe", type=_path, help="a TOML file, such as recipes/digits.toml")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--threads", type=_positive, help="threads; all cores by default, results depend on it")
     add("--device", default="cpu", help="where it is trained, such as cuda")
-    add("--base", type=Path, help="folder of the task's backbone; the shipped one by default")
-    add("--data", type=Path, help="pictures that `encode` made, instead of the recipe's task")
+    add("--base", type=_path, help="folder of the task's backbone; the shipped one by default")
+    add("--data", type=_path, help="pictures that `encode` made, instead of the recipe's task")
     add("--pipeline", help="folder or Hub id of the pipeline whose transformer learns from --data")
 
     add = command("encode", _encode, "encode a folder of pictures and captions for training")
-    add("images", type=Path, help="pictures, each with a text file of the same name")
+    add("images", type=_path, help="pictures, each with a text file of the same name")
     add("--pipeline", required=True, help="folder or Hub id of a Stable Diffusion 3 pipeline")
-    add("--out", type=Path, required=True, help="folder to fill, or to go on in")
+    add("--out", type=_path, required=True, help="folder to fill, or to go on in")
     add("--size", type=_positive, default=1024, help="side of the pictures in pixels")
     add("--device", default="cpu", help="where the encoders run, such as cuda")
 
     add = command("train-base", _train_base, "train a demo task's backbone and its judge")
-    add("--recipe", type=Path, help="such as recipes/scenes-base.toml; the digits' by default")
-    add("--out", type=Path, required=True, help="folder for weights and record")
+    add("--recipe", type=_path, help="such as recipes/scenes-base.toml; the digits' by default")
+    add("--out", type=_path, required=True, help="folder for weights and record")
     add("--threads", type=_positive, default=1, help="threads; results depend on it")
     add("--device", default="cpu", help="where it is trained, such as cuda")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
@@ -205,7 +217,16 @@ def _add_benchmark(command: Callable[..., Any]) -> None:
     add("--repeats", type=_positive, default=15, help="rounds; each times every arm once")
     add("--device", default="cpu", help="such as cuda")
     add("--threads", type=_positive, help="threads on a CPU; all cores by default")
-    add("--out", type=Path, default=Path("runs"), help="folder for the record")
+    add("--out", type=_path, default=Path("runs"), help="folder for the record")
+
+
+def _path(text: str) -> Path:
+    from shiva_dit.config import usable_path
+
+    try:
+        return usable_path("path", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -269,6 +290,7 @@ def _train(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.config import load_recipe
     from shiva_dit.demo.base import usable_device
+    from shiva_dit.ownership import check_folder
     from shiva_dit.training.interrupt import TrainingInterrupted
     from shiva_dit.training.recipe import TrainConfig
     from shiva_dit.training.run import train
@@ -285,6 +307,7 @@ def _train(options: argparse.Namespace) -> int:
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
     device = usable_device(options.device)
+    check_folder(recipe.out)
     made = _demo(recipe.task, options.base) if options.data is None else _own(options)
     model, data, scheduler = made
     model.to(device)
@@ -340,9 +363,11 @@ def _encode(options: argparse.Namespace) -> int:
     from diffusers import DiffusionPipeline
 
     from shiva_dit.demo.base import usable_device
+    from shiva_dit.ownership import check_folder
     from shiva_dit.training.folder import encode_folder
 
     device = usable_device(options.device)
+    check_folder(options.out)
     pipe = _loaded(options.pipeline, DiffusionPipeline.from_pretrained, transformer=None)
     pipe.to(device)
     print(encode_folder(pipe, options.images, options.out, size=options.size))
@@ -386,11 +411,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from shiva_dit.experiments.merging import merge_records
+    from shiva_dit.ownership import check_folder
     from shiva_dit.provenance import read_as, read_json, write_json
     from shiva_dit.report import comparison_rows, plain_rows
 
     if options.out.exists():
         raise ValueError(f"{options.out} is there already: write another file.")
+    check_folder(options.out.parent)
     records = [read_json(path) for path in options.records]
     with read_as("records of comparisons", *options.records):
         merged = merge_records(records)
@@ -400,7 +427,10 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from shiva_dit.ownership import check_folder
+
     out = options.out or Path("runs") / options.what
+    check_folder(out)
     if options.what == "synthetic":
         from shiva_dit.experiments.synthetic import run_synthetic
 
@@ -424,7 +454,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from shiva_dit.benchmark.config import BenchmarkConfig
     from shiva_dit.benchmark.pairs import run_pair
-    from shiva_dit.benchmark.records import save_record
+    from shiva_dit.benchmark.records import check_record_place, save_record
     from shiva_dit.benchmark.run import run_benchmark, run_scaling
     from shiva_dit.benchmark.steps import run_step_benchmark
     from shiva_dit.benchmark.tables import timing_note, timing_rows
@@ -455,6 +485,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     )
     if options.scaling and (config.train or config.beside):
         raise ValueError("--scaling, --train and --beside: one of them at a time.")
+    check_record_place(config, options.scaling or (), options.out)
     if options.scaling:
         record = run_scaling(config, options.scaling)
     elif config.train:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import reprlib
 import sys
 import tomllib
@@ -44,7 +45,7 @@ def load_recipe(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's data, over that of the files that it is like."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         asked = f', which {readers[-1]} is "like"' if readers else ""
         raise ValueError(f"there is no recipe {path}{asked}.") from error
@@ -61,7 +62,7 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     below: dict[str, Any] = {}
     for name in [like] if isinstance(like, str) else like:
         other = path.parent / name
-        if other in readers:
+        if os.path.realpath(other) in map(os.path.realpath, readers):
             raise ValueError(f'{path} is "like" {other}, which is like itself in the end.')
         below = merged(below, _read(other, readers))
     return merged(below, data)
@@ -176,11 +177,37 @@ def _convert_plain(hint: Any, value: Any, where: str) -> Any:
     if hint is int:
         return whole_number(where, value)
     if hint is Path and isinstance(value, (str, Path)):
-        return Path(value)
+        return usable_path(where, value)
     if hint in (str, bool, dict) and isinstance(value, hint):
         return value
     name = getattr(hint, "__name__", str(hint))
     raise ValueError(f"{where}: expected {name}, got {_shown(value)}.")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check several runs' seeds, before the first of them.
+
+    Raises:
+        ValueError: If one lies outside [0, 2^32).
+    """
+    for seed in seeds:
+        whole_number("each of seeds", seed, least=0, most=LARGEST_SEED)
+
+
+def usable_path(name: str, value: str | Path) -> Path:
+    """A path that a caller gave.
+
+    Raises:
+        ValueError: If it is empty, which would mean the current folder, or no system takes it.
+
+    >>> usable_path("out", "runs/train").name
+    'train'
+    """
+    if not str(value):
+        raise ValueError(f"{name}: expected a path, got ''; the current folder is '.'.")
+    if "\0" in str(value):
+        raise ValueError(f"{name}: a path can't hold a NUL character, got {_shown(str(value))}.")
+    return Path(value)
 
 
 def check_types(config: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.api import disabled
-from shiva_dit.config import check_types
+from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.selection import select_top_k
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
@@ -67,6 +67,7 @@ class FlipConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

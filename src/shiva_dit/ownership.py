@@ -65,13 +65,30 @@ def locked_folder(folder: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+def check_folder(folder: Path) -> None:
+    """Check, before any work, that a folder is there or can be made.
+
+    Raises:
+        ValueError: If it or a folder above it is a file or a broken link, or may not be written to.
+    """
+    whole = folder.absolute()
+    found = next((path for path in (whole, *whole.parents) if os.path.lexists(path)), whole)
+    if not found.is_dir():
+        what = "is a file, not a folder" if found.exists() else "is a link that leads nowhere"
+        raise ValueError(f"{found} {what}: choose another place for what is written.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"{found} may not be written to: choose another place, or allow it.")
+
+
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Within: the folder, which is made if needed, belongs to this process alone.
 
     Raises:
-        ValueError: If it belongs to another that is going on; the error says to which.
+        ValueError: If it belongs to another that is going on; the error says to which. If it can't
+            be made (`check_folder`).
     """
+    check_folder(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / OWNER_FILE

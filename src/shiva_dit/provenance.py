@@ -200,14 +200,14 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """The text of a file, without the byte order mark that it may begin with.
 
     Raises:
         ValueError: If it is not UTF-8; it names the file.
         OSError: If it can't be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
@@ -233,10 +233,15 @@ def read_as(what: str, *paths: Path) -> Iterator[None]:
     """Within: data from files is looked into; what it lacks is an error that names them.
 
     Raises:
-        ValueError: For a missing key and the like.
+        ValueError: For a missing key, a value of another type or out of range, and the like.
     """
     try:
         yield
+    except (ValueError, ArithmeticError) as error:
+        names = ", ".join(str(path) for path in paths)
+        if any(str(path) in str(error) for path in paths):
+            raise
+        raise ValueError(f"{names} can't be read as {what}: {error}") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         names = ", ".join(str(path) for path in paths)
         raise ValueError(

@@ -74,7 +74,7 @@ def models_table() -> str:
 
 def quickstart_rows(record: dict[str, Any]) -> list[list[str]]:
     """Header and rows of the quickstart's table."""
-    dense = next(row for row in record["rows"] if row["method"] == "dense")
+    dense = _row(record, "method", "dense")
     rows = [
         ["method", "FLOPs per image", "judged right", "distance to real", "distance to unpruned",
          "PSNR to unpruned, dB", "train, CPU s", "sample, CPU s"]
@@ -93,6 +93,13 @@ def quickstart_rows(record: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _row(record: dict[str, Any], key: str, value: str) -> dict[str, Any]:
+    for row in record["rows"]:
+        if row[key] == value:
+            return row
+    raise ValueError(f"there is no row whose {key} is {value!r}.")
 
 
 def quickstart_note(record: dict[str, Any]) -> str:
@@ -222,6 +229,8 @@ def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[li
         ValueError: If the record doesn't hold what the kind shows.
     """
     columns = COLUMNS[kind]
+    if not record["rows"]:
+        raise ValueError("it has no rows: at least that of the unpruned model is needed.")
     rows = [list(columns)]
     for row in record["rows"]:
         if "frechet" not in row:
@@ -329,6 +338,8 @@ def speed_table(record: dict[str, Any]) -> str:
         "| batch | keep ratio | latency, ms (min to max) | speed-up | by FLOPs | efficiency |",
         "|---|---|---|---|---|---|",
     ]
+    if not record["cases"]:
+        raise ValueError("it has no cases: at least one is needed.")
     for case in record["cases"]:
         low, high = case["dense_latency_ms_spread"]
         dense = f"{case['dense_latency_ms']:.1f} ({low:.1f} to {high:.1f})"

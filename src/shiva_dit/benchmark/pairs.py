@@ -14,6 +14,7 @@ from diffusers.hooks import apply_mag_cache
 from torch import nn
 
 from shiva_dit.benchmark.config import BenchmarkConfig
+from shiva_dit.benchmark.records import record_what
 from shiva_dit.benchmark.run import DENSE, FORCED, Bench, made_bench, timed
 from shiva_dit.provenance import provenance
 
@@ -92,7 +93,7 @@ def run_pair(config: BenchmarkConfig) -> dict[str, Any]:
                 }
             )
     return {
-        "what": f"pair-{beside}-{config.model}",
+        "what": record_what(config),
         "config": asdict(config),
         "image_tokens": bare.num_tokens,
         "text_tokens": bare.text_tokens,

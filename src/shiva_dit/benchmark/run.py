@@ -19,6 +19,7 @@ from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
 from shiva_dit.benchmark.operators import time_operators
 from shiva_dit.benchmark.parts import time_parts
+from shiva_dit.benchmark.records import record_what
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.schedule import Schedule
@@ -296,7 +297,7 @@ def run_scaling(config: BenchmarkConfig, sides: Sequence[int]) -> dict[str, Any]
         raise ValueError("a scaling needs at least one size.")
     records = [run_benchmark(replace(config, size=(side, side))) for side in sides]
     return {
-        "what": f"scaling-{config.model}",
+        "what": record_what(config, sides),
         "config": asdict(config),
         "sizes": records,
         "provenance": provenance(),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
 from shiva_dit.benchmark.operators import time_operators
+from shiva_dit.benchmark.records import record_what
 from shiva_dit.benchmark.timing import interleaved
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.estimators import EstimatorConfig
@@ -108,7 +109,7 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         row["operators_ms"] = operators[name]
         rows.append(row)
     return {
-        "what": f"training-{config.model}-{config.train}",
+        "what": record_what(config),
         "config": asdict(config),
         "image_tokens": load.num_tokens(grid),
         "text_tokens": text_tokens,

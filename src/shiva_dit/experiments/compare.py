@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from shiva_dit.config import check_types, from_dict, merged, to_dict
+from shiva_dit.config import check_seeds, check_types, from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import (
@@ -95,6 +95,7 @@ class Comparison:
         check_types(self)
         if not self.seeds or not self.arms:
             raise ValueError("a comparison needs at least one seed and one arm.")
+        check_seeds(self.seeds)
         for key in (UNPRUNED, REFERENCE):
             if key in self.arms:
                 raise ValueError(f"{key!r} is always there: give the arm another key.")

@@ -187,7 +187,6 @@ def start_worker(lock: Any) -> None:
     these by SIGTERM, which takes their temporary files along. They end, too, when it is killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(lock)
     torch.set_num_threads(1)
@@ -202,11 +201,17 @@ def _end_with_parent() -> None:
 
 
 def compete_in_worker(job: Job) -> list[Outcome | Diverged]:
-    """As `compete`; a signal ends the process, which else would begin the next job."""
+    """As `compete`; a signal ends the process, which else would begin the next job.
+
+    Between jobs it ends at once and says nothing: there is nothing to undo.
+    """
     try:
+        signal.signal(signal.SIGTERM, stop)
         return compete(job)
     except Stopped as stopped:
         os._exit(128 + stopped.number)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def compete(job: Job) -> list[Outcome | Diverged]:

@@ -192,7 +192,7 @@ def draw_scaling(record: dict[str, Any], path: Path) -> None:
     arms = [row["arm"] for row in sizes[0]["rows"]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for arm in arms:
-        rows = [next(row for row in size["rows"] if row["arm"] == arm) for size in sizes]
+        rows = [{row["arm"]: row for row in size["rows"]}[arm] for size in sizes]
         times = [float(np.median(row["latency_ms"])) for row in rows]
         (line,) = axes[0].plot(tokens, times, "o-", ms=4, label=arm)
         if "parts_ms" in rows[0]:

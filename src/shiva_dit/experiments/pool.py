@@ -29,6 +29,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[list[Outcome | Diver
 
     Raises:
         ValueError: If one of them was killed.
+        Exception: What a job raised; the others are ended.
     """
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
@@ -38,8 +39,11 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[list[Outcome | Diver
         initializer=start_worker,
         initargs=(context.RLock(),),
     ) as pool:
+        # No future is cancelled: on Python 3.11 a broken pool hangs where one was.
+        futures = [pool.submit(compete_in_worker, job) for job in jobs]
         try:
-            yield from pool.map(compete_in_worker, jobs)
+            for future in futures:
+                yield future.result()
         except BrokenProcessPool as error:
             raise ValueError(
                 "a worker process was killed, most likely for want of memory: use fewer --workers."
@@ -47,7 +51,6 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[list[Outcome | Diver
         except BaseException:
             # Else the pool would wait for the runs in hand, and begin those in the queue.
             with undisturbed():
-                pool.shutdown(wait=False, cancel_futures=True)
                 for process in set(multiprocessing.active_children()) - others:
                     process.terminate()
             raise

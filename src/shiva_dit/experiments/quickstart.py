@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shiva_dit.config import check_types, load_recipe, to_dict
+from shiva_dit.config import check_seeds, check_types, load_recipe, to_dict
 from shiva_dit.demo.base import ASSETS, load_judge
 from shiva_dit.demo.digits import DigitsTask
 from shiva_dit.experiments.contest import (
@@ -80,6 +80,7 @@ class QuickstartConfig:
         Settings(count=self.count)
         if not self.seeds:
             raise ValueError("seeds must be at least 1.")
+        check_seeds(self.seeds)
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}.")
         if self.recipe.backbone == "frozen":

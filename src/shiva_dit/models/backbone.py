@@ -40,7 +40,7 @@ def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) 
 
     Raises:
         ValueError: If the model has none of these layers, runs past them (fused projections), or
-            diffusers gives its class no LoRA.
+            diffusers gives its class no LoRA; if the rank is above that of every layer's weight.
     """
     for name, module in model.named_modules():
         refuse_projections(module, name)
@@ -55,6 +55,7 @@ def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) 
         raise ValueError(
             f"{type(model).__name__} has no linear layers in attention to put a LoRA on."
         )
+    _check_rank(settings["r"], [model.get_submodule(name) for name in targets])
     if not hasattr(model, "add_adapter"):
         raise ValueError(
             f"{type(model).__name__} takes no LoRA in this version of diffusers: train with "
@@ -66,6 +67,16 @@ def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) 
         model.set_adapter([*active, PEFT_NAME])
     if float32:
         _widen_lora(model)
+
+
+def _check_rank(rank: int, layers: Iterable[Any]) -> None:
+    """Refuse a rank that no layer's weight has; narrow layers beside wide ones may be below it."""
+    linear = [getattr(layer, "base_layer", layer) for layer in layers]
+    most = max(min(layer.in_features, layer.out_features) for layer in linear)
+    if rank > most:
+        raise ValueError(
+            f"lora_rank must be at most {most}, the largest rank of a layer's weight, got {rank}."
+        )
 
 
 def _widen_lora(model: nn.Module) -> None:
