@@ -10,6 +10,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 1' INT TERM
 python3 -m venv "$dir"
 "$dir/bin/pip" install -q --no-compile torch==2.13.0
 "$dir/bin/pip" install -q --no-compile diffusers==0.42.1
