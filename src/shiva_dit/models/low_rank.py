@@ -85,7 +85,7 @@ class Beside:
 
     What it is made of is an attribute of the layer, and one function stands in the place of all
     such layers' forwards: compiled blocks then share a graph. (Dynamo looks at no torch hooks when
-    it looks for a graph that fits, and would take one layer's for another's.)
+    it looks for a graph that fits, and would run one without this, or with another's.)
 
     Args:
         layer: The layer; its weight is read once, for DoRA's norms.
