@@ -159,7 +159,7 @@ def test_no_steps_are_refused_and_no_scheduler_is_no_clock() -> None:
     with pytest.raises(ValueError, match="at least one step"):
         shiva_dit.apply(model, tiny.adapter(model), timesteps=[])
     for wrong in (float("nan"), 1100.0, -1.0):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got"):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got|a finite number"):
             shiva_dit.apply(model, tiny.adapter(model), timesteps=[500.0, wrong])
     shiva_dit.apply(model, tiny.adapter(model))
     attachment = attachment_of(model)

@@ -314,7 +314,7 @@ def test_the_quickstart_trains_in_all_three_stages() -> None:
         (["backbone=frozen"], "leaves them nothing to train"),
         (["seed=3"], "sets seed by itself: use --keep, --seed"),
         (["--keep", "1.5"], r"keep_ratio must lie in \(0, 1\)"),
-        (["--out", __file__], "File exists"),
+        (["--out", __file__], "is a file, not a folder"),
     ],
 )
 def test_the_quickstart_refuses_before_it_works(

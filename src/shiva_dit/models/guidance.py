@@ -20,7 +20,7 @@ from weakref import ref
 
 import torch
 from diffusers.hooks.hooks import BaseState, StateManager
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiva_dit.models.pipelines import PIPELINES, Guided
 
@@ -97,6 +97,7 @@ class Running:
         return value > float(bound) if bound else value
 
 
+CALL = nn.Module._wrapped_call_impl.__code__
 LIBRARIES = {"accelerate", "contextlib", "diffusers", "functools", "peft", "shiva_dit", "torch"}
 """Through whose code a pipeline reaches its model."""
 
@@ -106,7 +107,7 @@ def running_call() -> Running | None:
 
     A call from a user's code in between (a callback) is none of the pipeline's.
     """
-    frame, detour = sys._getframe(1), False
+    frame, is_outside, detour = sys._getframe(1), False, False
     while frame is not None:
         module, bases = str(frame.f_globals.get("__name__")), set()
         if frame.f_code.co_name == "__call__":
@@ -120,7 +121,8 @@ def running_call() -> Running | None:
             name = frame.f_code.co_qualname.removesuffix(".__call__")
             name = name if is_known else type(scope["self"]).__name__
             return Running(name, is_known, is_block, scope)
-        detour |= module.partition(".")[0] not in LIBRARIES
+        detour |= is_outside and module.partition(".")[0] not in LIBRARIES
+        is_outside |= frame.f_code is CALL  # of the model, from whose hook this is asked
         frame = frame.f_back
     return None
 
