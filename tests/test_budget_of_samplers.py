@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -50,12 +51,13 @@ from shiva_dit.core.schedule import Schedule, hand_made
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.models.attach import Attachment, attachment_of
 from shiva_dit.models.families import MODELS, model_spec
-from shiva_dit.models.sampling import pipeline_scheduler, scheduler_law, scheduler_times
+from shiva_dit.models.sampling import Sampler
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.paths import Diffusion, FlowMatching, path_of
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.trainer import Trainer
-from tests import families, tiny
+from tests import families, running, tiny
+from tests.test_guidance import COUNTS, RUN
 from tests.test_pipelines import LTX, DiT, Flux, Mochi, PixArt, Wan, flux_with_pictures
 from tests.test_training import TinyData, recipe
 
@@ -74,6 +76,10 @@ class SD3:
     def __call__(self, guided: bool, steps: int, **options: Any) -> Any:
         guidance = 4.0 if guided else 1.0
         return tiny.generate(self.pipe, guidance, num_inference_steps=steps, **options)
+
+
+def law_of(scheduler: Any, spec: Any, num_tokens: int) -> TimeLaw:
+    return Sampler(scheduler=scheduler).law(spec, num_tokens)
 
 
 def line(num_blocks: int, law: TimeLaw = UNIFORM) -> Schedule:
@@ -351,8 +357,9 @@ def test_few_entries_get_a_smaller_multiple() -> None:
     assert {k % 16 for row in many.counts for k in row} == {0}
 
 
-def test_a_model_for_the_noisy_part_meets_the_mean_over_that() -> None:
-    """Wan 2.2: two transformers, each for its own part of the way."""
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_each_of_two_models_meets_the_mean_over_its_part(on_cpu: bool) -> None:
+    """Wan 2.2: one for the noisy part of the way, another for the rest."""
     pipe: Any = WanPipeline(
         **{
             **Wan().pipe.components,
@@ -363,15 +370,65 @@ def test_a_model_for_the_noisy_part_meets_the_mean_over_that() -> None:
     )
     made = Wan()
     made.pipe = pipe
-    attachment = applied(pipe)
-    with kept(attachment) as rows:
+    models = pipe.transformer, pipe.transformer_2
+    first, second = (tiny.adapter(model, line(len(model.blocks))) for model in models)
+    shiva_dit.apply(pipe, first, transformer_2=second)
+    attachments = [attachment_of(model) for model in models]
+    for attachment in attachments:
+        assert attachment is not None
+        assert attachment.counts.clock is not None
+        attachment.counts.clock.on_cpu = on_cpu
+    noisy, rest = attachments
+    assert noisy is not None
+    assert rest is not None
+    with kept(noisy) as rows, kept(rest) as others:
         made(False, 12)
     assert 3 <= len(rows) <= 6
+    assert len(rows) + len(others) == 12
     assert_met(rows)
+    assert_met(others)
     summary = shiva_dit.summary(
         pipe, num_tokens=tiny.NUM_TOKENS, text_tokens=7, num_inference_steps=12
     )
     assert [list(row[1:]) for _, row in summary.rows] == rows
+    assert summary.transformer_2 is not None
+    assert [list(row[1:]) for _, row in summary.transformer_2.rows] == others
+    law = Sampler.of(pipe, pipe.transformer).law(noisy.spec, tiny.NUM_TOKENS)
+    assert law.times[0] >= 0.875
+    assert "t >= 0.875" in law.name
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [(name, "mu=mu" in inspect.getsource(getattr(diffusers, name).__call__)) for name in RUN]
+    + [("BriaPipeline", False), ("LTXPipeline", False)],
+)
+def test_a_summary_has_the_steps_that_a_pipeline_takes(name: str, dynamic: bool) -> None:
+    """Whatever a pipeline asks its scheduler for, and whatever shifts its times."""
+    pipe = running.build(name)
+    if dynamic:
+        pipe.scheduler.register_to_config(use_dynamic_shifting=True)
+    elif isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipe.scheduler.set_shift(3.0)
+    attachment = applied(pipe, families.schedule(pipe.transformer, COUNTS))
+    running.call(name, pipe)
+    assert attachment.counts.clock is not None
+    executed = attachment.counts.clock.times.run
+    summary = shiva_dit.summary(pipe, num_inference_steps=running.STEPS)
+    assert executed  # its last ones, for those that begin with a picture
+    told = [t for t, _ in summary.rows][-len(executed) :]
+    assert told == pytest.approx(executed, abs=1e-3)  # Lumina 2 has 16 channels, this one 4
+
+
+def test_the_steps_of_an_editing_pipeline_are_known_when_it_has_run() -> None:
+    """A picture that is given adds to N, and not to what shifts the times."""
+    pipe = running.build("FluxKontextPipeline")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    applied(pipe)
+    summary = shiva_dit.summary(pipe, num_tokens=2 * tiny.NUM_TOKENS, num_inference_steps=3)
+    assert summary.law.endswith("shifted as without a picture given")
+    running.call("FluxKontextPipeline", pipe)
+    assert "as last executed" in shiva_dit.summary(pipe, num_inference_steps=3).law
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
@@ -392,7 +449,7 @@ def test_an_adapter_put_on_in_the_middle_of_a_run_keeps_its_list(on_cpu: bool) -
     made(False, 8, callback_on_step_end=put_on)
     attachment = attachment_of(made.pipe.transformer)
     assert attachment is not None
-    times = scheduler_times(made.pipe.scheduler, attachment.spec, tiny.NUM_TOKENS, 8)
+    times = Sampler.of(made.pipe, attachment.model).times(attachment.spec, tiny.NUM_TOKENS, 8)
     table = attachment.schedule.for_steps(times, tiny.NUM_TOKENS)
     assert rows == [[table.row(t)[1]] for t in times[3:]]
 
@@ -411,7 +468,7 @@ def test_times_of_16_bits_are_those_of_the_list(told: bool) -> None:
     attachment = applied(made.pipe, Schedule.from_ratios(steep))
     assert attachment.counts.clock is not None
     attachment.counts.clock.on_cpu = told
-    times = scheduler_times(made.pipe.scheduler, attachment.spec, tiny.NUM_TOKENS, 28)
+    times = Sampler.of(made.pipe, attachment.model).times(attachment.spec, tiny.NUM_TOKENS, 28)
     rounded = torch.tensor(times).bfloat16().tolist()
     assert sum(int(a * 64) != int(b * 64) for a, b in zip(times, rounded, strict=True)) >= 4
     table = attachment.schedule.for_steps(times, tiny.NUM_TOKENS)
@@ -482,7 +539,7 @@ def test_listed_timesteps_meet_the_mean(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_a_bare_model_goes_by_the_density_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.sd3()
-    law = scheduler_law(FlowMatchEulerDiscreteScheduler(shift=3.0), model_spec(model), 64)
+    law = law_of(FlowMatchEulerDiscreteScheduler(shift=3.0), model_spec(model), 64)
     attachment = applied(model, line(4, law))
     with caplog.at_level(logging.INFO, "shiva_dit"):
         for t in (0.9, 0.5):
@@ -511,7 +568,7 @@ def test_a_law_is_the_density_of_its_scheduler(kind: str, shift: float) -> None:
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     else:
         scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=shift)
-    law = scheduler_law(scheduler, MODELS["SD3Transformer2DModel"], 4096)
+    law = law_of(scheduler, MODELS["SD3Transformer2DModel"], 4096)
     weights = law.weights(64)
     assert sum(weights) == pytest.approx(64)
     for b in (10, 20, 40, 60):
@@ -525,16 +582,16 @@ def test_a_law_is_the_density_of_its_scheduler(kind: str, shift: float) -> None:
 def test_a_law_sees_a_shift_that_was_set_later() -> None:
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_shift(5.0)
-    law = scheduler_law(scheduler, MODELS["SD3Transformer2DModel"], 64)
+    law = law_of(scheduler, MODELS["SD3Transformer2DModel"], 64)
     assert law.name == "FlowMatchEulerDiscreteScheduler (shift = 5)"
     assert law.weights(64)[60] > 3.0
 
 
 def test_a_law_shifts_by_resolution() -> None:
     spec = MODELS["FluxTransformer2DModel"]
-    few, many = (scheduler_law(dynamic(), spec, n) for n in (256, 4096))
+    few, many = (law_of(dynamic(), spec, n) for n in (256, 4096))
     mu = 1.15  # of 4096 tokens
-    like = scheduler_law(FlowMatchEulerDiscreteScheduler(shift=math.exp(mu)), spec, 4096)
+    like = law_of(FlowMatchEulerDiscreteScheduler(shift=math.exp(mu)), spec, 4096)
     assert many.times == pytest.approx(like.times, abs=1e-4)
     assert few.name.endswith("256 tokens)")
     assert sum(few.times) < sum(many.times)
@@ -594,9 +651,7 @@ def test_a_table_by_a_law_keeps_its_mean_and_bins_without_steps_stay_near() -> N
 
 
 def test_hand_made_schedules_and_policies_meet_a_target_by_their_law() -> None:
-    law = scheduler_law(
-        FlowMatchEulerDiscreteScheduler(shift=3.0), MODELS["SD3Transformer2DModel"], 64
-    )
+    law = law_of(FlowMatchEulerDiscreteScheduler(shift=3.0), MODELS["SD3Transformer2DModel"], 64)
     made = hand_made(0.4, depth=1.0, time=-2.0, form="linear", num_blocks=5, num_bins=64, law=law)
     policy = tiny.adapter(tiny.sd3()).policy
     tiny.randomize(policy, seed=2, std=0.3)
@@ -625,7 +680,7 @@ def shifted(shift: float) -> Any:
 def test_training_budgets_by_the_density_of_the_samplers_steps(tmp_path: Path) -> None:
     """A policy that keeps more at clean data spends less than over equal bins; the gradient of its
     budget counts each bin by the steps that fall there."""
-    law = scheduler_law(shifted(5.0), MODELS["SD3Transformer2DModel"], 64)
+    law = law_of(shifted(5.0), MODELS["SD3Transformer2DModel"], 64)
     config = recipe(tmp_path, keep_ratio=0.5, micro_batches=2, batch_size=8)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -684,7 +739,7 @@ def test_a_solver_that_flows_is_no_diffusion_schedule() -> None:
 
 def test_a_law_is_saved_with_an_adapter(tmp_path: Path) -> None:
     model = tiny.sd3()
-    law = scheduler_law(FlowMatchEulerDiscreteScheduler(shift=3.0), model_spec(model), 64)
+    law = law_of(FlowMatchEulerDiscreteScheduler(shift=3.0), model_spec(model), 64)
     adapter = tiny.adapter(model, line(4, law))
     adapter.save_pretrained(tmp_path)
     loaded = ShivaAdapter.from_pretrained(tmp_path)
@@ -722,10 +777,10 @@ def test_a_pipelines_scheduler_is_read_without_the_rest(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(
         json.dumps({**index, "scheduler": ["diffusers", name]})
     )
-    assert pipeline_scheduler(tmp_path).config["shift"] == 3.0
+    assert Sampler.saved(tmp_path).scheduler.config["shift"] == 3.0
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="no scheduler of diffusers"):
-        pipeline_scheduler(tmp_path)
+        Sampler.saved(tmp_path)
 
 
 def test_a_copy_is_asked_not_the_pipelines_own_scheduler() -> None:

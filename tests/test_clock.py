@@ -166,4 +166,4 @@ def test_no_steps_are_refused_and_no_scheduler_is_no_clock() -> None:
     assert attachment is not None
     assert attachment.counts.clock is None
     assert ListedTimes([0.5]).next() == 0.5
-    assert SchedulerTimes(tiny.pipeline(model)).next() is None
+    assert SchedulerTimes(tiny.pipeline(model), model).next() is None

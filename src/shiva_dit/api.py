@@ -23,7 +23,7 @@ from shiva_dit.models.families import MODELS
 from shiva_dit.models.graphs import CudaRecorder
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.places import PLAIN
-from shiva_dit.models.sampling import own_times, scheduler_times
+from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.target import pipeline_transformer, transformers_of
 from shiva_dit.models.tuned import TunedBackbone
 
@@ -206,7 +206,7 @@ def _clock(attachment: Attachment, target: Any, timesteps: Sequence[float] | Non
         steps = [finite_number("timesteps", _plain(step)) for step in timesteps]
         return Clock(ListedTimes([float(attachment.spec.time(step)) for step in steps]))
     if attachment.model is not target and hasattr(target, "scheduler"):
-        return Clock(SchedulerTimes(target))
+        return Clock(SchedulerTimes(target, attachment.model))
     return None
 
 
@@ -515,11 +515,17 @@ def _run(
             f"{type(target).__name__} has no scheduler to say what {num_steps} steps are: pass the "
             "pipeline, or the timesteps to apply."
         )
-    config = getattr(target, "config", None)
-    times = scheduler_times(
-        scheduler, attachment.spec, num_tokens, num_steps, pipeline_config=config
-    )
-    return tuple(own_times(target, times)), f"{num_steps} steps of {type(scheduler).__name__}"
+    sampler = Sampler.of(target, attachment.model)
+    law = f"{num_steps} steps of {type(scheduler).__name__}"
+    if sampler.is_shifted_by_target:
+        # A picture that is given counts as tokens, but does not shift the times.
+        executed = (
+            clock.times.run if clock is not None and num_tokens == attachment.num_tokens else None
+        )
+        if executed is not None and len(executed) == num_steps:
+            return executed, f"{law}, as last executed"
+        law += ", shifted as without a picture given"
+    return tuple(sampler.times(attachment.spec, num_tokens, num_steps)), law
 
 
 def _own_size(attachment: Attachment) -> int:

@@ -331,15 +331,15 @@ def _demo(name: str | None, base: Path | None) -> tuple[Any, Any, Any]:
 
 
 def _own(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """A pipeline's transformer, data that `encode` made, and the pipeline's scheduler."""
+    """A pipeline's transformer, data that `encode` made, and how the pipeline takes its steps."""
     from diffusers import AutoModel
 
-    from shiva_dit.models.sampling import pipeline_scheduler
+    from shiva_dit.models.sampling import Sampler
     from shiva_dit.training.folder import FolderData
 
     data = FolderData(options.data)
     model = _loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
-    return model, data, _loaded(options.pipeline, pipeline_scheduler)
+    return model, data, _loaded(options.pipeline, Sampler.saved)
 
 
 def _loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:

@@ -100,7 +100,7 @@ def _following(pipe: Any) -> Iterator[None]:
         yield
         return
     counts = attachment.counts
-    before, counts.clock = counts.clock, Clock(SchedulerTimes(pipe))
+    before, counts.clock = counts.clock, Clock(SchedulerTimes(pipe, pipe.transformer))
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shiva_dit.models.guidance import running_call
-from shiva_dit.models.sampling import listed_times, own_times
+from shiva_dit.models.sampling import Sampler, listed_times
 
 TOLERANCE = 0.01
 """How far a forward's time may lie from the expected one: 16-bit timesteps are off by 0.004."""
@@ -71,10 +71,11 @@ class SchedulerTimes:
 
     Args:
         pipeline: Its scheduler is looked at anew in each forward: users replace it.
+        model: The transformer of the pipeline that is called.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = ref(pipeline)  # a transformer may outlive it
+    def __init__(self, pipeline: Any, model: Any) -> None:
+        self._pipeline, self._model = ref(pipeline), ref(model)  # either may outlive the other
         self.run: Run | None = None
         """The run's times, if its list is known and is the model's."""
         self._read: Tensor | None = None
@@ -135,7 +136,10 @@ class SchedulerTimes:
         run = times[begin or 0 :]
         agrees = place < len(times) and abs(times[place] - first) <= TOLERANCE
         if agrees and all(0.0 <= t <= 1.0 + 1e-6 for t in run):
-            self._begin, self.run = begin or 0, tuple(own_times(self.pipeline, run))
+            own = Sampler.of(self.pipeline, self._model()).own(run)
+            # Times fall: what another transformer takes of them lies before, or behind.
+            before = sum(t > own[0] for t in run) if own else 0
+            self._begin, self.run = (begin or 0) + before, tuple(own) or None
 
 
 class Clock:

@@ -130,9 +130,7 @@ class Counts:
     def _tell_missed(self, table: KeepTable) -> None:
         asked, executed = self.schedule.mean_keep_ratio, table.mean_keep_ratio
         if abs(executed - asked) > MISSED * asked:
-            forced = self.multiple is not None or self.segments is not None
-            logger.log(
-                logging.WARNING if forced else logging.INFO,
+            logger.warning(
                 "shiva_dit: %.1f%% of %d tokens are kept on average, %.1f%% were asked for: so few "
                 "steps and blocks round no nearer with multiple = %s and segments = %s.",
                 *(100 * executed, table.num_tokens, 100 * asked, self.multiple, self.segments),
@@ -141,7 +139,7 @@ class Counts:
     def _tell_law(self) -> None:
         if not self._told:
             self._told = True
-            logger.info(
+            logger.warning(
                 "shiva_dit: the steps of the run are not known: tokens are budgeted by the density "
                 "of %s steps. apply(..., timesteps=) makes the mean exact for a list.",
                 self.schedule.law.name,

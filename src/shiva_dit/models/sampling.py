@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
 
 from shiva_dit.core.time_law import TimeLaw
 from shiva_dit.models.spec import ModelSpec
@@ -20,6 +22,8 @@ DENSE = (500, 50, 8, 4)
 Some schedulers take every second or twentieth of 1000 steps: divisors of 1000 reach the first."""
 TYPICAL = 50
 """Number of steps that a density is for, where that moves the schedule (Flux.2)."""
+WITH_REFERENCES = ("Kontext", "Edit", "Layered", "Flux2", "ZImageOmni")
+"""In names of pipelines whose pictures may be tokens beside those of the target."""
 SWITCHES = (
     "use_dynamic_shifting",
     "use_flow_sigmas",
@@ -43,146 +47,203 @@ def listed_times(scheduler: Any, listed: Sequence[float | int]) -> list[float]:
     return [1.0 - share for share in shares] if inverted else shares
 
 
-def own_times(pipeline: Any, times: Sequence[float]) -> Sequence[float]:
-    """The part of a run that the pipeline's first transformer sees.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampler:
+    """How a pipeline takes the steps of a transformer: its scheduler, and what it asks that for."""
 
-    Wan 2.2's second one takes over where there is little noise left.
-    """
-    boundary = getattr(pipeline, "config", {}).get("boundary_ratio")
-    if boundary is None or getattr(pipeline, "transformer_2", None) is None:
-        return times
-    return [t for t in times if t >= boundary]
+    scheduler: Any
+    """A scheduler of diffusers."""
+    pipeline: str = ""
+    """The pipeline's class, where it is known: some ask for other steps than others of one model
+    do."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The pipeline's own."""
+    part: Literal["all", "first", "second"] = "all"
+    """Of two transformers the second takes over below the config's `boundary_ratio` (Wan 2.2)."""
 
-
-def scheduler_times(
-    scheduler: Any,
-    spec: ModelSpec,
-    num_tokens: int,
-    num_steps: int,
-    *,
-    shifted_for: int | None = None,
-    pipeline_config: Mapping[str, Any] | None = None,
-) -> list[float]:
-    """The times of all calls of a model when its pipeline takes so many steps.
-
-    Asked of a copy of the scheduler, with the arguments that the model's pipelines give it.
-
-    Args:
-        scheduler: A scheduler of diffusers.
-        spec: Of the model.
-        num_tokens: Image tokens N, which shift the times of some schedulers.
-        num_steps: What the pipeline is called with.
-        shifted_for: The number of steps to shift the times for; `num_steps` by default.
-        pipeline_config: The pipeline's own, where there is one.
-
-    Returns:
-        t of each call in [0, 1], in order.
-
-    Raises:
-        ValueError: If the scheduler can't take so many steps, or its times leave [0, 1].
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}.")
-    own = copy.deepcopy(scheduler)
-    accepted = inspect.signature(own.set_timesteps).parameters
-    config = {**(pipeline_config or {}), **own.config}
-    options = STEPS.get(spec.model_class, _own_steps)(num_steps)
-    if config.get("use_flow_sigmas") or not options.keys() <= accepted.keys():
-        options = {}
-    if config.get("use_dynamic_shifting") and "mu" in accepted:
-        shift = SHIFTS.get(spec.model_class, _shift_by_tokens)
-        options["mu"] = shift(config, num_tokens, shifted_for or num_steps)
-    if "sigmas" not in options:
-        options["num_inference_steps"] = num_steps
-    own.set_timesteps(**options)
-    listed = own.timesteps.flatten().double().tolist()
-    times = listed_times(own, listed)
-    if not all(0.0 <= t <= 1.0 + 1e-6 for t in times):
-        raise ValueError(
-            f"the timesteps of {type(own).__name__} are no times of the model, got {listed[:3]}...:"
-            " pass those of all calls to apply(..., timesteps=)."
+    @classmethod
+    def of(cls, pipeline: Any, model: Any) -> Sampler:
+        """That of a pipeline, for one of its transformers."""
+        first, second = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+        part: Literal["first", "second"] = "second" if model is second else "first"
+        return cls(
+            scheduler=getattr(pipeline, "scheduler", None),
+            pipeline=type(pipeline).__name__,
+            config=getattr(pipeline, "config", {}),
+            part="all" if first is None or second is None else part,
         )
-    return [min(t, 1.0) for t in times]
+
+    @classmethod
+    def saved(cls, pipeline: str | Path) -> Sampler:
+        """That of a saved pipeline for its (first) transformer, without the rest of it.
+
+        Args:
+            pipeline: A folder, or a Hub id.
+
+        Raises:
+            ValueError: If it has no scheduler that diffusers knows.
+        """
+        index: Any = DiffusionPipeline.load_config(pipeline)
+        library, name = index.get("scheduler") or (None, None)
+        kind = getattr(diffusers, str(name), None) if library == "diffusers" else None
+        if kind is None:
+            raise ValueError(f"{pipeline} has no scheduler of diffusers, its index says {name}.")
+        return cls(
+            scheduler=kind.from_pretrained(pipeline, subfolder="scheduler"),
+            pipeline=str(index.get("_class_name", "")),
+            config=index,
+            part="first" if (index.get("transformer_2") or [None])[0] is not None else "all",
+        )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Times t that the transformer sees: from the first number on, below the second."""
+        boundary = self.config.get("boundary_ratio")
+        if boundary is None or self.part == "all":
+            return 0.0, math.inf
+        return (boundary, math.inf) if self.part == "first" else (0.0, boundary)
+
+    def own(self, times: Sequence[float]) -> Sequence[float]:
+        """The times of a run that the transformer sees."""
+        low, high = self.bounds
+        return [t for t in times if low <= t < high]
+
+    @property
+    def is_shifted_by_target(self) -> bool:
+        """Whether N may hold tokens of given pictures, and N without these shifts the times."""
+        dynamic = self.scheduler.config.get("use_dynamic_shifting", False)
+        return dynamic and any(word in self.pipeline for word in WITH_REFERENCES)
+
+    def times(
+        self, spec: ModelSpec, num_tokens: int, num_steps: int, *, shifted_for: int | None = None
+    ) -> Sequence[float]:
+        """The times of all calls of the transformer when the pipeline takes so many steps.
+
+        Asked of a copy of the scheduler, with the arguments that the pipeline gives it.
+
+        Args:
+            spec: Of the transformer.
+            num_tokens: Image tokens N, which shift the times of some schedulers.
+            num_steps: What the pipeline is called with.
+            shifted_for: The number of steps to shift the times for; `num_steps` by default.
+
+        Returns:
+            t of each call in [0, 1], in order.
+
+        Raises:
+            ValueError: If the scheduler can't take so many steps, or its times leave [0, 1].
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}.")
+        own = copy.deepcopy(self.scheduler)
+        accepted = inspect.signature(own.set_timesteps).parameters
+        config = {**self.config, **own.config}
+        asked = STEPS.get(self.pipeline) or STEPS.get(spec.model_class, _own_steps)
+        options = asked(own, num_steps)
+        if config.get("use_flow_sigmas") or not options.keys() <= accepted.keys():
+            options = {}
+        if config.get("use_dynamic_shifting") and "mu" in accepted:
+            shift = SHIFTS.get(spec.model_class, _shift_by_tokens)
+            options["mu"] = shift(config, num_tokens, shifted_for or num_steps)
+        if not options.keys() & {"sigmas", "timesteps"}:
+            options["num_inference_steps"] = num_steps
+        own.set_timesteps(**options)
+        times = listed_times(own, own.timesteps.flatten().double().tolist())
+        if not all(0.0 <= t <= 1.0 + 1e-6 for t in times):
+            listed = ", ".join(f"{step:.4g}" for step in own.timesteps.flatten()[:3].tolist())
+            raise ValueError(
+                f"the timesteps of {type(own).__name__} are no times of the model, got {listed}, "
+                "...: pass those of all calls to apply(..., timesteps=)."
+            )
+        return self.own([min(t, 1.0) for t in times])
+
+    def law(self, spec: ModelSpec, num_tokens: int) -> TimeLaw:
+        """The density of the transformer's steps over t.
+
+        Args:
+            spec: Of the transformer.
+            num_tokens: Image tokens N, which shift the times of some schedulers.
+
+        Raises:
+            ValueError: If the scheduler gives no list of steps.
+        """
+        problem: ValueError | None = None
+        for count in DENSE:
+            try:
+                times = self.times(spec, num_tokens, count, shifted_for=TYPICAL)
+                return TimeLaw.of_steps(self._name(num_tokens), times)
+            except ValueError as error:  # distilled schedulers have few steps to give
+                problem = error
+        kind = type(self.scheduler).__name__
+        raise ValueError(f"{kind} gives no list of steps: {problem}") from problem
+
+    def _name(self, num_tokens: int) -> str:
+        """Class and what moves its steps."""
+        config: Mapping[str, Any] = self.scheduler.config
+        told = [key for key in SWITCHES if config.get(key)]
+        if config.get("use_dynamic_shifting"):
+            told.append(f"{num_tokens} tokens")
+        elif config.get("shift") is not None:
+            shift = vars(self.scheduler).get("_shift", config["shift"])  # `set_shift` moves it
+            told.append(f"shift = {shift:g}")
+        elif config.get("use_flow_sigmas"):
+            told.append(f"flow_shift = {config['flow_shift']:g}")
+        low, high = self.bounds
+        told += [f"t >= {low:g}"] if low > 0.0 else [f"t < {high:g}"] if high < 1.0 else []
+        name = type(self.scheduler).__name__
+        return f"{name} ({', '.join(told)})" if told else name
 
 
-def pipeline_scheduler(pipeline: str | Path) -> Any:
-    """The scheduler of a saved pipeline alone.
-
-    Args:
-        pipeline: A folder, or a Hub id.
-
-    Raises:
-        ValueError: If it has none that diffusers knows.
-    """
-    index: Any = DiffusionPipeline.load_config(pipeline)
-    library, name = index.get("scheduler") or (None, None)
-    kind = getattr(diffusers, str(name), None) if library == "diffusers" else None
-    if kind is None:
-        raise ValueError(f"{pipeline} has no scheduler of diffusers, its index says {name}.")
-    return kind.from_pretrained(pipeline, subfolder="scheduler")
-
-
-def scheduler_law(scheduler: Any, spec: ModelSpec, num_tokens: int) -> TimeLaw:
-    """The density of a scheduler's steps over t.
-
-    Args:
-        scheduler: A scheduler of diffusers.
-        spec: Of the model.
-        num_tokens: Image tokens N, which shift the times of some schedulers.
-
-    Raises:
-        ValueError: If the scheduler gives no list of steps.
-    """
-    problem: ValueError | None = None
-    for count in DENSE:
-        try:
-            times = scheduler_times(scheduler, spec, num_tokens, count, shifted_for=TYPICAL)
-        except ValueError as error:  # distilled schedulers have few steps to give
-            problem = error
-        else:
-            return TimeLaw.of_steps(_name(scheduler, num_tokens), times)
-    raise ValueError(f"{type(scheduler).__name__} gives no list of steps: {problem}") from problem
-
-
-def _name(scheduler: Any, num_tokens: int) -> str:
-    """Class and what moves its steps."""
-    config: Mapping[str, Any] = scheduler.config
-    told = [key for key in SWITCHES if config.get(key)]
-    if config.get("use_dynamic_shifting"):
-        told.append(f"{num_tokens} tokens")
-    elif config.get("shift") is not None:
-        shift = vars(scheduler).get("_shift", config["shift"])  # `set_shift` leaves the config
-        told.append(f"shift = {shift:g}")
-    elif config.get("use_flow_sigmas"):
-        told.append(f"flow_shift = {config['flow_shift']:g}")
-    name = type(scheduler).__name__
-    return f"{name} ({', '.join(told)})" if told else name
-
-
-def _own_steps(num_steps: int) -> dict[str, Any]:
+def _own_steps(scheduler: Any, num_steps: int) -> dict[str, Any]:
     """The scheduler's own list."""
-    del num_steps
+    del scheduler, num_steps
     return {}
 
 
-def _even_sigmas(num_steps: int) -> dict[str, Any]:
+def _even_sigmas(scheduler: Any, num_steps: int) -> dict[str, Any]:
     """Noise levels 1, 1 - 1/n, ..., 1/n, before they are shifted."""
+    del scheduler
     return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps).tolist()}
 
 
-def _whole_timesteps(num_steps: int) -> dict[str, Any]:
+def _sigmas_of_training(scheduler: Any, num_steps: int) -> dict[str, Any]:
+    """Bria: even noise levels where they are shifted by resolution; else some of training's."""
+    if scheduler.config.get("use_dynamic_shifting"):
+        return _even_sigmas(scheduler, num_steps)
+    if isinstance(scheduler, (DDIMScheduler, EulerAncestralDiscreteScheduler)):
+        return {}
+    total = scheduler.config.num_train_timesteps
+    places = np.linspace(0, total - 1, num_steps).astype(np.int64)
+    return {"sigmas": ((total - places) / total).astype(np.float32)}
+
+
+def _whole_timesteps(scheduler: Any, num_steps: int) -> dict[str, Any]:
     """CogView 4: the model is told other times than the noise is scaled by."""
+    del scheduler
     steps = np.linspace(1000, 1.0, num_steps).astype(np.int64).tolist()
     return {"timesteps": steps, "sigmas": [step / 1000 for step in steps]}
 
 
-def _linear_quadratic(num_steps: int) -> dict[str, Any]:
+def _linear_quadratic(scheduler: Any, num_steps: int) -> dict[str, Any]:
     """Mochi: half of the steps in the first fortieth of the way."""
     from diffusers.pipelines.mochi.pipeline_mochi import (  # noqa: PLC0415
         linear_quadratic_schedule,
     )
 
+    del scheduler
+    if num_steps < 2:
+        raise ValueError("the pipelines of Mochi take at least 2 steps.")
     return {"sigmas": linear_quadratic_schedule(num_steps, 0.025)}
+
+
+def _linear_quadratic_timesteps(scheduler: Any, num_steps: int) -> dict[str, Any]:
+    """LTX with conditions: the same, as the model's times, which no shift moves."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import (  # noqa: PLC0415
+        linear_quadratic_schedule,
+    )
+
+    del scheduler
+    return {"timesteps": (linear_quadratic_schedule(num_steps) * 1000).tolist()}
 
 
 def _shift_by_tokens(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
@@ -227,12 +288,13 @@ def _shift_of_one(config: Mapping[str, Any], num_tokens: int, num_steps: int) ->
     return 1.0
 
 
-STEPS: dict[str, Callable[[int], dict[str, Any]]] = {
+STEPS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
+    "BriaTransformer2DModel": _sigmas_of_training,
     "CogView4Transformer2DModel": _whole_timesteps,
+    "LTXConditionPipeline": _linear_quadratic_timesteps,
     "MochiTransformer3DModel": _linear_quadratic,
     **dict.fromkeys(
         (
-            "BriaTransformer2DModel",
             "ChromaTransformer2DModel",
             "Flux2Transformer2DModel",
             "FluxTransformer2DModel",
@@ -249,7 +311,8 @@ STEPS: dict[str, Callable[[int], dict[str, Any]]] = {
         _even_sigmas,
     ),
 }
-"""Arguments of `set_timesteps` that a model's pipelines pass, by the number of steps."""
+"""Arguments of `set_timesteps` that pipelines pass, of the scheduler and the number of steps: by
+the transformer's class, and by the pipeline's own where it differs from its model's others."""
 
 SHIFTS: dict[str, Callable[[Mapping[str, Any], int, int], float]] = {
     "CogView4Transformer2DModel": _shift_by_side,

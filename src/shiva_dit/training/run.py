@@ -40,8 +40,9 @@ def train(
         model: The backbone, on its device.
         data: Training samples.
         resume: Go on from the last checkpoint in `config.out`; from the beginning if there is none.
-        scheduler: That of the model's pipeline: the mean keep ratio is over its steps (over evenly
-            spread ones without it). Needed where it is a diffusion schedule (PixArt, DiT).
+        scheduler: That of the model's pipeline, or how that takes its steps (`Sampler`): the mean
+            keep ratio is over these (over evenly spread ones without it). Needed where it is a
+            diffusion schedule (PixArt, DiT).
 
     Returns:
         The adapter's folder, for `shiva_dit.apply`.

@@ -23,7 +23,7 @@ from shiva_dit.core.time_law import UNIFORM
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
-from shiva_dit.models.sampling import scheduler_law
+from shiva_dit.models.sampling import Sampler
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance, read_text, write_atomically
 from shiva_dit.training.checkpoint import (
@@ -86,15 +86,17 @@ class Trainer:
         config: The recipe.
         model: The backbone, a supported diffusers transformer, on its device.
         data: Training samples.
-        scheduler: That of the model's pipeline: the mean keep ratio is over its steps (over evenly
-            spread ones without it). Needed where it is a diffusion schedule (PixArt, DiT).
+        scheduler: That of the model's pipeline, or how that takes its steps (`Sampler`): the mean
+            keep ratio is over these (over evenly spread ones without it). Needed where it is a
+            diffusion schedule (PixArt, DiT).
     """
 
     def __init__(
         self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
     ) -> None:
         spec = model_spec(model)
-        path = path_of(spec, scheduler)
+        sampler = scheduler if isinstance(scheduler, Sampler) else Sampler(scheduler=scheduler)
+        path = path_of(spec, sampler.scheduler)
         if data_name(data) != config.task:
             config = replace(config, task=None)
         self.config, self.data = config, data
@@ -106,8 +108,8 @@ class Trainer:
         self.indices = ShuffledIndices(len(data), config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
         law = UNIFORM
-        if scheduler is not None:
-            law = scheduler_law(scheduler, spec, spec.tokens(model, sample.latents))
+        if sampler.scheduler is not None:
+            law = sampler.law(spec, spec.tokens(model, sample.latents))
         self.origin["sampler"] = {"time_law": law.name}
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
