@@ -24,6 +24,7 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import scheduler_law
+from shiva_dit.models.target import unwrapped
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance, read_text, write_atomically
 from shiva_dit.training.checkpoint import (
@@ -88,11 +89,19 @@ class Trainer:
         data: Training samples.
         scheduler: That of the model's pipeline: the mean keep ratio is over its steps (over evenly
             spread ones without it). Needed where it is a diffusion schedule (PixArt, DiT).
+
+    Raises:
+        ValueError: If the model is not supported, or wrapped (DistributedDataParallel).
     """
 
     def __init__(
         self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
     ) -> None:
+        if unwrapped(model) is not model:
+            raise ValueError(
+                f"training runs in one process and on the model itself, got it in a "
+                f"{type(model).__name__}: pass shiva_dit.models.target.unwrapped(model)."
+            )
         spec = model_spec(model)
         path = path_of(spec, scheduler)
         if data_name(data) != config.task:
