@@ -25,6 +25,7 @@ AT_PATHS = {
     errno.ENOTDIR: "is, or lies below, a file where a folder is expected: choose another place",
     errno.ENOENT: "is not there: check the path",
     errno.ELOOP: "is a loop of links: remove it, or choose another place",
+    errno.EACCES: "may not be read or written: allow it, or choose another place",
     errno.ENAMETOOLONG: "has too long a name: choose a shorter one",
 }
 """What is wrong with the path that an `OSError` names, and what to do."""
@@ -508,14 +509,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from shiva_dit.experiments.plots import draw_plots
-    from shiva_dit.provenance import read_text, write_atomically
-    from shiva_dit.report import render
+    from shiva_dit.report import write_tables
 
     for document in options.documents:
-        text = read_text(document)
-        made = render(text, document.parent)
-        write_atomically(document, lambda path, made=made: path.write_text(made, encoding="utf-8"))
-        plots = draw_plots(text, document.parent)
+        plots = draw_plots(write_tables(document), document.parent)
         print(f"{document}: tables and {len(plots)} plots are up to date")
     return 0
 
