@@ -1,6 +1,7 @@
 """The command line's one boundary: a foreseeable fault is one line and status 2, a bug is not."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -144,9 +145,37 @@ def test_a_log_line_that_is_none_is_named(
         last = capsys.readouterr().err.splitlines()[-1]
         assert f"{log}, line 1, is not a line of a run's log" in last
         assert "Traceback" not in last
+    log.write_bytes(b"\xff" + good.encode())
+    assert main([*words, "--resume"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{log} is not a run's log ({log} is not UTF-8 text" in last
+    assert "Training doesn't need the log: move it away." in last
+    log.unlink()
+    log.mkdir()
+    assert main([*words, "--resume"]) == 2
+    assert "Training doesn't need the log: move it away." in capsys.readouterr().err
+    log.rmdir()
     log.write_text(good)
     assert main([*words, "--resume"]) == 0
     assert log.read_text() == good
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", DIGITS, f"out={tmp_path}", "--threads", "1", *SHORT]
+    assert main(words) == 0
+    state = tmp_path / "checkpoints" / "step-00000003" / "state.json"
+
+    def forbidden(path: Path) -> Any:  # root may read all: permissions alone show nothing
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("shiva_dit.training.checkpoint.read_json", forbidden)
+    line = said(capsys, [*words, "--resume"])
+    assert (
+        line == f"shiva-dit: {state} may not be read or written: allow it, or choose another place."
+    )
+    assert state.is_file()
 
 
 @pytest.mark.parametrize(

@@ -256,8 +256,8 @@ class Trainer:
         """The run's log, one JSON line per step; lines after the resumed step are dropped."""
         path = self.config.out / LOG_FILE
         kept = ""
-        if path.is_file():
-            for number, line in enumerate(read_text(path).splitlines(True), start=1):
+        if path.exists():
+            for number, line in enumerate(_lines(path), start=1):
                 if line.endswith("\n") and _step_of(line, number, path) <= self.step:
                     kept += line
         write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
@@ -370,6 +370,16 @@ class Trainer:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
         self.last_good = path
         return path
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a log."""
+    try:
+        return read_text(path).splitlines(True)
+    except (ValueError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{path} is not a run's log ({error}). Training doesn't need the log: move it away."
+        ) from error
 
 
 def _step_of(line: str, number: int, path: Path) -> int:
