@@ -300,11 +300,14 @@ def test_signals_end_any_command_with_their_status(
 
     before = signal.getsignal(number)
     monkeypatch.setattr(cli, "_encode", run)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/shiva-dit"])
     words = ["encode", "pictures", "--pipeline", "p", "--out", "o"]
     assert main(words) == 128 + number
     assert undone == ["yes"]
     assert signal.getsignal(number) == before
-    assert "Go on with:\n  shiva-dit encode pictures --pipeline p" in capsys.readouterr().err
+    assert (
+        "Go on with:\n  .venv/bin/shiva-dit encode pictures --pipeline p" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

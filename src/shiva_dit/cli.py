@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         print("\nshiva-dit: interrupted.", file=sys.stderr)
         if getattr(options, "goes_on", False):
-            again = shlex.join(["shiva-dit", *words])
+            again = shlex.join([_program(), *words])
             print(f"What is done is kept. Go on with:\n  {again}", file=sys.stderr)
         return 128 + number
     except FORESEEN as error:
@@ -59,6 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"shiva-dit: {' '.join(line.split())}", file=sys.stderr)
         return 2
+
+
+def _program() -> str:
+    """What this command was called by, for another call: it needn't be in the PATH."""
+    name = sys.argv[0]
+    return name if Path(name).name == "shiva-dit" else "shiva-dit"
 
 
 def _foreseen(error: Exception) -> str | None:
@@ -297,7 +303,7 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.training.run import train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
-    words = ["shiva-dit", "train", str(options.recipe), *options.overrides, "--resume"]
+    words = [_program(), "train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
     words += ["--device", options.device] if options.device != "cpu" else []

@@ -49,7 +49,10 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         asked = f', which {readers[-1]} is "like"' if readers else ""
-        raise ValueError(f"there is no recipe {path}{asked}.") from error
+        raise ValueError(
+            f"there is no recipe {path}{asked}: check the path. Examples lie in recipes/ of "
+            "shiva-dit's repository."
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text, as TOML is: {error}") from error
     except ValueError as error:  # TOML's own errors, and numbers of thousands of digits
