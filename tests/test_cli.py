@@ -552,6 +552,21 @@ def test_records_with_wrong_values_are_named(
     assert str(record) in said(capsys, ["report", str(document)])
 
 
+@pytest.mark.parametrize(
+    "nothing", [{"rows": []}, {"config": {**QUICKSTART["config"], "seeds": []}}]
+)
+def test_records_of_nothing_are_not_merged(
+    nothing: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other, out = (tmp_path / f"{name}.json" for name in ("one", "other", "out"))
+    for path, changes in ((one, {}), (other, nothing)):
+        path.write_text(json.dumps({**QUICKSTART, "runs_at": [], **changes}))
+    line = said(capsys, ["merge", str(one), str(other), "--out", str(out)])
+    assert f"{one}, {other} can't be read as records of comparisons" in line
+    assert "has no rows or names no seeds: there is nothing to merge." in line
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_a_report_changes_tables_alone(mark: bytes, end: bytes, tmp_path: Path) -> None:
