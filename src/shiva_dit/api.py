@@ -277,7 +277,9 @@ def disabled(target: Any) -> Iterator[None]:
 def guided(target: Any, passes: str) -> Iterator[None]:
     """Within: every call is this pass of guidance; for loops of your own, or to overrule.
 
-    diffusers' pipelines need none of this: how their calls are guided is read from them.
+    diffusers' pipelines need none of this: how their calls are guided is read from them. It holds
+    for the thread (or the task of asyncio) that says it and no other; two calls in turn that share
+    their tokens must be made by one thread.
 
     Args:
         target: A pipeline or transformer with an adapter attached.
