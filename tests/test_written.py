@@ -153,6 +153,17 @@ def test_digests_are_of_all_bits_and_places(dtype: torch.dtype, shape: tuple[int
     assert digests([apart]) == found[:1]  # wherever they begin
 
 
+def test_digests_of_many_words_see_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
+    whole = digests([values])
+    monkeypatch.setattr(written, "CACHED", 7)
+    assert digests([values]) == whole
+    for place in (0, 100, -1):
+        other = values.clone()
+        other.view(-1)[place] *= -1
+        assert digests([other]) != whole
+
+
 # --- what moves weights -----------------------------------------------------------------------
 
 

@@ -61,6 +61,9 @@ def counts_writes(tensor: Tensor) -> bool:
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Of as many bytes."""
+CACHED, AT_ONCE = 2**17, 2**24
+"""Words of 8 bytes that are mixed at once: on a processor as many as its cache holds; elsewhere so
+many that the memory for it is bounded."""
 ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 """Without small factors or a pattern in their bits."""
 
@@ -86,7 +89,12 @@ def _digest(values: Tensor) -> Tensor:
     elif words.data_ptr() % 8:
         words = words.clone()
     words = words.view(torch.int64)
-    mixed = torch.arange(len(words), device=words.device).mul_(ODD[0])
-    mixed = mixed.bitwise_xor_(words).mul_(ODD[1])
-    mixed ^= mixed >> 31
-    return mixed.mul_(ODD[2]).sum()
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    many = CACHED if words.device.type == "cpu" else AT_ONCE
+    for begin in range(0, len(words), many):
+        part = words[begin : begin + many]
+        mixed = torch.arange(begin, begin + len(part), device=part.device).mul_(ODD[0])
+        mixed.bitwise_xor_(part).mul_(ODD[1])
+        mixed ^= mixed >> 31
+        total += mixed.mul_(ODD[2]).sum()
+    return total
