@@ -16,7 +16,7 @@ import torch
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.config import finite_number, whole_number
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange
+from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange, paused
 from shiva_dit.models.backbone import first_not_finite
 from shiva_dit.models.clock import Clock, ListedTimes, Run, SchedulerTimes
 from shiva_dit.models.families import MODELS
@@ -260,16 +260,17 @@ def remove(target: T) -> T:
 def disabled(target: Any) -> Iterator[None]:
     """Within: the dense model, its own weights included, for comparison.
 
-    Those that overlap, in several threads or tasks, last until the last one ends. A forward that
-    runs in another thread is waited for.
+    Those that overlap, in several threads or tasks, last until the last one ends; an adapter that
+    is applied within comes on then. A forward that runs in another thread is waited for.
 
     Raises:
         ValueError: If no adapter is attached.
         RuntimeError: As `remove`.
     """
+    _all_attached(target)
     with ExitStack() as stack:
-        for attachment in _all_attached(target):
-            stack.enter_context(attachment.disabled())
+        for model in transformers_of(target):
+            stack.enter_context(paused(model))
         yield
 
 

@@ -88,7 +88,8 @@ class Attachment(Uncopied):
         """Tuned weights; they come and go with the hooks."""
         self.adapter: Any = None
         self._is_on = False
-        self._pauses, self._was_enabled = 0, True
+        self.was_enabled = True
+        """Whether it is on again when the last `disabled` block ends."""
         self._compiled: dict[str, Any] | None = None
         self.num_tokens: int | None = None
         """N of the last forward."""
@@ -133,10 +134,13 @@ class Attachment(Uncopied):
                 put_weights()
                 self._put_hooks_on()
                 self.watch = Watch(self._watch)
+                self._is_on = True
+                if self.turns.pauses:
+                    self.enable(False)
             except BaseException:
+                self._is_on = False
                 self._undo.run()
                 raise
-            self._is_on = True
 
     def _put_weights_on(self) -> None:
         if self.backbone is not None:
@@ -210,22 +214,6 @@ class Attachment(Uncopied):
             if self.backbone is not None:
                 self.backbone.enable(enabled)
             self.enabled = enabled
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within: the model itself. Those that overlap last until the last one ends."""
-        with self.turns.switch():
-            if not self._pauses:
-                self._was_enabled = self.enabled
-                self.enable(False)
-            self._pauses += 1
-        try:
-            yield
-        finally:
-            with self.turns.switch(interruptible=False):
-                self._pauses -= 1
-                if not self._pauses:
-                    self.enable(self._was_enabled)
 
     def _watch(self, watch: Watch) -> None:
         """What must hold before each forward (`Watch`)."""
@@ -532,6 +520,29 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     hook = None if registry is None else registry.get_hook(HOOK_NAME)
     owner = hook.owner if isinstance(hook, BlockHook) else None
     return owner if isinstance(owner, Attachment) else None
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Within: the model itself. Those that overlap last until the last one ends.
+
+    What is attached meanwhile is off until then.
+    """
+    turns = turns_of(model)
+    with turns.switch():
+        on = attachment_of(model)
+        if on is not None and not turns.pauses:
+            on.was_enabled = on.enabled
+            on.enable(False)
+        turns.pauses += 1
+    try:
+        yield
+    finally:
+        with turns.switch(interruptible=False):
+            turns.pauses -= 1
+            on = attachment_of(model)
+            if on is not None and not turns.pauses:
+                on.enable(on.was_enabled)
 
 
 def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: Any) -> Attachment:
