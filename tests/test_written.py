@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, cpu_offload_with_hook
 from torch import Tensor, nn
 
 import shiva_dit
@@ -204,13 +204,15 @@ def test_one_look_at_what_was_moved_and_none_after(
 
 
 @kinds
-@pytest.mark.parametrize("how", ["group", "casting"])
+@pytest.mark.parametrize("how", ["group", "casting", "model"])
 def test_what_moves_at_each_forward_is_not_digested_each_time(
     how: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = applied(kind)
     if how == "casting":
         model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    elif how == "model":
+        cpu_offload_with_hook(model, torch.device("cpu"))
     else:
         cpu = torch.device("cpu")
         model.enable_group_offload(cpu, cpu, offload_type="leaf_level")

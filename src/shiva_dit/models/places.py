@@ -110,11 +110,12 @@ def kept_copies(model: nn.Module) -> str | None:
 
 
 def moves_weights(model: nn.Module) -> bool:
-    """Whether something brings weights to another place at each forward, and back.
+    """Whether something brings weights to another place and back, at each forward or run.
 
-    diffusers' group offloading does, and its storage in fp8 ("layerwise casting").
+    accelerate's offloading of whole models does, diffusers' group offloading, and its storage in
+    fp8 ("layerwise casting").
     """
-    return any(name == CASTING or hasattr(hook, "group") for name, hook in _hooks(model))
+    return "_hf_hook" in model.__dict__ or any(name == CASTING or hasattr(hook, "group") for name, hook in _hooks(model))
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
