@@ -117,6 +117,7 @@ def apply(
             segments=segments,
             select_every=source.config.select_every if select_every is None else select_every,
             backbone=_backbone(model, source, merge),
+            freeze=True,
         )
         attachment.counts.clock = _clock(attachment, target, timesteps)
         attachment.adapter = source

@@ -72,11 +72,14 @@ class Attachment(Uncopied):
         select_every: int = 1,
         gate_values: bool = False,
         backbone: TunedBackbone | None = None,
+        freeze: bool = False,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector = model, selector
         self.updates = updates
         self.gates_values = gate_values
+        self._freezes = freeze
+        self._frozen_for: torch.dtype | None = None
         self.enabled = True
         self.always_select = False
         """Select, gather and scatter also where a block keeps all its tokens: what that costs."""
@@ -458,18 +461,27 @@ class Attachment(Uncopied):
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device != time.device:
                 module.to(time.device)
+        self._freeze(self._context.dtype)
         pruned = [hook for hook in self.hooks if not hook.slot.state.dense]
         choosing = [hook for hook in pruned if hook.slot.state.chosen is None]
         terms = None
         if choosing:  # what chooses reads the model and trains nothing in it
-            terms = self.selector.condition(time.detach(), self._context.detach())
+            terms = self.selector.terms(time.detach(), self._context.detach())
         if terms is not None:
             for hook in choosing:
-                hook.slot.state.condition = terms[hook.index]
+                hook.slot.state.terms = terms[hook.index]
         if pruned and self.updates is not None:
             terms = self.updates.condition(time, self._context)
             for hook in pruned:
                 hook.slot.state.update_condition = terms[hook.index]
+
+    def _freeze(self, dtype: torch.dtype) -> None:
+        if self._freezes and self._frozen_for != dtype:
+            self._frozen_for = dtype
+            with torch.inference_mode(False):
+                self.selector.freeze(dtype)
+                if self.updates is not None:
+                    self.updates.freeze(dtype)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args
@@ -555,7 +567,8 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
             multiple of this), `segments` (at most so many different rows over time),
             `select_every` (so many prunable blocks in a row share their first one's scores),
-            `gate_values` (training with the KV gate).
+            `gate_values` (training with the KV gate), `freeze` (weights of the selector and the
+            updates are the attachment's own and never change).
 
     Raises:
         ValueError: If the model is not supported or the schedule is another model's.

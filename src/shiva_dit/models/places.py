@@ -115,7 +115,9 @@ def moves_weights(model: nn.Module) -> bool:
     accelerate's offloading of whole models does, diffusers' group offloading, and its storage in
     fp8 ("layerwise casting").
     """
-    return "_hf_hook" in model.__dict__ or any(name == CASTING or hasattr(hook, "group") for name, hook in _hooks(model))
+    return "_hf_hook" in model.__dict__ or any(
+        name == CASTING or hasattr(hook, "group") for name, hook in _hooks(model)
+    )
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
