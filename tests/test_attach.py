@@ -89,14 +89,11 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
         orders.append(order)
         return order, None
 
-    attachment = shiva(model, [[tiny.NUM_TOKENS] * 4])
+    all_tokens = Schedule.uniform(1.0, num_blocks=4, full_blocks=())
+    attachment = attach(model, tiny.adapter(model).selector(), all_tokens)
 
-    def force_gather(module: nn.Module, args: Any) -> None:
-        for hook in attachment.hooks:
-            hook.slot.state.dense = False
-
+    attachment.always_select = True
     monkeypatch.setattr(seam, "select_with_places", permutation)
-    model.register_forward_pre_hook(force_gather)
     permuted = tiny.run(model, tiny.inputs())
     assert len(orders) == 4
     assert all(order.sort(-1).values.eq(torch.arange(64)).all() for order in orders)

@@ -192,7 +192,8 @@ def test_forced_selection_keeps_all_tokens_and_dense_selects_none() -> None:
         attachment.always_select = True
         (forced,) = model(**inputs, return_dict=False)
     assert seen == {1: 64, 2: 64}
-    assert torch.equal(forced, dense)  # all tokens, in their order
+    # All tokens, the best first: attention sums in another order.
+    assert (forced - dense).abs().max() <= 1e-5 * dense.abs().max()
 
 
 def test_an_adapter_is_timed_by_its_own_schedule(tmp_path: Path) -> None:

@@ -77,14 +77,11 @@ def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert k == scores.shape[1] == TOKENS
         return torch.rand(scores.shape, generator=generator).argsort(dim=-1), None
 
-    attachment = attach(model, NormSelector(), schedule(model, [[TOKENS] * 4]))
-
-    def force(module: nn.Module, args: Any) -> None:
-        for hook in attachment.hooks[:4]:
-            hook.slot.state.dense = False
-
+    full = model_spec(model).full_blocks(model)
+    blocks = len(model_spec(model).blocks(model))
+    all_tokens = Schedule.uniform(1.0, num_blocks=blocks, full_blocks=full)
+    attach(model, NormSelector(), all_tokens).always_select = True
     monkeypatch.setattr(seam, "select_with_places", permutation)
-    model.register_forward_pre_hook(force)
 
 
 def run(model: nn.Module, given: dict[str, Any]) -> Tensor:

@@ -37,8 +37,8 @@ def time_parts(
     scoring = attachment.schedule.prunable_blocks[:: attachment.counts.select_every]
     block = scoring[len(scoring) // 2]
     hook = attachment.hooks[block]
-    x, condition = _seen_by(attachment, block, forward)
-    scores = hook.scores(x, condition)
+    x, terms = _seen_by(attachment, block, forward)
+    scores = hook.scores(x, terms)
     chosen = select_top_k(scores, k)
     rows = gather_tokens(x, chosen)
     made: dict[str, Callable[..., Any]] = {
@@ -48,7 +48,7 @@ def time_parts(
         "scatter": scatter_tokens,
     }
     arguments = {
-        "router": (x, condition),
+        "router": (x, terms),
         "selection": (scores, k),
         "gather": (x, chosen),
         "scatter": (x, chosen, rows),
@@ -66,15 +66,15 @@ def time_parts(
 
 def _seen_by(
     attachment: Attachment, block: int, forward: Callable[[], object]
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Tokens and context term that a block's router reads in a forward."""
     hook = attachment.hooks[block]
-    seen: list[tuple[Tensor, Tensor | None]] = []
+    seen: list[tuple[Tensor, Any]] = []
     before = hook.scores
 
-    def watch(x: Tensor, condition: Tensor | None) -> Tensor:
-        seen.append((x, condition))
-        return before(x, condition)
+    def watch(x: Tensor, terms: Any) -> Tensor:
+        seen.append((x, terms))
+        return before(x, terms)
 
     hook.scores = watch
     attachment.observer = lambda block, chosen: None  # who is watched isn't replayed

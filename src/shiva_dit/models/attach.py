@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.sym_node import DynamicInt
 
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
@@ -36,6 +35,7 @@ from shiva_dit.models.neighbours import (
     unhook,
     unregister,
 )
+from shiva_dit.models.plan import DENSE, IDLE, ForwardPlan
 from shiva_dit.models.spec import bind, given
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.models.turns import turns_of
@@ -100,6 +100,7 @@ class Attachment(Uncopied):
         self.turns = turns_of(model)
         self._gated: GatedForward | None = None
         self._context: Tensor | None = None
+        self._plan: ForwardPlan | None = None
         self._times: slice = slice(None)
         """Rows of the running forward's time embedding, one for each time that it was given."""
         self._undo = Undo()
@@ -355,7 +356,7 @@ class Attachment(Uncopied):
     ) -> None:
         self.turns.start_forward()
         # An interrupted forward (Ctrl-C) leaves its state: torch skips the hook.
-        self._forget(idle=False)
+        self._forget(DENSE)
         if not self.enabled:
             return
         self.watch.check()
@@ -379,32 +380,27 @@ class Attachment(Uncopied):
         else:
             counts = gated.counts
             self.counts.check(counts, num_tokens)
-        led = self.passes.led(which, len(sample), tuple(counts))
-        states: list[BlockState] = []
-        for hook, k in zip(self.hooks, counts, strict=True):
-            # In training a block that happens to keep all its tokens is judged too (Eq. 24).
-            prunable = self.counts.prunable[hook.index]
-            gates = gated.gates(hook.index) if gated is not None and prunable else None
-            selects = gates is not None or (prunable and self.always_select)
-            state = hook.slot.state = BlockState(
-                k=DynamicInt(k),
-                dense=k >= num_tokens and not selects,
-                num_tokens=num_tokens,
-                share_halves=which is Pass.BOTH,
-                gates=gates,
-                leads=which is Pass.LEADS,
-                chosen=led.get(hook.index),
-                observer=self.observer,
-            )
-            states.append(state)
-            leader = None if state.dense else self.counts.leader(hook.index, counts, num_tokens)
-            if leader is not None:
-                state.follows = states[leader]
-                states[leader].is_followed = True
+        self._settle(sample[0].dtype, sample[0].device)
+        self._begin(counts, num_tokens, which, len(sample))
         if self.graphs is None:
             self.read_context(args, kwargs)
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             self._snapshot_checkpoints(model)
+
+    def _begin(self, counts: Sequence[int], num_tokens: int, which: Pass, batch: int) -> None:
+        """Give every block its state for this forward."""
+        prunable, gated = self.counts.prunable, self._gated
+        gates: dict[int, SelectionGates] = {}
+        if gated is not None:
+            # In training a block that happens to keep all its tokens is judged too (Eq. 24).
+            made = {block: gated.gates(block) for block, may in enumerate(prunable) if may}
+            gates = {block: gate for block, gate in made.items() if gate is not None}
+        selecting = prunable if self.always_select else [b in gates for b in range(len(prunable))]
+        plan = self._plan = self.counts.plan(counts, num_tokens, selecting)
+        led = self.passes.led(which, batch, plan.counts)
+        states = plan.states(which, led, self.observer, gates)
+        for hook, state in zip(self.hooks, states, strict=True):
+            hook.slot.state = state
 
     def read_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Text and, where the model has no embedder for all blocks, time, as routers read them.
@@ -457,25 +453,26 @@ class Attachment(Uncopied):
         """Compute what routers and updates read beside tokens."""
         if self._context is None:
             return
-        for module in self.learned:
-            parameter = next(module.parameters(), None)
-            if parameter is not None and parameter.device != time.device:
-                module.to(time.device)
-        self._freeze(self._context.dtype)
-        pruned = [hook for hook in self.hooks if not hook.slot.state.dense]
-        choosing = [hook for hook in pruned if hook.slot.state.chosen is None]
+        assert self._plan is not None
+        states = {index: self.hooks[index].slot.state for index in self._plan.pruned}
+        choosing = {index: state for index, state in states.items() if state.chosen is None}
         terms = None
         if choosing:  # what chooses reads the model and trains nothing in it
             terms = self.selector.terms(time.detach(), self._context.detach())
         if terms is not None:
-            for hook in choosing:
-                hook.slot.state.terms = terms[hook.index]
-        if pruned and self.updates is not None:
-            terms = self.updates.condition(time, self._context)
-            for hook in pruned:
-                hook.slot.state.update_condition = terms[hook.index]
+            for index, state in choosing.items():
+                state.terms = terms[index]
+        if states and self.updates is not None:
+            conditions = self.updates.condition(time, self._context)
+            for index, state in states.items():
+                state.update_condition = conditions[index]
 
-    def _freeze(self, dtype: torch.dtype) -> None:
+    def _settle(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Put what was learned where it is used."""
+        for module in self.learned:
+            parameter = next(module.parameters(), None)
+            if parameter is not None and parameter.device != device:
+                module.to(device)
         if self._freezes and self._frozen_for != dtype:
             self._frozen_for = dtype
             with torch.inference_mode(False):
@@ -494,16 +491,18 @@ class Attachment(Uncopied):
 
     def _keep_lead(self) -> None:
         """What a conditional pass has chosen, for the unconditional one that follows."""
-        states = {hook.index: hook.slot.state for hook in self.hooks}
+        if self._plan is None:
+            return
+        states = {index: self.hooks[index].slot.state for index in self._plan.pruned}
         chosen = {i: s.chosen for i, s in states.items() if s.leads and s.chosen is not None}
         if chosen:
-            self.passes.keep(tuple(int(s.k) for s in states.values()), chosen)
+            self.passes.keep(self._plan.counts, chosen)
 
-    def _forget(self, idle: bool = True) -> None:
+    def _forget(self, state: BlockState = IDLE) -> None:
         """Keep nothing between forwards, also after an exception."""
-        self._context = None
+        self._context = self._plan = None
         for hook in self.hooks:
-            hook.slot.state = BlockState(k=0, dense=True, idle=idle)
+            hook.slot.state = state
 
     def _snapshot_checkpoints(self, model: nn.Module) -> None:
         if not snapshots_are_on(model, self._slots):

@@ -12,11 +12,14 @@ from shiva_dit.core.keep_table import KeepTable
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.clock import Clock, Run
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.plan import ForwardPlan, make_plan
 
 logger = logging.getLogger("shiva_dit")
 
 TABLES = 64
 """Tables kept for runs to come; all are forgotten when there are more."""
+PLANS = 256
+"""Plans kept, likewise."""
 MISSED = 5e-3
 """A mean that is off by more than this share of what was asked is told."""
 
@@ -72,6 +75,7 @@ class Counts:
             )
         self.schedule = schedule
         self._tables: dict[tuple[int, Run | None], KeepTable] = {}
+        self._plans: dict[tuple[tuple[int, ...], int, tuple[bool, ...]], ForwardPlan] = {}
         self._told = False
         prunable = schedule.prunable_blocks
         self.prunable = [block in prunable for block in range(num_blocks)]
@@ -144,6 +148,25 @@ class Counts:
                 "of %s steps. apply(..., timesteps=) makes the mean exact for a list.",
                 self.schedule.law.name,
             )
+
+    def plan(
+        self, counts: Sequence[int], num_tokens: int, selecting: Sequence[bool]
+    ) -> ForwardPlan:
+        """What every block does in a forward; made once for each row.
+
+        Args:
+            counts: k of every block.
+            num_tokens: N.
+            selecting: Of every block, whether it chooses tokens also where it keeps all of them.
+        """
+        key = row, _, selects = tuple(counts), num_tokens, tuple(selecting)
+        if key not in self._plans:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            self._plans[key] = make_plan(
+                row, num_tokens, selects, lambda block: self.leader(block, row, num_tokens)
+            )
+        return self._plans[key]
 
     def check(self, counts: Sequence[int], num_tokens: int) -> None:
         """Raise a ValueError unless these are counts for this model and N."""

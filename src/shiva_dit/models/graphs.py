@@ -128,7 +128,7 @@ class GraphRunner(Uncopied, ModelHook):
         values = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         layout = (str(tree), tuple(places), tuple(map(_shape, own)), _modes())
         key = (layout, _hashable(values), tuple(map(_course, hooks)), weights)
-        which = (tuple(map(_pass, hooks)), tuple(map(_shape, led)))
+        which = (tuple(map(_pass, hooks)), tuple(tokens.shape for tokens in led))
         known = self._visit(key)
         found = known.graphs.get(which)
         if found is None:

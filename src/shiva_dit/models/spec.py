@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from jaxtyping import Float, Shaped
@@ -188,9 +189,13 @@ def text_mean(padding: str | None = None) -> Callable[[nn.Module, Mapping[str, A
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a forward call by name, however they were passed."""
-    signature = inspect.signature(type(module).forward)
-    names = list(signature.parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_arguments(type(module)), args, strict=False)), **kwargs}
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> list[str]:
+    """Names of what a class's forward takes."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def argument_place(module: nn.Module, name: str) -> int:
@@ -199,7 +204,7 @@ def argument_place(module: nn.Module, name: str) -> int:
     Raises:
         ValueError: If the forward has no such argument: another version of the model's code.
     """
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    names = _arguments(type(module))
     if name not in names:
         raise ValueError(
             f"{type(module).__name__}.forward has no argument {name!r} (it has "
