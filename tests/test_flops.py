@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.flop_counter import FlopCounterMode
@@ -294,13 +294,27 @@ def test_blocks_that_are_alike_run_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(ran) == len(set(costs)) == 3
 
 
-def test_a_model_that_is_not_what_its_config_says_is_refused() -> None:
-    model = tiny.sd3()
-    del model.transformer_blocks[1]
-    with pytest.raises(ValueError, match=r"has 3 blocks and its config says 4: .*register_to_conf"):
+def test_blocks_are_counted_in_the_model_and_their_kinds_in_the_config() -> None:
+    """A ControlNet that is made from a transformer writes its own depth into that one's config."""
+    model = tiny.sd3("dual")
+    found = model_flops(model, 64, 7)
+    SD3ControlNetModel.from_transformer(model, num_layers=2, num_extra_conditioning_channels=0)
+    assert model.config["num_layers"] == 2
+    assert model_flops(model, 64, 7) == found
+    del model.transformer_blocks[2]  # of one attention: the two of two stay in their places
+    shallow = model_flops(model, 64, 7)
+    assert shallow.blocks == (*found.blocks[:2], found.blocks[3])
+    assert model_widths(model).num_blocks == 3
+    del model.transformer_blocks[0]
+    with pytest.raises(ValueError, match="block 1 of the model isn't the one that its config says"):
         model_flops(model, 64, 7)
-    model.register_to_config(num_layers=3)
-    assert len(model_flops(model, 64, 7).blocks) == model_widths(model).num_blocks == 3
+    model.register_to_config(dual_attention_layers=(0,))
+    assert model_flops(model, 64, 7).blocks == shallow.blocks[1:]
+
+
+def test_layers_that_came_by_fusing_have_no_count() -> None:
+    with pytest.raises(ValueError, match=r"attn\.to_qkv is no linear layer"):
+        counted(tiny.sd3(), 7).linear_rows("transformer_blocks.0.attn.to_qkv", 64, [64] * 4)
 
 
 @pytest.mark.parametrize(

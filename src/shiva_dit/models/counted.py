@@ -36,6 +36,8 @@ class Counted:
     """Rows that each linear layer sees, by its path."""
     block_of: Mapping[str, int]
     """The block that these are in; the others see all tokens."""
+    parts: tuple[frozenset[str], ...]
+    """Names of what each block is made of."""
 
     def flops(self, num_tokens: int) -> ModelFlops:
         """FLOPs of a forward of one sample of N image tokens."""
@@ -49,7 +51,12 @@ class Counted:
             path: The layer's in the model.
             num_tokens: N.
             counts: k of every block.
+
+        Raises:
+            ValueError: If the layer came later than the model's own, by fusing some of them.
         """
+        if path not in self.rows:
+            raise ValueError(f"{path} is no linear layer of a model that is built by the config.")
         block = self.block_of.get(path)
         return self.rows[path].at(num_tokens if block is None else counts[block])
 
@@ -64,7 +71,14 @@ def counted(model: nn.Module, text_tokens: int) -> Counted:
     if spec.text_tokens and not text_tokens:
         raise ValueError(f"{type(model).__name__} reads text: text_tokens must be 1 at least.")
     found = _counted(*recipe(model, spec, text_tokens), text_tokens)
-    _check_depth(model, spec, len(found.blocks))
+    known = frozenset().union(*found.parts)
+    for index, (block, parts) in enumerate(zip(spec.blocks(model), found.parts, strict=True)):
+        if known.intersection(block._modules) != parts:
+            raise ValueError(
+                f"block {index} of the model isn't the one that its config says: where blocks "
+                "were taken out or added, their kinds must stand in the config as well "
+                "(model.register_to_config)."
+            )
     return found
 
 
@@ -74,32 +88,26 @@ def model_flops(model: nn.Module, num_tokens: int, text_tokens: int) -> ModelFlo
 
 
 def model_widths(model: nn.Module) -> Widths:
-    """Widths of a model.
-
-    Raises:
-        ValueError: If the model isn't what its config says.
-    """
+    """Widths of a model."""
     spec = model_spec(model)
-    found = _widths(*recipe(model, spec, spec.text_tokens), spec.text_tokens)
-    _check_depth(model, spec, found.num_blocks)
-    return found
+    return _widths(*recipe(model, spec, spec.text_tokens), spec.text_tokens)
 
 
 def recipe(model: Any, spec: ModelSpec, text_tokens: int) -> tuple[type[nn.Module], str]:
-    """The class that a model is built from anew, and its config; subclasses are looked through."""
+    """The class that a model is built from anew, and its config.
+
+    Subclasses are looked through. How many blocks there are is the model's word, not the config's:
+    making a ControlNet from a transformer overwrites that (diffusers 0.42.1).
+    """
     cls = next(c for c in type(model).__mro__ if c.__name__ == spec.model_class)
     known = inspect.signature(cls.__init__).parameters
     config = {name: value for name, value in model.config.items() if name in known}
-    return cls, json.dumps({**config, **spec.for_text(config, text_tokens)}, sort_keys=True)
-
-
-def _check_depth(model: nn.Module, spec: ModelSpec, stated: int) -> None:
-    found = len(spec.blocks(model))
-    if found != stated:
-        raise ValueError(
-            f"the model has {found} blocks and its config says {stated}: write the number into "
-            "the config (model.register_to_config) where blocks were taken out or added."
-        )
+    depths = {
+        name: len(model.get_submodule(blocks))
+        for name, blocks in zip(spec.depths, spec.block_lists, strict=False)
+    }
+    config = {**config, **depths, **spec.for_text(config, text_tokens)}
+    return cls, json.dumps(config, sort_keys=True)
 
 
 @lru_cache(maxsize=64)
@@ -122,4 +130,5 @@ def _counted(cls: type[nn.Module], config: str, text_tokens: int) -> Counted:
         outside=through([run.outside for run in runs]),
         rows={path: through([run.rows[path] for run in runs]) for path in first.rows},
         block_of=skeleton.block_of,
+        parts=skeleton.parts,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,25 @@ class Run:
     """Rows that each linear layer saw, by its path."""
 
 
+@dataclass(kw_only=True, slots=True)
+class _Seen:
+    """What hooks have seen of the run that is going on."""
+
+    rows: dict[str, int]
+    blocks: list[int]
+    inside: int = 0
+    """FLOPs of the blocks that ran."""
+    ran: dict[Any, tuple[Any, int, dict[str, int]]] = field(default_factory=dict)
+    """What a block gave, its FLOPs, and its layers' rows, by what those depend on."""
+    width: int = 0
+    time_dim: int = TIME_FEATURES
+    counter: FlopCounterMode = field(
+        default_factory=lambda: FlopCounterMode(
+            display=False, custom_mapping={CPU_ATTENTION: _attention}
+        )
+    )
+
+
 class Skeleton:
     """A model built from its config, of shapes alone.
 
@@ -83,6 +102,8 @@ class Skeleton:
             embedder = self.model.get_submodule(self.spec.time_embedder)
             embedder.register_forward_hook(self._time)
         self._blocks = blocks
+        self.parts = tuple(frozenset(block._modules) for block in blocks)
+        """Names of what each block is made of."""
         for module in self.model.modules():  # whatever the process has chosen for its models
             if hasattr(getattr(module, "processor", None), "_attention_backend"):
                 module.processor._attention_backend = AttentionBackendName.NATIVE
@@ -95,32 +116,28 @@ class Skeleton:
             text_tokens: T.
         """
         spec, model = self.spec, self.model
-        self._ran = 0
-        self._rows = dict.fromkeys(self._linears, 0)
-        self._costs = [0] * len(self._blocks)
-        self._seen: dict[Any, tuple[Any, int, dict[str, int]]] = {}
-        self._width, self._time_dim = 0, TIME_FEATURES
-        self._counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention})
+        seen = self._seen = _Seen(
+            rows=dict.fromkeys(self._linears, 0), blocks=[0] * len(self._blocks)
+        )
         frames, height, width = spec.sizes(model, example)
         size = Size(frames=frames, height=height, width=width, text=text_tokens)
         with _undisturbed(), torch.no_grad():
             time = spec.timestep_at(torch.full((size.batch,), 0.5))
             inputs = {**spec.example(model, size), spec.timestep: time}
-            with self._counter, _KnownMasks():
+            with seen.counter, _KnownMasks():
                 model(**inputs)
             context = spec.context(model, inputs)
-        total = self._counter.get_total_flops()
         return Run(
             num_tokens=spec.tokens(model, inputs[spec.sample]),
             widths=Widths(
                 num_blocks=len(self._blocks),
-                width=self._width,
-                time_dim=self._time_dim,
+                width=seen.width,
+                time_dim=seen.time_dim,
                 context_dim=context.shape[-1],
             ),
-            blocks=tuple(self._costs),
-            outside=total - self._ran,
-            rows=self._rows,
+            blocks=tuple(seen.blocks),
+            outside=seen.counter.get_total_flops() - seen.inside,
+            rows=seen.rows,
         )
 
     def _block(
@@ -133,30 +150,28 @@ class Skeleton:
         **kwargs: Any,
     ) -> Any:
         """A block's forward; one like an earlier one, with arguments like its, is not run again."""
-        if not self._width:
-            block = self._blocks[index]
-            self._width = bind(block, args, kwargs)[block_spec(block).hidden].shape[-1]
+        seen, block = self._seen, self._blocks[index]
+        if not seen.width:
+            seen.width = bind(block, args, kwargs)[block_spec(block).hidden].shape[-1]
         key = likeness, _shapes((args, kwargs))
-        if key not in self._seen:
-            before = self._counter.get_total_flops()
+        if key not in seen.ran:
+            before = seen.counter.get_total_flops()
             output = forward(*args, **kwargs)
-            cost = self._counter.get_total_flops() - before
-            self._ran += cost
-            rows = {
-                n.removeprefix(inside): r for n, r in self._rows.items() if n.startswith(inside)
-            }
-            self._seen[key] = output, cost, rows
-        output, self._costs[index], rows = self._seen[key]
-        self._rows.update((inside + name, seen) for name, seen in rows.items())
+            cost = seen.counter.get_total_flops() - before
+            seen.inside += cost
+            rows = {n.removeprefix(inside): r for n, r in seen.rows.items() if n.startswith(inside)}
+            seen.ran[key] = output, cost, rows
+        output, seen.blocks[index], rows = seen.ran[key]
+        seen.rows.update((inside + name, number) for name, number in rows.items())
         return output
 
     def _linear(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         del module, args
-        self._rows[name] += output.numel() // output.shape[-1]
+        self._seen.rows[name] += output.numel() // output.shape[-1]
 
     def _time(self, module: nn.Module, args: Any, output: Tensor) -> None:
         del module, args
-        self._time_dim = output.shape[-1]
+        self._seen.time_dim = output.shape[-1]
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class ModelSpec:
     """What `context` gives, in words."""
     block_lists: tuple[str, ...] = ("transformer_blocks",)
     """Attributes that hold the blocks, in the order in which they run."""
+    depths: tuple[str, ...] = ("num_layers", "num_single_layers")
+    """The settings that say how many blocks these hold."""
     sample: str = "hidden_states"
     """Argument of the model's forward that holds the latents."""
     timestep: str = "timestep"

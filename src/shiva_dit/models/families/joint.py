@@ -96,6 +96,7 @@ MODELS = (
         model_class="AuraFlowTransformer2DModel",
         name="AuraFlow",  # eight tokens of its own come before the text
         block_lists=("joint_transformer_blocks", "single_transformer_blocks"),
+        depths=("num_mmdit_layers", "num_single_dit_layers"),
         noise_timestep=1.0,
         time_embedder="time_step_proj",
         context=text_mean("zeros"),
