@@ -7,6 +7,7 @@ pair of tokens, so that a block's cost is a quadratic in its image tokens: three
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,8 +21,10 @@ class Polynomial:
     111
     """
 
-    coefficients: tuple[Fraction, ...]
-    """From the constant up."""
+    numerators: tuple[int, ...]
+    """Of the coefficients, from the constant up."""
+    denominator: int
+    """Of all of them."""
 
     @classmethod
     def through(cls, points: Mapping[int, int]) -> Polynomial:
@@ -36,13 +39,17 @@ class Polynomial:
                     for up, same in zip(raised, kept, strict=True)
                 ]
             total = [a + b for a, b in zip(total, term, strict=True)]
-        return cls(tuple(total))
+        denominator = math.lcm(*(c.denominator for c in total))
+        return cls(tuple(int(c * denominator) for c in total), denominator)
 
     def at(self, tokens: int) -> int:
         """The value."""
-        value = sum(c * tokens**power for power, c in enumerate(self.coefficients))
-        assert Fraction(value).denominator == 1, f"{value} is no count"
-        return int(value)
+        value = 0
+        for numerator in reversed(self.numerators):
+            value = value * tokens + numerator
+        count, rest = divmod(value, self.denominator)
+        assert not rest, f"{value}/{self.denominator} is no count"
+        return count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -87,7 +87,7 @@ BLOCKS = (
         rows={
             "rotary_emb": Rows(),
             "temb": Rows(axis=2, dims=4),
-            "attention_mask": Rows(axis=(2, 3)),
+            "attention_mask": Rows(axis=(3, 2)),  # the last one contiguous
         },
     ),
     BlockSpec(
