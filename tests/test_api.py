@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -236,6 +236,33 @@ def test_disabled_nests_and_survives_errors() -> None:
     with pytest.raises(KeyError), shiva_dit.disabled(model):
         raise KeyError
     assert torch.equal(tiny.run(model, tiny.inputs()), pruned)
+
+
+@backbones
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_is_applied_while_disabled_comes_on_when_that_ends(removed: bool, method: str) -> None:
+    made, _ = tuned_adapter(method, "plain")
+    model = tiny.sd3()
+    bare, before = tiny.run(model, tiny.inputs()), tiny.footprint(model)
+    shiva_dit.apply(model, made, keep_ratio=0.7)
+    expected = tiny.run(shiva_dit.apply(tiny.sd3(), made), tiny.inputs())
+    with shiva_dit.disabled(model):
+        if removed:
+            shiva_dit.remove(model)
+        with shiva_dit.disabled(model) if not removed else nullcontext():
+            shiva_dit.apply(model, made)
+            assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+        shiva_dit.compile(model, backend="eager")
+        with pytest.raises(ValueError, match="for num_blocks = 2, the model has"):
+            shiva_dit.apply(model, tiny.adapter(tiny.sd3(num_layers=2)))
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    with shiva_dit.disabled(model):
+        assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+    shiva_dit.remove(model)
+    assert tiny.footprint(model) == before
 
 
 @pytest.mark.parametrize("keep_ratio", [0.3, 0.75])

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError
 
+import shiva_dit
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.fixed_map import FixedMapSelector
@@ -51,7 +54,7 @@ def chosen_tokens(attachment: Attachment) -> Iterator[list[tuple[int, Tensor]]]:
 
 def keeps_nothing(attachment: Attachment) -> bool:
     states = [hook.slot.state for hook in attachment.hooks]
-    empty = all(s.dense and s.condition is None and s.gates is None for s in states)
+    empty = all(s.dense and s.terms is None and s.gates is None for s in states)
     return empty and attachment._context is None
 
 
@@ -853,3 +856,50 @@ def test_flops_count_a_shared_router_once() -> None:
 def test_select_every_is_positive() -> None:
     with pytest.raises(ValueError, match="select_every must be at least 1, got 0"):
         shiva(tiny.sd3(), select_every=0)
+
+
+# --- what a pruned block adds -----------------------------------------------------------------
+
+VIEWS = {"select", "slice", "unsqueeze", "view", "detach", "unbind", "expand", "to", "t", "movedim"}
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that compute, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.count[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pruned_block_adds_eight_operators() -> None:
+    """For one picture in float32: norm, projection, SiLU, norm, score; sort, gather, scatter."""
+
+    def operators(num_pruned: int) -> Counter[str]:
+        model = tiny.sd3(num_layers=6)
+        shiva_dit.apply(
+            model,
+            tiny.adapter(model),
+            schedule=tiny.from_counts([[64] * (6 - num_pruned) + [30] * num_pruned]),
+        )
+        inputs = {name: value[:1] for name, value in tiny.inputs().items()}
+        with torch.inference_mode():
+            model(**inputs)  # weights are stacked once
+            with Operators() as seen:
+                model(**inputs)
+        return seen.count
+
+    added = operators(5) - operators(2)
+    assert added == {
+        "layer_norm": 6,
+        "linear": 6,
+        "silu": 3,
+        "sort": 3,
+        "index_select": 3,
+        "index_copy": 3,
+    }

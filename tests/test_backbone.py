@@ -502,6 +502,49 @@ def test_beside_quantised_layers(method: str) -> None:
 
 
 @low_rank
+def test_layers_that_are_quantised_after_a_lora_was_put_beside_them(method: str) -> None:
+    weights, _ = tiny.tuned(method)
+    model, expected = tiny.sd3(), tiny.sd3()
+    quantise(expected)
+    bare = tiny.run(expected, tiny.inputs())
+    put(expected, weights, SETTINGS[method])
+    backbone = TunedBackbone(model, weights, SETTINGS[method], merge=False)
+    backbone.put_on()
+    watch = Watch(backbone.watch)
+    quantise(model)
+    with pytest.raises(RuntimeError, match=r"was replaced while .*call shiva_dit.apply again"):
+        watch.check()
+    backbone.restore()
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    backbone.put_on()
+    watch = Watch(backbone.watch)
+    watch.check()
+    assert torch.equal(tiny.run(model, tiny.inputs()), tiny.run(expected, tiny.inputs()))
+
+
+@low_rank
+def test_a_wrapper_over_a_layer_outlives_what_was_beside_it(method: str) -> None:
+    weights, _ = tiny.tuned(method)
+    model = tiny.sd3()
+    layer = model.transformer_blocks[1].attn.to_q
+    bare, names = tiny.run(model, tiny.inputs()), set(layer.__dict__)
+    backbone = TunedBackbone(model, weights, SETTINGS[method], merge=False)
+    backbone.put_on()
+    below, calls = layer.forward, []
+
+    def wrapper(x: Tensor) -> Tensor:
+        calls.append(1)
+        return below(x)
+
+    layer.forward = wrapper
+    tiny.run(model, tiny.inputs())
+    backbone.restore()
+    assert set(layer.__dict__) == {*names, "forward"}
+    assert torch.equal(tiny.run(model, tiny.inputs()), bare)
+    assert len(calls) == 2
+
+
+@low_rank
 def test_layers_that_share_a_weight_or_have_a_forward_of_their_own(method: str) -> None:
     """Merging would change the one twice, and the other as it doesn't run."""
     weights, _ = tiny.tuned(method)

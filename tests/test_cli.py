@@ -1,8 +1,10 @@
 """The command line's one boundary: a foreseeable fault is one line and status 2, a bug is not."""
 
 import argparse
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import torch
 from shiva_dit import cli
 from shiva_dit.cli import main
 from shiva_dit.training.trainer import Trainer
+from tests.faults import listing
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "recipes" / "digits.toml")
@@ -43,6 +46,13 @@ def said(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int =
         (b"keep_ratio = nan", "keep_ratio: expected a finite number, got nan"),
         (b"keep_ratio = 1" + b"0" * 400, "keep_ratio: expected a finite number"),
         (b"[policy]\nnum_bins = 1000000000", "num_bins must be at most 10000"),
+        (b"warmup_steps = 1" + b"0" * 400, "warmup_steps: expected a whole number below 10^308"),
+        (b'like = "a\\u0000b"', "like: a path can't hold a NUL character"),
+        (b'like = ""', "like: expected a path, got ''"),
+        (b"", "is an empty recipe, it sets nothing"),
+        (b"\xef\xbb\xbf# a comment\n", "is an empty recipe"),
+        (b"[policy]\n[policy.budget]\n", "is an empty recipe"),
+        (b"like = []\n", "is an empty recipe"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_named(
@@ -135,9 +145,89 @@ def test_a_log_line_that_is_none_is_named(
         last = capsys.readouterr().err.splitlines()[-1]
         assert f"{log}, line 1, is not a line of a run's log" in last
         assert "Traceback" not in last
+    log.write_bytes(b"\xff" + good.encode())
+    assert main([*words, "--resume"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{log} is not a run's log ({log} is not UTF-8 text" in last
+    assert "Training doesn't need the log: move it away." in last
+    log.unlink()
+    log.mkdir()
+    assert main([*words, "--resume"]) == 2
+    assert "Training doesn't need the log: move it away." in capsys.readouterr().err
+    log.rmdir()
     log.write_text(good)
     assert main([*words, "--resume"]) == 0
     assert log.read_text() == good
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", DIGITS, f"out={tmp_path}", "--threads", "1", *SHORT]
+    assert main(words) == 0
+    state = tmp_path / "checkpoints" / "step-00000003" / "state.json"
+
+    def forbidden(path: Path) -> Any:  # root may read all: permissions alone show nothing
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("shiva_dit.training.checkpoint.read_json", forbidden)
+    line = said(capsys, [*words, "--resume"])
+    assert (
+        line == f"shiva-dit: {state} may not be read or written: allow it, or choose another place."
+    )
+    assert state.is_file()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("config.json truncated", "config.json is damaged, it is not JSON"),
+        ("config.json empty", "config.json is damaged, it is not JSON"),
+        ("config.json text", "config.json is damaged, it is not JSON"),
+        ("config.json another", "config.json is not an adapter's, and not ours to replace"),
+        ("config.json a folder", "config.json is a folder where a file is expected"),
+        ("config.json gone", "safetensors that no adapter there lists"),
+        (". a file", "adapter is a file where an adapter's folder is expected"),
+    ],
+)
+def test_a_run_with_a_damaged_adapter_says_how_it_goes_on(
+    fault: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before it trains on; nothing is deleted, and what it says helps."""
+    out = tmp_path / "run"
+    words = ["train", DIGITS, f"out={out}", "--threads", "1", *SHORT]
+    assert main(words) == 0
+    whole = listing(out / "adapter")
+    name, _, kind = fault.partition(" ")
+    path = out / "adapter" / name
+    if kind == "another":
+        path.write_text("{}")
+    elif kind in ("a folder", "gone"):
+        path.unlink()
+    elif kind == "a file":
+        shutil.rmtree(path)
+        path.write_text("mine")
+    else:
+        damaged(path, kind)
+    if kind == "a folder":
+        path.mkdir()
+    before = listing(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", lambda *_: pytest.fail("worked before it looked"))
+        line = said(capsys, [*words, "--resume"])
+    assert message in line
+    assert f"Move {out / 'adapter'} away and go on by --resume: it is written anew." in line
+    assert listing(out) == before
+    (out / "adapter").rename(tmp_path / "away")
+    assert main([*words, "--resume"]) == 0
+    again = listing(out / "adapter")
+    assert {n: c for n, c in again.items() if n.endswith("safetensors")} == {
+        n: c for n, c in whole.items() if n.endswith("safetensors")
+    }
 
 
 # --- the boundary itself ----------------------------------------------------------------------
@@ -210,11 +300,14 @@ def test_signals_end_any_command_with_their_status(
 
     before = signal.getsignal(number)
     monkeypatch.setattr(cli, "_encode", run)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/shiva-dit"])
     words = ["encode", "pictures", "--pipeline", "p", "--out", "o"]
     assert main(words) == 128 + number
     assert undone == ["yes"]
     assert signal.getsignal(number) == before
-    assert "Go on with:\n  shiva-dit encode pictures --pipeline p" in capsys.readouterr().err
+    assert (
+        "Go on with:\n  .venv/bin/shiva-dit encode pictures --pipeline p" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -459,7 +552,77 @@ def test_records_with_wrong_values_are_named(
     assert str(record) in said(capsys, ["report", str(document)])
 
 
-def test_documents_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
-    document = tmp_path / "mine.md"
-    document.write_bytes(b"\xef\xbb\xbf# Mine\n")
+@pytest.mark.parametrize(
+    "nothing", [{"rows": []}, {"config": {**QUICKSTART["config"], "seeds": []}}]
+)
+def test_records_of_nothing_are_not_merged(
+    nothing: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other, out = (tmp_path / f"{name}.json" for name in ("one", "other", "out"))
+    for path, changes in ((one, {}), (other, nothing)):
+        path.write_text(json.dumps({**QUICKSTART, "runs_at": [], **changes}))
+    line = said(capsys, ["merge", str(one), str(other), "--out", str(out)])
+    assert f"{one}, {other} can't be read as records of comparisons" in line
+    assert "has no rows or names no seeds: there is nothing to merge." in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_report_changes_tables_alone(mark: bytes, end: bytes, tmp_path: Path) -> None:
+    """Not the mark, ends of lines, the mode, a link to the document, or one that is up to date."""
+    (tmp_path / "mine.json").write_text(json.dumps(QUICKSTART))
+    around = [mark + b"# Mine" + end + b"one\nother\r\n", end + b"last, without an end"]
+    start, stop = b"<!-- table quickstart: mine.json -->" + end, b"<!-- end table -->"
+    document, link = tmp_path / "mine.md", tmp_path / "link.md"
+    document.write_bytes(around[0] + start + b"old" + end + stop + around[1])
+    document.chmod(0o600)
+    link.symlink_to("mine.md")
+    assert main(["report", str(link)]) == 0
+    made = document.read_bytes()
+    assert made.startswith(around[0] + start + b"| method | FLOPs per image ")
+    assert made.endswith(end + stop + around[1])
+    table = made.removeprefix(around[0]).removesuffix(around[1])
+    assert b"old" not in table
+    assert table.count(b"\n") == table.count(end) == 6
+    assert link.is_symlink()
+    assert document.stat().st_mode & 0o777 == 0o600
+    before = document.stat()
     assert main(["report", str(document)]) == 0
+    assert document.stat().st_ino == before.st_ino
+
+
+FLIPS = {
+    "title": "x",
+    "config": {"images": 1, "tokens": 0, "loss": "output"},
+    "estimators": {},
+    "budget": {},
+}
+CAPTIONS: dict[str, Any] = {"true": {}, "empty": {}, "swapped": {}, "chance": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "message"),
+    [
+        ("table flips", FLIPS, "it gives an empty table"),
+        ("plot flips", FLIPS, "there is nothing to draw"),
+        ("plot schedules", {"rows": []}, "there is nothing to draw"),
+        ("plot schedules", {"rows": [{"name": "unpruned"}]}, "there is nothing to draw"),
+        ("plot comparison", {"rows": []}, "there is nothing to draw"),
+        ("plot tradeoff", {"rows": [], "config": {"arms": {}}}, "there is nothing to draw"),
+        ("plot scaling", {"sizes": []}, "there is nothing to draw"),
+        ("table captions", {"shares": CAPTIONS}, "it gives an empty table"),
+        ("table quickstart", {**QUICKSTART, "rows": [{**ROW, "frechet_by_seed": []}]}, "is empty"),
+    ],
+)
+def test_records_of_nothing_are_refused(
+    kind: str, record: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(record))
+    document = tmp_path / "mine.md"
+    below = "<!-- end table -->" if kind.startswith("table") else "![x](x.png)"
+    document.write_text(f"<!-- {kind}: mine.json -->\n{below}\n")
+    line = said(capsys, ["report", str(document)])
+    assert str(tmp_path / "mine.json") in line
+    assert message in line
+    assert not (tmp_path / "x.png").exists()

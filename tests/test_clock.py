@@ -141,8 +141,32 @@ def test_a_call_apart_from_the_run_is_an_error_while_it_lasts() -> None:
         tiny.run(pipe.transformer, tiny.inputs(t=0.01))
         return arguments
 
-    with pytest.raises(RuntimeError, match="not those of the calls"):
+    with pytest.raises(
+        RuntimeError, match=r"not those of the calls.*in between.*disabled\(model\)"
+    ):
         tiny.generate(pipe, 1.0, callback_on_step_end=apart)
+
+
+def test_calls_in_between_are_made_as_the_error_says() -> None:
+    pipe = tiny.pipeline(tiny.sd3())
+    shiva_dit.apply(pipe, tiny.adapter(pipe.transformer))
+    expected = tiny.generate(pipe, 1.0)
+    dense: list[torch.Tensor] = []
+
+    def apart(pipe: Any, step: int, t: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        with shiva_dit.disabled(pipe.transformer):
+            dense.append(tiny.run(pipe.transformer, tiny.inputs(t=0.01)))
+        return arguments
+
+    watched(pipe)
+    shiva_dit.apply(pipe, tiny.adapter(pipe.transformer))
+    attachment = attachment_of(pipe.transformer)
+    assert attachment is not None
+    assert attachment.counts.clock is not None
+    attachment.counts.clock.on_cpu = True
+    assert torch.equal(tiny.generate(pipe, 1.0, callback_on_step_end=apart), expected)
+    bare = tiny.run(tiny.sd3(), tiny.inputs(t=0.01))
+    assert all(torch.equal(each, bare) for each in dense)
 
 
 def test_on_a_cpu_times_are_read() -> None:

@@ -34,6 +34,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import shiva_dit
 from shiva_dit.models.attach import attachment_of
@@ -981,6 +982,68 @@ def test_fsdp2(first: bool, tmp_path: Path) -> None:
             else:
                 assert "can't be given back" in found["error"]
                 assert "merge=False" in found["error"]
+
+
+SAMPLES = (0.5, -1.5)
+"""Of two processes: what each multiplies its latents by."""
+
+
+def _gradients(model: Any, called: Any, factor: float) -> dict[str, Tensor]:
+    """Of a training loss of one process's own samples, by name of the model's parameter."""
+    given = families.arguments("sd3")
+    model.requires_grad_(True).zero_grad()
+    families.run(
+        called, {**given, "hidden_states": factor * given["hidden_states"]}
+    ).square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _distributed(rank: int, folder: str, first: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    for kind in KINDS:
+        case = Case(kind)
+        wrapped: list[Any] = []
+
+        def wrap(model: Any = case.model, to: list[Any] = wrapped) -> None:
+            to.append(DistributedDataParallel(model))
+
+        both(first, wrap, case.apply)
+        given = families.arguments("sd3")
+        with torch.no_grad():
+            results: dict[str, Any] = {"pruned": families.run(wrapped[0], given)}
+        results["gradients"] = _gradients(case.model, wrapped[0], SAMPLES[rank])
+        shiva_dit.remove(wrapped[0])
+        results["bare"] = case.run()
+        torch.save(results, f"{folder}/{kind}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@cells(
+    "DistributedDataParallel, two processes",
+    "works",
+    "as one process, to the bit; gradients are the mean of both processes', within 1e-6",
+    order=True,
+)
+def test_distributed(first: bool, tmp_path: Path) -> None:
+    given = str(tmp_path), first, torch.get_num_threads()
+    torch.multiprocessing.spawn(_distributed, args=given, nprocs=2)
+    for kind in KINDS:
+        case = Case(kind)
+        case.apply()
+        one, other = (_gradients(case.model, case.model, factor) for factor in SAMPLES)
+        assert any(not near(one[name], other[name], 0.1) for name in one)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            assert torch.equal(found["pruned"], case.pruned)
+            assert torch.equal(found["bare"], case.bare)
+            assert found["gradients"].keys() == one.keys()
+            for name, gradient in found["gradients"].items():
+                # Both halve and add in float32: two roundings of 6e-8 at most.
+                assert near(gradient, (one[name] + other[name]) / 2, 1e-6)
 
 
 @kinds

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -462,6 +465,103 @@ def test_a_lead_of_a_pipeline_serves_no_call_outside_of_it() -> None:
             families.run(model, given)
         families.run(model, given)
     assert all(torch.equal(calls[0][b], calls[1][b]) for b in calls[0])
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+Thread = Callable[..., Any]
+
+
+@pytest.fixture
+def threads() -> Iterator[list[Thread]]:
+    """Two threads: each runs what it is given, while all else waits, and is there until the end."""
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        yield [partial(_there, pool) for pool in (one, other)]
+
+
+def _there(pool: ThreadPoolExecutor, work: Thread, *args: Any) -> Any:
+    return pool.submit(work, *args).result()
+
+
+SAID = {
+    "guided": shiva_dit.guided,
+    "cache_context": lambda model, passes: model.cache_context(passes),
+}
+
+
+@pytest.mark.parametrize("by", SAID)
+def test_what_a_thread_says_and_leaves_is_its_own(by: str, threads: list[Thread]) -> None:
+    """Two threads in turn on one model, each within its own words, and a third that says none."""
+    model, given = families.made("flux"), families.arguments("flux")
+    shiva_dit.apply(model, tiny.adapter(model, families.schedule(model, COUNTS)))
+    sample = given["hidden_states"]
+    samples = sample, -sample, sample.roll(1, 1), -sample.roll(1, 1)
+
+    def call(index: int) -> None:
+        with torch.no_grad():
+            families.run(model, {**given, "hidden_states": samples[index]})
+
+    with calls_of(model) as calls:
+        for passes, order in (("cond", (0, 1)), ("uncond", (1, 0))):
+            words = [SAID[by](model, passes) for _ in threads]
+            for thread, word in zip(threads, words, strict=True):
+                thread(word.__enter__)
+            for index in order:
+                threads[index](call, index + (2 if passes == "uncond" else 0))
+            call(2)
+            for thread, word in zip(threads, words, strict=True):
+                thread(word.__exit__, None, None, None)
+        threads[0](call, 2)
+    one, other, third, other_follows, one_follows, third_again, after = calls
+    for lead, led in ((one, one_follows), (other, other_follows), (third, third_again)):
+        assert all(torch.equal(lead[b], led[b]) for b in lead)
+    assert all(torch.equal(after[b], third[b]) for b in after)
+    for apart in (other, third):
+        assert any(not torch.equal(one[b], apart[b]) for b in one)
+
+
+def test_two_pipelines_in_two_threads_share_a_model(threads: list[Thread]) -> None:
+    """One says how it is guided, the other is read: neither is told the other's."""
+    model = tiny.sd3()
+    pipes = tiny.pipeline(model), tiny.pipeline(model)
+    applied(pipes[0])
+    alone = shiva_dit.guided(pipes[0], passes="alone")
+    threads[0](alone.__enter__)
+    with calls_of(model) as calls:
+        threads[1](tiny.generate, pipes[1], 5.0)
+        threads[0](tiny.generate, pipes[0], 5.0)
+    threads[0](alone.__exit__, None, None, None)
+    assert all(torch.equal(*c.chunk(2)) for call in calls[:4] for c in call.values())
+    assert not all(torch.equal(*c.chunk(2)) for call in calls[4:] for c in call.values())
+
+
+def test_words_end_in_any_order_and_reach_tasks() -> None:
+    """Words on two models that overlap; and a call that a task leaves to another thread."""
+    models = families.made("flux"), families.made("flux")
+    for model in models:
+        shiva_dit.apply(model, tiny.adapter(model, families.schedule(model, COUNTS)))
+    given = families.arguments("flux")
+
+    def call(model: Any) -> None:
+        with torch.no_grad():
+            families.run(model, given)
+
+    async def task() -> None:
+        with shiva_dit.guided(models[1], "both"):
+            await asyncio.to_thread(call, models[1])
+
+    first, second = (shiva_dit.guided(model, "both") for model in models)
+    with calls_of(models[1]) as calls:
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        call(models[1])
+        second.__exit__(None, None, None)
+        call(models[1])
+        asyncio.run(task())
+        call(models[1])
+    shared = [all(torch.equal(*c.chunk(2)) for c in call.values()) for call in calls]
+    assert shared == [True, False, True, False]
 
 
 # --- the document -------------------------------------------------------------------------------

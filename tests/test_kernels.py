@@ -317,10 +317,10 @@ def in_double(module: TokenScorer, x: Tensor, condition: Tensor) -> Tensor:
     """Eq. 9 in float64, with the weights of the module as they are."""
     wide = {name: value.double() for name, value in module.state_dict().items()}
     x = module.normalize(x.double())
-    h = F.linear(x, wide["project_tokens.weight"], wide["project_tokens.bias"])
+    h = F.linear(x, wide["project_tokens.weight"])  # its bias is part of the condition
     h = F.silu(h + condition.double()[:, None])
     size = h.shape[-1:]
-    h = F.layer_norm(h, size, wide["score_norm.weight"], wide["score_norm.bias"])
+    h = F.layer_norm(h, size, wide["score_norm.weight"])  # its bias moves all scores alike
     return (h * wide["score.weight"][0]).sum(-1)
 
 
@@ -438,13 +438,7 @@ def test_router_scores_refuse_what_they_cannot_do():
     with kernels.use("router_scores"), pytest.raises(ValueError, match=r"up to 256.*got 257"):
         scorer(24, 257, normalize=True)(normal(1, 3, 24), normal(1, 257))
     module = scorer(24, 8, normalize=True)
-    weights = (
-        module.project_tokens.weight,
-        module.project_tokens.bias,
-        module.score_norm.weight,
-        module.score_norm.bias,
-        module.score.weight[0],
-    )
+    weights = module.terms(normal(1, 8))[1:3]
     with pytest.raises(ValueError, match=r"float64: pass x.float\(\)"):
         router_kernel.router_scores(
             normal(1, 3, 24).double(),
@@ -539,10 +533,14 @@ def test_a_model_gives_the_same_with_all_kernels(rejected):
     shiva_dit.apply(model, adapter, schedule=tiny.from_counts([[64, 20, 33, 1]]))
     inputs = {name: value.to(DEVICE) for name, value in tiny.inputs().items()}
     plain = tiny.run(model, inputs)
-    with kernels.use("select_top_k", "gather_tokens", "scatter_tokens"):
+    with kernels.use("gather_tokens", "scatter_tokens"):
         assert torch.equal(tiny.run(model, inputs), plain)
+    with kernels.use("select_top_k", "gather_tokens", "scatter_tokens"):
+        ascending = tiny.run(model, inputs)
     with kernels.use(*kernels.NAMES):
         found = tiny.run(model, inputs)
+    # The kernel's tokens ascend, torch's come the best first: attention sums in another order.
+    assert (ascending - plain).abs().max() <= 1e-5
     # The scores differ in the last digits, some 1e-6 of the largest, and the tokens don't: at every
     # border two scores differ by 3e-4 of it at least (measured).
     assert (found - plain).abs().max() <= 1e-5
@@ -561,7 +559,7 @@ def test_places_that_the_selection_wrote_serve_the_scatter(monkeypatch):
         selection, "places_of", lambda indices, n: found.append(n) or places_of(indices, n)
     )
     with kernels.use("select_top_k", "scatter_tokens"):
-        assert torch.equal(tiny.run(model, inputs), plain)
+        assert (tiny.run(model, inputs) - plain).abs().max() <= 1e-5
     assert found == []
     with kernels.use("scatter_tokens"):
         assert torch.equal(tiny.run(model, inputs), plain)
@@ -603,7 +601,7 @@ check(
     selection._scatter_kernel, {"UPDATE": True, **tile}, places="*i32",
     **dict.fromkeys(("base", "updated", "update", "out"), "*bf16"),
 )
-weights = ("weight", "bias", "condition", "norm_weight", "norm_bias", "score_weight", "scores")
+weights = ("shift_of_sample", "weight", "read", "scores")
 for dtype in ("*bf16", "*fp32"):
     check(
         router._score_kernel,

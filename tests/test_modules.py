@@ -1,6 +1,7 @@
 """What is learned: the router (Eq. 8, 9) and the ratio policy (Eq. 10, 11, 29)."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
-from shiva_dit.modules.router import ShivaRouter
+from shiva_dit.modules.router import ShivaRouter, token_scores
 from shiva_dit.modules.updates import RejectedUpdates
+from tests import tiny
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,10 +107,48 @@ def test_each_group_count_maps_every_block_to_its_own_share():
         assert used == [block // (24 // groups) for block in range(24)]
 
 
-@pytest.mark.parametrize("groups", [0, 4, 5, 7, -1])
-def test_groups_must_divide_the_blocks(groups: int):
-    with pytest.raises(ValueError, match=r"divide.*6.*one of \[1, 2, 3, 6\], got"):
+@pytest.mark.parametrize("groups", [0, 7, -1])
+def test_there_are_as_many_groups_as_blocks_at_most(groups: int):
+    with pytest.raises(ValueError, match=r"between 1 and the number of blocks, 6, got"):
         make_router(num_groups=groups)
+
+
+@pytest.mark.parametrize(("blocks", "groups"), [(57, 29), (57, 28), (19, 4), (7, 7), (5, 3)])
+def test_adjacent_blocks_share_a_group_also_where_depth_does_not_divide(blocks: int, groups: int):
+    with torch.device("meta"):
+        router = ShivaRouter(4, 4, 4, blocks, groups, 4)
+    sizes = Counter(router.group_of)
+    assert router.group_of == sorted(router.group_of)
+    assert sorted(sizes) == list(range(groups))
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    assert all(router.group(b) is router.groups[g] for b, g in enumerate(router.group_of))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "values", [{}, {"num_groups": 4}, {"inputs": ("layer",)}, {"inputs": ("time",)}], ids=str
+)
+def test_frozen_weights_score_as_the_modules_do(batch: int, dtype: torch.dtype, values: dict):
+    router = make_router(**values)
+    tiny.randomize(router, seed=3)
+    x = normal(batch, 9, WIDTH, seed=1).to(dtype)
+    time, context = normal(batch, TIME_DIM, seed=1), normal(batch, CONTEXT_DIM, seed=2)
+    with torch.no_grad():
+        plain = router.terms(time, context)
+        expected = [router(x, router.condition(time, context)[b], b) for b in range(BLOCKS)]
+        router.freeze(dtype)
+        frozen = router.terms(time, context)
+    for block in range(BLOCKS):
+        assert frozen[block].weight.dtype == dtype
+        for terms in (plain[block], frozen[block]):
+            scores = token_scores(x, terms, normalize_inputs=True)
+            assert scores.dtype == torch.float32
+            # The same products of the same numbers in another order; all may be moved alike.
+            off = (scores - expected[block]) - (scores - expected[block]).mean()
+            assert off.abs().max() <= 1e-4 * expected[block].std()
+    assert set(router.state_dict()) == set(make_router(**values).state_dict())
+    assert router.terms(time, context)[0].weight.requires_grad  # training reads its own
 
 
 def test_gradients_reach_all_of_a_blocks_group_and_nothing_else():

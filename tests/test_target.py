@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import CogVideoXTransformer3DModel, UniPCMultistepScheduler, WanPipeline
+from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,6 +78,39 @@ def test_wrappers_are_seen_through(wrapper: str, group: None) -> None:
     shiva_dit.remove(wrapped)
     assert attachment_of(model) is None
     assert tiny.footprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda model: PeftModel(model, LoraConfig(r=2, target_modules=["to_q"])), r"add_adapter"),
+        (nn.DataParallel, r"pass the model itself \(.module\)"),
+    ],
+)
+@pytest.mark.parametrize("in_pipeline", [False, True])
+def test_wrappers_that_call_past_the_model_are_refused(
+    in_pipeline: bool, wrap: Any, message: str
+) -> None:
+    model = tiny.sd3()
+    made, wrapped = adapter(model), wrap(model)
+    before = tiny.footprint(model)
+    target = wrapped
+    if in_pipeline:
+        target = tiny.pipeline(tiny.sd3())
+        target.transformer = wrapped
+    with pytest.raises(ValueError, match=rf"is in a {type(wrapped).__name__}, which.*{message}"):
+        shiva_dit.apply(target, made)
+    assert tiny.footprint(model) == before
+
+
+def test_a_peft_models_base_is_a_model() -> None:
+    wrapped = PeftModel(tiny.sd3(), LoraConfig(r=2, target_modules=["to_q"]))
+    base: Any = wrapped.get_base_model()
+    bare = tiny.run(base, tiny.inputs())
+    shiva_dit.apply(base, adapter(tiny.sd3()))
+    assert not torch.equal(tiny.run(base, tiny.inputs()), bare)
+    shiva_dit.remove(base)
+    assert torch.equal(tiny.run(base, tiny.inputs()), bare)
 
 
 # --- a second transformer -----------------------------------------------------------------------

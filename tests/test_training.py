@@ -352,6 +352,13 @@ def test_closing_gives_the_model_back_as_it_came(tmp_path: Path, backbone: str) 
     assert torch.equal(tiny.run(model, tiny.inputs()), bare)
 
 
+def test_a_wrapped_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    wrapped = torch.compile(tiny.sd3(), backend="eager")
+    with pytest.raises(ValueError, match=r"in one process and on the model itself.*unwrapped"):
+        train(recipe(tmp_path / "run"), wrapped, TinyData(), resume=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_names_step_stage_and_checkpoint(tmp_path: Path) -> None:
     trainer = Trainer(recipe(tmp_path), tiny.sd3(), TinyData(broken_at=6))
     for _ in range(2):

@@ -75,7 +75,7 @@ class ShivaConfig:
     context_dim: int
     """Width of its pooled text or class embedding."""
     num_groups: int
-    """G, routers with weights of their own; a divisor of `num_blocks`."""
+    """G, routers with weights of their own, each for adjacent blocks."""
     hidden: int = 64
     """d', width of the routers."""
     normalize_inputs: bool = True
@@ -139,7 +139,7 @@ class ShivaConfig:
         """
         spec = model_spec(model)
         widths = model_widths(model)
-        pairs = widths.num_blocks // 2 if widths.num_blocks % 2 == 0 else widths.num_blocks
+        pairs = (widths.num_blocks + 1) // 2  # the last block is alone where L is odd
         return cls(
             base_model_class=spec.model_class,
             num_blocks=widths.num_blocks,

@@ -16,7 +16,7 @@ import torch
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.config import finite_number, whole_number
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange
+from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange, paused
 from shiva_dit.models.backbone import first_not_finite
 from shiva_dit.models.clock import Clock, ListedTimes, Run, SchedulerTimes
 from shiva_dit.models.counted import model_flops
@@ -118,6 +118,7 @@ def apply(
             segments=segments,
             select_every=source.config.select_every if select_every is None else select_every,
             backbone=_backbone(model, source, merge),
+            freeze=True,
         )
         attachment.counts.clock = _clock(attachment, target, timesteps)
         attachment.adapter = source
@@ -261,16 +262,17 @@ def remove(target: T) -> T:
 def disabled(target: Any) -> Iterator[None]:
     """Within: the dense model, its own weights included, for comparison.
 
-    Those that overlap, in several threads or tasks, last until the last one ends. A forward that
-    runs in another thread is waited for.
+    Those that overlap, in several threads or tasks, last until the last one ends; an adapter that
+    is applied within comes on then. A forward that runs in another thread is waited for.
 
     Raises:
         ValueError: If no adapter is attached.
         RuntimeError: As `remove`.
     """
+    _all_attached(target)
     with ExitStack() as stack:
-        for attachment in _all_attached(target):
-            stack.enter_context(attachment.disabled())
+        for model in transformers_of(target):
+            stack.enter_context(paused(model))
         yield
 
 
@@ -278,7 +280,9 @@ def disabled(target: Any) -> Iterator[None]:
 def guided(target: Any, passes: str) -> Iterator[None]:
     """Within: every call is this pass of guidance; for loops of your own, or to overrule.
 
-    diffusers' pipelines need none of this: how their calls are guided is read from them.
+    diffusers' pipelines need none of this: how their calls are guided is read from them. It holds
+    for the thread (or the task of asyncio) that says it and no other; two calls in turn that share
+    their tokens must be made by one thread.
 
     Args:
         target: A pipeline or transformer with an adapter attached.

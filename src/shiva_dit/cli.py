@@ -25,6 +25,7 @@ AT_PATHS = {
     errno.ENOTDIR: "is, or lies below, a file where a folder is expected: choose another place",
     errno.ENOENT: "is not there: check the path",
     errno.ELOOP: "is a loop of links: remove it, or choose another place",
+    errno.EACCES: "may not be read or written: allow it, or choose another place",
     errno.ENAMETOOLONG: "has too long a name: choose a shorter one",
 }
 """What is wrong with the path that an `OSError` names, and what to do."""
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         print("\nshiva-dit: interrupted.", file=sys.stderr)
         if getattr(options, "goes_on", False):
-            again = shlex.join(["shiva-dit", *words])
+            again = shlex.join([_program(), *words])
             print(f"What is done is kept. Go on with:\n  {again}", file=sys.stderr)
         return 128 + number
     except FORESEEN as error:
@@ -58,6 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"shiva-dit: {' '.join(line.split())}", file=sys.stderr)
         return 2
+
+
+def _program() -> str:
+    """What this command was called by, for another call: it needn't be in the PATH."""
+    name = sys.argv[0]
+    return name if Path(name).name == "shiva-dit" else "shiva-dit"
 
 
 def _foreseen(error: Exception) -> str | None:
@@ -296,7 +303,7 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.training.run import train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
-    words = ["shiva-dit", "train", str(options.recipe), *options.overrides, "--resume"]
+    words = [_program(), "train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
     words += ["--device", options.device] if options.device != "cpu" else []
@@ -508,14 +515,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from shiva_dit.experiments.plots import draw_plots
-    from shiva_dit.provenance import read_text, write_atomically
-    from shiva_dit.report import render
+    from shiva_dit.report import write_tables
 
     for document in options.documents:
-        text = read_text(document)
-        made = render(text, document.parent)
-        write_atomically(document, lambda path, made=made: path.write_text(made, encoding="utf-8"))
-        plots = draw_plots(text, document.parent)
+        plots = draw_plots(write_tables(document), document.parent)
         print(f"{document}: tables and {len(plots)} plots are up to date")
     return 0
 

@@ -34,7 +34,8 @@ def load_recipe(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
     Raises:
         ValueError: If the file is missing or no TOML, a key is unknown (the error names the
-            nearest right one), or a value has the wrong type or lies outside its range.
+            nearest right one), or a value has the wrong type or lies outside its range. If a file
+            sets nothing: all defaults are hardly what its writer meant.
     """
     try:
         return from_dict(cls, with_overrides(_read(path), overrides), where=str(path))
@@ -48,7 +49,10 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         asked = f', which {readers[-1]} is "like"' if readers else ""
-        raise ValueError(f"there is no recipe {path}{asked}.") from error
+        raise ValueError(
+            f"there is no recipe {path}{asked}: check the path. Examples lie in recipes/ of "
+            "shiva-dit's repository."
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text, as TOML is: {error}") from error
     except ValueError as error:  # TOML's own errors, and numbers of thousands of digits
@@ -58,14 +62,24 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         isinstance(like, list) and all(isinstance(name, str) for name in like)
     ):
         raise ValueError(f"{path}: like must name one recipe or a list of them, got {like!r}.")
+    if like == [] and not _sets_something(data):
+        raise ValueError(
+            f"{path} is an empty recipe, it sets nothing: write into it what shall differ from the "
+            'defaults, or like = "other.toml" for the recipe that it goes on from.'
+        )
     readers = (*readers, path)
     below: dict[str, Any] = {}
     for name in [like] if isinstance(like, str) else like:
-        other = path.parent / name
+        other = path.parent / usable_path(f"{path}: like", name)
         if os.path.realpath(other) in map(os.path.realpath, readers):
             raise ValueError(f'{path} is "like" {other}, which is like itself in the end.')
         below = merged(below, _read(other, readers))
     return merged(below, data)
+
+
+def _sets_something(data: Any) -> bool:
+    """Whether nested data holds a value: empty tables hold none."""
+    return not isinstance(data, Mapping) or any(map(_sets_something, data.values()))
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +265,8 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
         raise ValueError(f"{name} must be at least {least}, got {_shown(value)}.")
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most}, got {_shown(value)}.")
+    if abs(value) > sys.float_info.max:
+        raise ValueError(f"{name}: expected a whole number below 10^308, got {_shown(value)}.")
     return value
 
 

@@ -98,7 +98,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, mode: int = 0o644) -> None:
     """Let `write` fill a file beside `path`, then rename it: readers never see half a file.
 
     The content is on the disk before it has its name, so that a crash of the machine leaves the old
@@ -108,6 +108,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The file to make or replace; its folder is made.
         write: Receives the path of the temporary file.
+        mode: What the system lets whom do with the file.
 
     Raises:
         OSError: If it can't be written; it names `path`.
@@ -120,7 +121,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with lock:
             try:
                 write(temporary)
-                temporary.chmod(0o644)
+                temporary.chmod(mode)
                 sync(temporary)
                 temporary.replace(path)
             except BaseException:
@@ -199,14 +200,20 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, as_it_is: bool = False) -> str:
     """The text of a file, without the byte order mark that it may begin with.
+
+    Args:
+        path: The file.
+        as_it_is: Leave the mark, and ends of lines as they are: for what is written back.
 
     Raises:
         ValueError: If it is not UTF-8; it names the file.
         OSError: If it can't be read.
     """
     try:
+        if as_it_is:
+            return path.read_bytes().decode("utf-8")
         return path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -237,6 +244,12 @@ def read_as(what: str, *paths: Path) -> Iterator[None]:
     """
     try:
         yield
+    except ZeroDivisionError as error:
+        names = ", ".join(str(path) for path in paths)
+        raise ValueError(
+            f"{names} can't be read as {what}: a list is empty, or a number 0, that something is "
+            "divided by."
+        ) from error
     except (ValueError, ArithmeticError) as error:
         names = ", ".join(str(path) for path in paths)
         if any(str(path) in str(error) for path in paths):

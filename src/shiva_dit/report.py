@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +12,29 @@ from typing import Any
 from shiva_dit.api import supported
 from shiva_dit.benchmark.tables import operator_note, operator_rows, timing_note, timing_rows
 from shiva_dit.models.families.refused import REFUSED
-from shiva_dit.provenance import read_as, read_json
+from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
 
 _BLOCK = re.compile(
-    r"(<!-- table (?P<kind>\w+)(?:: (?P<record>\S+))? -->\n)(?P<body>.*?)(<!-- end table -->)", re.S
+    r"(<!-- table (?P<kind>\w+)(?:: (?P<record>\S+))? -->(?P<end>\r?\n))(?P<body>.*?)"
+    r"(<!-- end table -->)",
+    re.S,
 )
+
+
+def write_tables(document: Path) -> str:
+    """Write a document's tables anew, and leave all else of the file as it is; returns its text.
+
+    Raises:
+        ValueError: As `render`, or if it is not UTF-8.
+        OSError: If it can't be read or written.
+    """
+    text = read_text(document, as_it_is=True)
+    made = render(text, document.parent)
+    if made != text:
+        file = Path(os.path.realpath(document))  # a link stays one
+        mode = file.stat().st_mode & 0o777
+        write_atomically(file, lambda path: path.write_bytes(made.encode()), mode=mode)
+    return made
 
 
 def render(text: str, folder: Path) -> str:
@@ -42,9 +61,13 @@ def render(text: str, folder: Path) -> str:
             )
 
     def replace(match: re.Match[str]) -> str:
+        made = table(match).replace("\n", match["end"])
+        return f"{match[1]}{made}{match['end']}{match[6]}"
+
+    def table(match: re.Match[str]) -> str:
         kind = match["kind"]
         if kind in PLAIN_TABLES:
-            return f"{match[1]}{PLAIN_TABLES[kind]()}\n{match[5]}"
+            return PLAIN_TABLES[kind]()
         if kind not in TABLES or match["record"] is None:
             known = ", ".join((*TABLES, *PLAIN_TABLES))
             raise ValueError(f"there is no table {kind!r} of a record; known: {known}.")
@@ -53,7 +76,7 @@ def render(text: str, folder: Path) -> str:
             raise ValueError(f"the record {path} is missing.")
         record = read_json(path)
         with read_as(f"record of a table {kind!r}", path):
-            return f"{match[1]}{TABLES[kind](record)}\n{match[5]}"
+            return TABLES[kind](record)
 
     return _BLOCK.sub(replace, text)
 
@@ -105,12 +128,10 @@ def _row(record: dict[str, Any], key: str, value: str) -> dict[str, Any]:
 def quickstart_note(record: dict[str, Any]) -> str:
     """What must be known to read the quickstart's table."""
     config = record["config"]
-    seeds = len(config["seeds"])
     return (
         f"Keep ratio asked {config['keep_ratio']:g}, executed {record['keep_ratio_executed']:.4f}; "
-        f"{config['count']} images per method and seed, {seeds} seed"
-        + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
-        + "Distances are Frechet's, in the judge's features. "
+        f"{config['count']} images per method and seed, {_by_seed(config['seeds'])} "
+        "Distances are Frechet's, in the judge's features. "
         f"Floor of that to real ({config['count']} real training digits): "
         f"{record['frechet_floor']:.2f}. {sampled_by(record.get('sampler'))}"
     )
@@ -144,8 +165,14 @@ def plain_table(record: dict[str, Any]) -> str:
 
 
 def markdown_rows(rows: list[list[str]]) -> str:
-    """Header and rows as a Markdown table."""
+    """Header and rows as a Markdown table.
+
+    Raises:
+        ValueError: If there are no rows below the header, or nothing stands in them.
+    """
     head, *body = rows
+    if not body or len(head) < 2:
+        raise ValueError("it gives an empty table: there is nothing in it that could stand there.")
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *body])
 
 
@@ -247,12 +274,11 @@ def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[li
 def comparison_table(record: dict[str, Any], kind: str = "comparison") -> str:
     """A comparison's table, as Markdown."""
     config = record["config"]
-    seeds = len(config["seeds"])
     note = (
-        f"{record['about']} {config['settings']['count']} images per arm and seed, {seeds} seed"
-        + ("s (mean ± standard deviation). " if seeds > 1 else ". ")
-        + f"Floor of the distance to real: {record['floor']['frechet']:.2f}. "
-        + sampled_by(config["settings"].get("sampler"))
+        f"{record['about']} {config['settings']['count']} images per arm and seed, "
+        f"{_by_seed(config['seeds'])} "
+        f"Floor of the distance to real: {record['floor']['frechet']:.2f}. "
+        f"{sampled_by(config['settings'].get('sampler'))}"
     )
     return f"{markdown_rows(comparison_rows(record, kind))}\n\n{note}"
 
@@ -316,6 +342,13 @@ def caption_table(record: dict[str, Any]) -> str:
 
 def _known(value: float | int | None, form: str) -> str:
     return "-" if value is None else form.format(value)
+
+
+def _by_seed(seeds: list[int]) -> str:
+    """How many seeds a table is of, and what its cells then hold."""
+    if not seeds:
+        raise ValueError("its config names no seeds: at least one is needed.")
+    return f"{len(seeds)} seeds (mean ± standard deviation)." if len(seeds) > 1 else "1 seed."
 
 
 def _paired(row: dict[str, Any], name: str, form: str) -> str:

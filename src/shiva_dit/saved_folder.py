@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,12 @@ def commit(
         ValueError: If the folder holds something that isn't an adapter's under one of our names.
         OSError: If it can't be written.
     """
-    before = _listed(folder)
+    remedy = f"Move {folder} away, or save into another folder."
+    before = check_place(folder, weights, remedy)
     _settle(folder, before)
     writers: dict[str, Callable[[Path], object]] = dict(weights)
     if _card_is_ours(folder / CARD_FILE, before):
         writers[CARD_FILE] = lambda path: path.write_text(card, encoding="utf-8")
-    for name in weights:
-        if name not in before and (folder / name).exists():
-            raise ValueError(
-                f"{folder} holds a {name} that no adapter there lists: it is not ours to replace. "
-                "Save into another folder, or move it away."
-            )
     digests: dict[str, str] = {}
     try:
         for name, write in writers.items():
@@ -111,23 +106,55 @@ def commit(
             _settle(folder, _listed(folder))
 
 
+def weights_files(backbone: str) -> tuple[str, ...]:
+    """Names of the weights files of an adapter that did this to the backbone (`ShivaConfig`)."""
+    tuned = {"full": BACKBONE_FILE, "lora": LORA_FILE, "dora": LORA_FILE}
+    return (WEIGHTS_FILE, tuned[backbone]) if backbone in tuned else (WEIGHTS_FILE,)
+
+
+def check_place(folder: Path, weights: Iterable[str], remedy: str) -> dict[str, str]:
+    """Check that an adapter can be saved into a folder, whatever is there.
+
+    Args:
+        folder: The folder.
+        weights: Names of the weights files that it would have.
+        remedy: What to do if not; ends the error.
+
+    Returns:
+        What an adapter that is there lists: digests of its files, by name.
+
+    Raises:
+        ValueError: If something there is damaged, or isn't ours to replace.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file where an adapter's folder is expected. {remedy}")
+    for name in (CONFIG_FILE, *WEIGHTS_FILES, CARD_FILE):
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder where a file is expected. {remedy}")
+    try:
+        listed = _listed(folder)
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    for name in weights:
+        if name not in listed and (folder / name).exists():
+            raise ValueError(
+                f"{folder} holds a {name} that no adapter there lists: it is not ours to replace. "
+                f"{remedy}"
+            )
+    return listed
+
+
 def _listed(folder: Path) -> dict[str, str]:
     """Digests by name of the files that an adapter in a folder lists; none where there is none.
 
     Raises:
         ValueError: If the folder is something else's.
     """
-    try:
-        data = plain_config(folder)
-    except ValueError as error:
-        raise ValueError(f"{error} Remove it, or save into another folder.") from error
+    data = plain_config(folder)
     if data is None:
         return {}
     if not isinstance(data, dict) or data.get("_class_name") != CLASS_NAME:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} is not an adapter's, and not ours to replace: save into "
-            "another folder."
-        )
+        raise ValueError(f"{folder / CONFIG_FILE} is not an adapter's, and not ours to replace.")
     files = data.get("files")
     if not isinstance(files, dict):
         return {}

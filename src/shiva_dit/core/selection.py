@@ -47,16 +47,18 @@ def select_top_k(scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
     >>> select_top_k(torch.tensor([[0.0, 2.0, 2.0, 2.0]]), 2)
     tensor([[1, 2]])
     """
-    return select_with_places(scores, k)[0]
+    best, places = select_with_places(scores, k)
+    return best.sort(dim=-1).values if places is None else best
 
 
 def select_with_places(
     scores: Float[Tensor, "B N"], k: int
 ) -> tuple[Int[Tensor, "B k"], Int32[Tensor, "B N"] | None]:
-    """`select_top_k`, and what it left for `scatter_tokens`.
+    """The k best tokens in any order, and what choosing them left for `scatter_tokens`.
 
     Returns:
-        The indices, and of every token its place among them or -1, where a kernel wrote that along.
+        Their indices, and of every token its place among them or -1 where a kernel wrote that
+        along: the indices then ascend.
     """
     num_tokens = scores.shape[-1]
     if not 1 <= k <= num_tokens:
@@ -68,8 +70,7 @@ def select_with_places(
         from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
 
         return selection.select_top_k(scores, k)
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=-1).values, None
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k], None
 
 
 def share_between_halves(scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -121,6 +122,8 @@ def gather_tokens(
 
         return selection.gather_tokens(x, indices)
     batch, num_tokens, width = x.shape
+    if batch == 1:
+        return x.index_select(1, indices[0])
     rows = x.reshape(batch * num_tokens, width).index_select(0, flat_rows(indices, num_tokens))
     return rows.view(batch, indices.shape[1], width)
 
@@ -149,6 +152,9 @@ def scatter_tokens(
         if places is None:
             places = selection.places_of(indices, num_tokens)
         return selection.scatter_tokens(base, places, updated)
-    rows = updated.reshape(-1, width).to(base.dtype)
+    updated = updated.to(base.dtype)
+    if batch == 1:
+        return base.index_copy(1, indices[0], updated)
+    rows = updated.reshape(-1, width)
     flat = base.reshape(batch * num_tokens, width)
     return flat.index_copy(0, flat_rows(indices, num_tokens), rows).view(batch, num_tokens, width)

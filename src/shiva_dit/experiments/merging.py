@@ -24,12 +24,14 @@ def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         records: At least two, as `shiva-dit compare` writes them.
 
     Raises:
-        ValueError: If they aren't of one comparison, or share a seed.
+        ValueError: If they aren't of one comparison, share a seed, or one is of nothing.
     """
     if len(records) < 2:
         raise ValueError("merging needs at least two records.")
     if any(not record.keys() >= {"config", "rows", "runs_at"} for record in records):
         raise ValueError("one of these is no record of a comparison (`shiva-dit compare`).")
+    if not all(record["rows"] and record["config"]["seeds"] for record in records):
+        raise ValueError("one of these has no rows or names no seeds: there is nothing to merge.")
     first = records[0]
     plain = [_comparison(record["config"]) for record in records]
     names = [[row["method"] for row in record["rows"]] for record in records]

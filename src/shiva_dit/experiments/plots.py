@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,17 @@ from shiva_dit.provenance import read_as, read_json, write_atomically
 GROUP_COLOURS = {"all": "0.25", "selected": "tab:blue", "rejected": "tab:orange"}
 
 
+def _some(values: Sequence[Any]) -> int:
+    """How many there are to draw.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not values:
+        raise ValueError("there is nothing to draw in it.")
+    return len(values)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all, and close it."""
 
@@ -33,7 +44,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 def draw_flips(record: dict[str, Any], path: Path) -> None:
     """Spearman correlations of a flip test: a bar per estimator and group, a dot per block."""
     names = list(record["estimators"])
-    figure, axis = plt.subplots(figsize=(9, 0.52 * len(names) + 1.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 0.52 * _some(names) + 1.6), layout="constrained")
     height = 0.26
     for place, (group, colour) in enumerate(GROUP_COLOURS.items()):
         at = np.arange(len(names)) + (place - 1) * height
@@ -113,7 +124,7 @@ def draw_comparison(record: dict[str, Any], path: Path) -> None:
     """A comparison's arms: held-out error and distance to real, a dot per seed, a bar the mean."""
     rows = record["rows"]
     figure, axes = plt.subplots(
-        1, 2, figsize=(11, 0.3 * len(rows) + 1.2), sharey=True, layout="constrained"
+        1, 2, figsize=(11, 0.3 * _some(rows) + 1.2), sharey=True, layout="constrained"
     )
     panels = (
         ("held_out_error", 1000.0, "held-out error x 1000, to the unpruned model"),
@@ -139,7 +150,7 @@ def draw_comparison(record: dict[str, Any], path: Path) -> None:
 def draw_schedules(record: dict[str, Any], path: Path) -> None:
     """The learned tables of a comparison, first seeds: keep ratio by block and time."""
     rows = [row for row in record["rows"] if row.get("schedules")]
-    columns = min(3, len(rows))
+    columns = min(3, _some(rows))
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(4 * columns, 2.1 * lines), squeeze=False, layout="constrained"
@@ -161,6 +172,7 @@ def draw_schedules(record: dict[str, Any], path: Path) -> None:
 def draw_tradeoff(record: dict[str, Any], path: Path) -> None:
     """A comparison's arms by series: held-out error and distance to real over FLOPs."""
     rows, arms = record["rows"], record["config"]["arms"]
+    _some([arm for arm in arms.values() if "series" in arm] and rows)
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     panels = (
         ("held_out_error", 1000.0, "held-out error x 1000, to the unpruned model"),
@@ -188,6 +200,7 @@ def draw_tradeoff(record: dict[str, Any], path: Path) -> None:
 def draw_scaling(record: dict[str, Any], path: Path) -> None:
     """Time of a forward over the number of tokens, and speed-ups beside those by FLOPs alone."""
     sizes = record["sizes"]
+    _some(sizes and sizes[0]["rows"])
     tokens = [size["image_tokens"] for size in sizes]
     arms = [row["arm"] for row in sizes[0]["rows"]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
@@ -223,7 +236,9 @@ PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "synthetic": draw_synthetic,
     "tradeoff": draw_tradeoff,
 }
-_MARKER = re.compile(r"<!-- plot (?P<kind>\w+): (?P<record>\S+) -->\n!\[[^\]]*\]\((?P<file>\S+)\)")
+_MARKER = re.compile(
+    r"<!-- plot (?P<kind>\w+): (?P<record>\S+) -->\r?\n!\[[^\]]*\]\((?P<file>\S+)\)"
+)
 
 
 def draw_plots(text: str, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The router's scores in one pass over the tokens. The twin is `TokenScorer.forward`."""
+"""The router's scores in one pass over the tokens. The twin is `token_scores`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ MAX_HIDDEN = 256
 @no_type_check
 def _read(
     h: tl.tensor,
-    norm_weight: tl.tensor,
-    norm_bias: tl.tensor,
-    score_weight: tl.tensor,
+    read: tl.tensor,
     hidden: tl.tensor,
     eps: tl.tensor,
     HIDDEN: tl.constexpr,
@@ -35,23 +33,17 @@ def _read(
     centre = h - (tl.sum(h, 1) / hidden)[:, None]
     centre = tl.where(real[None, :], centre, 0.0)
     deviation = tl.rsqrt(tl.sum(centre * centre, 1) / hidden + eps)
-    gain = tl.load(norm_weight + unit, mask=real, other=0.0).to(tl.float32)
-    lift = tl.load(norm_bias + unit, mask=real, other=0.0).to(tl.float32)
-    read = tl.load(score_weight + unit, mask=real, other=0.0).to(tl.float32)
-    normed = centre * deviation[:, None] * gain[None, :] + lift[None, :]
-    return tl.sum(normed * read[None, :], 1)
+    weight = tl.load(read + unit, mask=real, other=0.0).to(tl.float32)
+    return tl.sum(centre * deviation[:, None] * weight[None, :], 1)
 
 
 @triton.jit
 @no_type_check
 def _score_kernel(
     x: tl.tensor,
+    shift_of_sample: tl.tensor,
     weight: tl.tensor,
-    bias: tl.tensor,
-    condition: tl.tensor,
-    norm_weight: tl.tensor,
-    norm_bias: tl.tensor,
-    score_weight: tl.tensor,
+    read: tl.tensor,
     scores: tl.tensor,
     stride_sample: tl.tensor,
     stride_token: tl.tensor,
@@ -122,23 +114,18 @@ def _score_kernel(
         product *= tl.rsqrt(variance + 1e-5)[:, None]  # F.layer_norm's eps
     mask = inside[:, None] & real[None, :]
     context = tl.load(
-        condition + sample[:, None] * hidden + unit[None, :], mask=mask, other=0.0
+        shift_of_sample + sample[:, None] * hidden + unit[None, :], mask=mask, other=0.0
     ).to(tl.float32)
-    offset = tl.load(bias + unit, mask=real, other=0.0).to(dtype).to(tl.float32)
-    h = product + offset[None, :] + context  # (ROWS, HIDDEN)
-    found = _read(h, norm_weight, norm_bias, score_weight, hidden, eps, HIDDEN)
+    found = _read(product + context, read, hidden, eps, HIDDEN)
     tl.store(scores + row, found, mask=inside)
 
 
 @no_type_check
 def _scores_of(
     x: Tensor,
+    shift: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    condition: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    score_weight: Tensor,
+    read: Tensor,
     normalize: bool,
     eps: float,
 ) -> Tensor:
@@ -149,12 +136,9 @@ def _scores_of(
 @no_type_check
 def _score(
     x: Tensor,
+    shift: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    condition: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    score_weight: Tensor,
+    read: Tensor,
     normalize: bool,
     eps: float,
 ) -> Tensor:
@@ -168,12 +152,9 @@ def _score(
     block = max(32, min(128, 8192 // units))
     wrap_triton(_score_kernel)[(triton.cdiv(num_rows, rows),)](
         x,
+        shift,
         weight,
-        bias,
-        condition,
-        norm_weight,
-        norm_bias,
-        score_weight,
+        read,
         scores,
         x.stride(0),
         x.stride(1),
@@ -196,12 +177,9 @@ def _score(
 
 def router_scores(
     x: Float[Tensor, "B N D"],
-    condition: Float[Tensor, "B H"],
+    shift: Float[Tensor, "B H"],
     weight: Float[Tensor, "H D"],
-    bias: Float[Tensor, " H"],
-    norm_weight: Float[Tensor, " H"],
-    norm_bias: Float[Tensor, " H"],
-    score_weight: Float[Tensor, " H"],
+    read: Float[Tensor, " H"],
     *,
     normalize_inputs: bool,
     eps: float,
@@ -212,12 +190,9 @@ def router_scores(
 
     Args:
         x: Tokens in single or half precision; only the features need lie together.
-        condition: The context term h.
+        shift: The context term h, with the bias of P_x.
         weight: P_x. Rounded to the dtype of x; products are summed in float32.
-        bias: Its bias, likewise.
-        norm_weight: Gain of LN.
-        norm_bias: Its bias.
-        score_weight: w.
+        read: w, with the gain of LN.
         normalize_inputs: Layer-normalise x first, without parameters.
         eps: Of LN.
 
@@ -240,12 +215,9 @@ def router_scores(
     tokens = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
     return _score(
         tokens,
+        shift.contiguous(),
         weight.contiguous(),
-        bias,
-        condition.contiguous(),
-        norm_weight,
-        norm_bias,
-        score_weight,
+        read,
         normalize_inputs,
         eps,
     )

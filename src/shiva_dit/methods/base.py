@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,9 +21,9 @@ class Selector(nn.Module, ABC):
     learns_from_gates: bool = False
     """Whether training gives its scores a gradient (`shiva_dit.methods.gates`)."""
 
-    def condition(
+    def terms(
         self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
-    ) -> Float[Tensor, "L B H"] | None:
+    ) -> Sequence[Any] | None:
         """What the scores of each block need beside its tokens, computed once per forward.
 
         Args:
@@ -31,8 +33,16 @@ class Selector(nn.Module, ABC):
         del time, context
         return None
 
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Prepare for forwards without gradients; weights don't change any more.
+
+        Args:
+            dtype: Of the tokens.
+        """
+        del dtype
+
     def condition_flops(self) -> int:
-        """FLOPs of `condition` for one sample."""
+        """FLOPs of `terms` for one sample."""
         return 0
 
     def flops(self, num_tokens: int) -> int:
@@ -41,15 +51,18 @@ class Selector(nn.Module, ABC):
         return 0
 
     @abstractmethod
-    def scores(
-        self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int
-    ) -> Float[Tensor, "B N"]:
-        """Scores of all tokens of a block, float32; larger is better."""
+    def scores(self, x: Float[Tensor, "B N D"], terms: Any, block: int) -> Float[Tensor, "B N"]:
+        """Scores of all tokens of a block, float32; larger is better.
 
-    def scorer(self, block: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        Args:
+            x: Its tokens.
+            terms: What `terms` gave for this block, or None.
+            block: Its index.
+        """
+
+    def scorer(self, block: int) -> Callable[[Tensor, Any], Tensor]:
         """`scores` of one block, made once when the selector is attached.
 
-        A selector whose blocks have weights of their own returns the module that holds a block's:
-        compiled blocks then reach them by one path and share one graph, whatever the depth.
+        Where it is one function for all, compiled blocks share one graph.
         """
         return partial(self.scores, block=block)

@@ -32,15 +32,13 @@ class FixedMapSelector(Selector):
         distance = (y[:, None].square() + x[None, :].square()).flatten()
         return cls(-distance.repeat(num_blocks, 1), learned)
 
-    def scores(
-        self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int
-    ) -> Float[Tensor, "B N"]:
+    def scores(self, x: Float[Tensor, "B N D"], terms: None, block: int) -> Float[Tensor, "B N"]:
         """The block's map.
 
         Raises:
             ValueError: If the picture has another number of tokens than the map.
         """
-        del condition
+        del terms
         if self.maps.shape[1] != x.shape[1]:
             raise ValueError(
                 f"the fixed map was made for {self.maps.shape[1]} tokens, got {x.shape[1]}: "

@@ -11,9 +11,7 @@ from shiva_dit.methods.base import Selector
 class NormSelector(Selector):
     """Selection by the Euclidean norm of the token's features, largest first."""
 
-    def scores(
-        self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int
-    ) -> Float[Tensor, "B N"]:
+    def scores(self, x: Float[Tensor, "B N D"], terms: None, block: int) -> Float[Tensor, "B N"]:
         """Feature norms."""
-        del condition, block
+        del terms, block
         return x.float().norm(dim=-1)

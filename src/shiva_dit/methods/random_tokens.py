@@ -20,10 +20,8 @@ class RandomSelector(Selector):
         super().__init__()
         self.generator = generator
 
-    def scores(
-        self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int
-    ) -> Float[Tensor, "B N"]:
+    def scores(self, x: Float[Tensor, "B N D"], terms: None, block: int) -> Float[Tensor, "B N"]:
         """Fresh uniform scores."""
-        del condition, block
+        del terms, block
         draws = torch.rand(x.shape[:2], generator=self.generator, device=self.generator.device)
         return draws.to(x.device)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.methods.base import Selector
-from shiva_dit.modules.router import ShivaRouter, TokenScorer
+from shiva_dit.modules.router import ScoreTerms, ShivaRouter, token_scores
 
 
 class ShivaSelector(Selector):
@@ -22,27 +26,31 @@ class ShivaSelector(Selector):
         super().__init__()
         self.router = router
 
-    def condition(
+    def terms(
         self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
-    ) -> Float[Tensor, "L B H"]:
-        """The context term h of Eq. 8."""
-        return self.router.condition(time, context)
+    ) -> list[ScoreTerms]:
+        """The context term h of Eq. 8, and weights."""
+        return self.router.terms(time, context)
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Stack and cast the weights."""
+        self.router.freeze(dtype)
 
     def condition_flops(self) -> int:
-        """FLOPs of that term."""
+        """FLOPs of these terms."""
         return self.router.condition_flops()
 
     def scores(
-        self, x: Float[Tensor, "B N D"], condition: Tensor | None, block: int
+        self, x: Float[Tensor, "B N D"], terms: ScoreTerms, block: int
     ) -> Float[Tensor, "B N"]:
         """Router scores (Eq. 9)."""
-        assert condition is not None
-        return self.router(x, condition, block)
+        del block
+        return token_scores(x, terms, normalize_inputs=self.router.normalize_inputs)
 
-    def scorer(self, block: int) -> TokenScorer:
-        """The block's own weights."""
-        scorer: TokenScorer = self.router.group(block)
-        return scorer
+    def scorer(self, block: int) -> Callable[[Tensor, ScoreTerms], Tensor]:
+        """One function for all blocks: its weights come with the terms."""
+        del block
+        return partial(token_scores, normalize_inputs=self.router.normalize_inputs)
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs of one block's router."""

@@ -72,11 +72,14 @@ class Attachment(Uncopied):
         select_every: int = 1,
         gate_values: bool = False,
         backbone: TunedBackbone | None = None,
+        freeze: bool = False,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector = model, selector
         self.updates = updates
         self.gates_values = gate_values
+        self._freezes = freeze
+        self._frozen_for: torch.dtype | None = None
         self.enabled = True
         self.always_select = False
         """Select, gather and scatter also where a block keeps all its tokens: what that costs."""
@@ -88,7 +91,8 @@ class Attachment(Uncopied):
         """Tuned weights; they come and go with the hooks."""
         self.adapter: Any = None
         self._is_on = False
-        self._pauses, self._was_enabled = 0, True
+        self.was_enabled = True
+        """Whether it is on again when the last `disabled` block ends."""
         self._compiled: dict[str, Any] | None = None
         self.num_tokens: int | None = None
         """N of the last forward."""
@@ -133,10 +137,13 @@ class Attachment(Uncopied):
                 put_weights()
                 self._put_hooks_on()
                 self.watch = Watch(self._watch)
+                self._is_on = True
+                if self.turns.pauses:
+                    self.enable(False)
             except BaseException:
+                self._is_on = False
                 self._undo.run()
                 raise
-            self._is_on = True
 
     def _put_weights_on(self) -> None:
         if self.backbone is not None:
@@ -210,22 +217,6 @@ class Attachment(Uncopied):
             if self.backbone is not None:
                 self.backbone.enable(enabled)
             self.enabled = enabled
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within: the model itself. Those that overlap last until the last one ends."""
-        with self.turns.switch():
-            if not self._pauses:
-                self._was_enabled = self.enabled
-                self.enable(False)
-            self._pauses += 1
-        try:
-            yield
-        finally:
-            with self.turns.switch(interruptible=False):
-                self._pauses -= 1
-                if not self._pauses:
-                    self.enable(self._was_enabled)
 
     def _watch(self, watch: Watch) -> None:
         """What must hold before each forward (`Watch`)."""
@@ -465,18 +456,27 @@ class Attachment(Uncopied):
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device != time.device:
                 module.to(time.device)
+        self._freeze(self._context.dtype)
         pruned = [hook for hook in self.hooks if not hook.slot.state.dense]
         choosing = [hook for hook in pruned if hook.slot.state.chosen is None]
         terms = None
         if choosing:  # what chooses reads the model and trains nothing in it
-            terms = self.selector.condition(time.detach(), self._context.detach())
+            terms = self.selector.terms(time.detach(), self._context.detach())
         if terms is not None:
             for hook in choosing:
-                hook.slot.state.condition = terms[hook.index]
+                hook.slot.state.terms = terms[hook.index]
         if pruned and self.updates is not None:
             terms = self.updates.condition(time, self._context)
             for hook in pruned:
                 hook.slot.state.update_condition = terms[hook.index]
+
+    def _freeze(self, dtype: torch.dtype) -> None:
+        if self._freezes and self._frozen_for != dtype:
+            self._frozen_for = dtype
+            with torch.inference_mode(False):
+                self.selector.freeze(dtype)
+                if self.updates is not None:
+                    self.updates.freeze(dtype)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args
@@ -529,6 +529,29 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return owner if isinstance(owner, Attachment) else None
 
 
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Within: the model itself. Those that overlap last until the last one ends.
+
+    What is attached meanwhile is off until then.
+    """
+    turns = turns_of(model)
+    with turns.switch():
+        on = attachment_of(model)
+        if on is not None and not turns.pauses:
+            on.was_enabled = on.enabled
+            on.enable(False)
+        turns.pauses += 1
+    try:
+        yield
+    finally:
+        with turns.switch(interruptible=False):
+            turns.pauses -= 1
+            on = attachment_of(model)
+            if on is not None and not turns.pauses:
+                on.enable(on.was_enabled)
+
+
 def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: Any) -> Attachment:
     """Put a selector on a model, in place of an earlier one.
 
@@ -539,7 +562,8 @@ def attach(model: nn.Module, selector: Selector, schedule: Schedule, **options: 
         **options: `updates` (what rejected tokens get, see `RejectedUpdates`), `multiple` (k is a
             multiple of this), `segments` (at most so many different rows over time),
             `select_every` (so many prunable blocks in a row share their first one's scores),
-            `gate_values` (training with the KV gate).
+            `gate_values` (training with the KV gate), `freeze` (weights of the selector and the
+            updates are the attachment's own and never change).
 
     Raises:
         ValueError: If the model is not supported or the schedule is another model's.

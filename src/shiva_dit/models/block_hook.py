@@ -40,8 +40,8 @@ class BlockState:
     num_tokens: int = 0
     """N."""
     share_halves: bool = False
-    condition: Tensor | None = None
-    """The router's context term."""
+    terms: Any = None
+    """What its scores need beside its tokens (`Selector.terms`)."""
     update_condition: Tensor | None = None
     """That of the rejected tokens' update."""
     gates: SelectionGates | None = None
@@ -134,7 +134,7 @@ class BlockHook(Uncopied, ModelHook):
         if gates is not None:
             x = gates.enter(x)
         if state.observer is not None:
-            state.observer(self.index, chosen)
+            state.observer(self.index, chosen.sort(dim=-1).values)
         before = gather_tokens(x, chosen)  # (B, k, D)
         changed = {self.spec.hidden: (self.place, together(text, before, where))}
         for name, row_place, take in self.rows:
@@ -174,7 +174,7 @@ class BlockHook(Uncopied, ModelHook):
         shared = None if state.follows is None else state.follows.scores
         if shared is not None:
             return shared
-        scores = self.scores(x.detach(), state.condition)
+        scores = self.scores(x.detach(), state.terms)
         if state.share_halves:
             scores = share_between_halves(scores)
         if state.is_followed:

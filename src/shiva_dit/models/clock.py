@@ -249,5 +249,8 @@ def _wrong(told: float, t: float) -> RuntimeError:
     return RuntimeError(
         f"a forward was taken to be at t = {told:.3f} and was {abs(t - told):.3f} away from it: "
         "the timesteps given to apply, or the scheduler's, are not those of the calls. Pass to "
-        "apply the timesteps of all calls in their order, or none."
+        "apply the timesteps of all calls in their order, or none. If something else called the "
+        "model in between (a callback, code of your own): make that call within "
+        "shiva_dit.disabled(model), or apply to the transformer instead of the pipeline, which "
+        "reads the time of each call."
     )

@@ -5,14 +5,19 @@ and both shall keep the same tokens. Which pass a call is cannot be seen from it
 asked of whoever makes the call, anew each time: in this order of `shiva_dit.guided`, of
 `cache_context`, of the guider of a modular pipeline, and of the variables of the pipeline's running
 `__call__`. What nobody says isn't shared.
+
+What is said and left belongs to the thread whose calls it is about: others that serve on the same
+model, one call at a time, don't see it. None of it is read inside of a compiled graph.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -127,6 +132,30 @@ def running_call() -> Running | None:
     return None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Word:
+    """What a caller has said of a model's calls."""
+
+    passes: ref[Passes]
+    which: Pass
+
+
+_WORDS: ContextVar[tuple[_Word, ...]] = ContextVar("shiva_dit_guided", default=())
+"""Of all models, the last one last. One variable for all: those that are made are never freed."""
+
+
+class _OfThread(threading.local):
+    """What the calls of one thread have said and left."""
+
+    name: str | None = None
+    """Of the running pass, by `cache_context`."""
+    lead: Lead | None = None
+    step: ref[Tensor] | None = None
+    """That of the last call."""
+    calls: int = 0
+    """Calls in that step so far."""
+
+
 class Passes(StateManager):
     """Which pass of guidance runs, and what the conditional one has left for the other.
 
@@ -135,31 +164,36 @@ class Passes(StateManager):
 
     def __init__(self) -> None:
         super().__init__(BaseState)  # type: ignore[arg-type]
-        self.lead: Lead | None = None
-        self._told: Pass | None = None
-        self._step: ref[Tensor] | None = None
-        self._calls = 0
+        self._here = _OfThread()
         self._said: set[str] = set()
 
     @property
-    def name(self) -> str | None:
-        """Name of the running pass, if the pipeline says it: "cond" and "uncond" among others."""
-        name = None if self._context is None else self._context.name
-        return name and name.removeprefix("pred_")
+    def lead(self) -> Lead | None:
+        """What this thread's last conditional pass has left."""
+        return self._here.lead
+
+    def set_context(self, context: Any) -> None:
+        """Take the name of the running pass: "cond" and "uncond" among others; None ends it."""
+        self._here.name = context and context.name.removeprefix("pred_")
 
     @contextmanager
     def told(self, which: Pass) -> Iterator[None]:
-        """Within: every call is this pass, whatever runs it."""
-        before, self._told = self._told, which
+        """Within: every call is this pass, whatever runs it; for this thread or task alone."""
+        word = _Word(ref(self), which)
+        _WORDS.set((*_WORDS.get(), word))
         try:
             yield
         finally:
-            self._told = before
+            _WORDS.set(tuple(w for w in _WORDS.get() if w is not word))
+
+    @property
+    def _word(self) -> Pass | None:
+        return next((w.which for w in reversed(_WORDS.get()) if w.passes() is self), None)
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Forget pass and lead."""
         super().reset(*args, **kwargs)
-        self.lead = None
+        self._here.name = self._here.lead = None
 
     @torch.compiler.disable()
     def of_call(self, batch: int) -> Pass:
@@ -172,19 +206,20 @@ class Passes(StateManager):
             ValueError: If the batch holds more passes than two.
         """
         running = running_call()
-        step = None if running is None else running.step
-        self._calls = self._calls + 1 if _same(step, self._step) else 1
-        self._step = step
+        step, here = None if running is None else running.step, self._here
+        here.calls = here.calls + 1 if _same(step, here.step) else 1
+        here.step = step
         if running and getattr(running.scope["self"], "do_perturbed_attention_guidance", False):
             raise ValueError(
                 f"perturbed-attention guidance puts a further pass into {running.name}'s batch, "
                 "which its halves can't share their tokens with: pass pag_scale=0, or call "
                 "shiva_dit.remove."
             )
-        if self._told is not None:
-            return self._told
-        if self.name in ("cond", "uncond"):
-            return Pass(self.name)
+        word = self._word
+        if word is not None:
+            return word
+        if here.name in ("cond", "uncond"):
+            return Pass(here.name)
         if running is None:
             self._say(
                 "the model is called outside of a pipeline, and nothing says whether it is guided",
@@ -210,10 +245,10 @@ class Passes(StateManager):
         if guided.on is None or not running.value(guided.on):
             return Pass.ALONE
         if guided.how == "in turn":
-            if self._step is None:
+            if self._here.step is None:
                 raise LookupError("t")
             first_two = {1: Pass.LEADS, 2: Pass.FOLLOWS}
-            return first_two.get(self._calls, Pass.ALONE)
+            return first_two.get(self._here.calls, Pass.ALONE)
         images = len(running.value(guided.latents))
         if batch not in (images, 2 * images):
             self._say(f"{running.name} calls with {batch} samples for {images} images")
@@ -227,22 +262,25 @@ class Passes(StateManager):
         guided = PIPELINES.get(running.name) if running and running.is_known else None
         return guided is not None and guided.times_are_equal
 
+    @torch.compiler.disable()
     def keep(self, counts: tuple[int, ...], chosen: dict[int, Tensor]) -> None:
         """What a conditional pass has chosen, for the unconditional one that follows."""
         batch = len(next(iter(chosen.values())))
-        self.lead = Lead(batch, counts, chosen, self._step)
+        self._here.lead = Lead(batch, counts, chosen, self._here.step)
 
+    @torch.compiler.disable()
     def led(self, which: Pass, batch: int, counts: tuple[int, ...]) -> dict[int, Tensor]:
         """Tokens that the running pass takes over, by block; none where it leads or is alone.
 
         A lead serves once, and only a pass of the same step, of as many samples and tokens.
         """
-        lead, self.lead = self.lead, None
+        here = self._here
+        lead, here.lead = here.lead, None
         if lead is None or which is not Pass.FOLLOWS:
             return {}
         fits = (lead.batch, lead.counts) == (batch, counts)
-        both_outside = lead.step is None and self._step is None
-        return lead.chosen if fits and (both_outside or _same(lead.step, self._step)) else {}
+        both_outside = lead.step is None and here.step is None
+        return lead.chosen if fits and (both_outside or _same(lead.step, here.step)) else {}
 
     def _say(self, what: str, level: int = logging.WARNING) -> None:
         """Log once that nothing is shared, and how to tell."""

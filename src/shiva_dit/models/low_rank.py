@@ -92,13 +92,14 @@ class Beside:
     """
 
     def __init__(self, layer: nn.Module, change: LowRank, path: str) -> None:
-        self.layer, self.path = layer, path
+        self.layer, self.change, self.path = layer, change, path
         self.own: Parts = (change.a, change.b, None, None)
-        if change.magnitude is not None:
+        self.seen: int | None = None
+        """Digest of a weight, changed since, whose norms were found to be the same."""
+        factor = self._factor()
+        if factor is not None:
             # f (W x + B A x) + b from W x + b: f times that, and what is then missing of b.
-            weight, bias = linear_weight(layer, change.a.shape[1]), linear_bias(layer)
-            factor = change.factor(weight + change.b.to(weight) @ change.a.to(weight))
-            assert factor is not None
+            bias = linear_bias(layer)
             if not torch.isfinite(factor).all():
                 raise ValueError(
                     f"the adapter's DoRA of {path} meets rows of the model's weight that it can't "
@@ -106,6 +107,23 @@ class Beside:
                 )
             shift = None if bias is None else (1 - factor) * bias.to(factor)
             self.own = (change.a, change.b, factor, shift)
+
+    def _factor(self) -> Tensor | None:
+        """DoRA's factor of each row, of the layer's weight as it is now."""
+        if self.change.magnitude is None:
+            return None
+        a, b = self.change.a, self.change.b
+        weight = linear_weight(self.layer, a.shape[1])
+        return self.change.factor(weight + b.to(weight) @ a.to(weight))
+
+    def fits(self) -> bool:
+        """Whether DoRA's factors are still those of the layer's weight, up to its rounding."""
+        now, then = self._factor(), self.own[2]
+        if now is None or then is None:
+            return True
+        weight = self.layer._parameters.get("weight")
+        eps = 0.0 if weight is None else torch.finfo(weight.dtype).eps
+        return torch.allclose(now, then.to(now), rtol=max(eps / 4, 2e-3), atol=0.0)
 
     @property
     def scales(self) -> bool:
@@ -127,7 +145,8 @@ class Beside:
                 parts = _cast(self.own, weight)
             entries[PARTS] = (parts, self.own)
             if not reaches(entries.get("forward"), forward_with_low_rank):
-                entries[BEFORE] = entries.get("forward")
+                if "forward" in entries:
+                    entries[BEFORE] = entries["forward"]
                 entries["forward"] = MethodType(forward_with_low_rank, self.layer)
 
     def take_off(self) -> None:

@@ -10,7 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shiva_dit.models.written import counts_writes
+
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CASTING = "layerwise_casting"
+"""What diffusers calls its hooks for storage in fp8."""
 Fused = tuple[tuple[Any, tuple[str, ...]], ...]
 """LoRAs of the user that are fused into a layer's weight: PEFT's layers, and the names in each."""
 
@@ -51,26 +55,29 @@ class Place:
         """The dictionary that holds the values, and their key."""
         return _kept_aside(self.module, self.name) or (self.module._parameters, self.name)
 
+    def holder(self) -> Tensor:
+        """The tensor that holds the values, and counts what is written into it."""
+        values, key = self.entry()
+        found: Tensor = values[key]
+        return found
+
     def get(self) -> Tensor:
         """The values."""
-        aside = _kept_aside(self.module, self.name)
-        if aside is not None:
-            values, key = aside
-            found: Tensor = values[key]
-            return found.detach()
-        parameter = self.parameter
-        assert parameter is not None
-        return parameter.data
+        return self.holder().data
 
     def set(self, values: Tensor) -> None:
-        """Put others in their place; no copy is made."""
+        """Put others in their place; no copy is made, but for a model that inference mode made."""
         aside = _kept_aside(self.module, self.name)
         if aside is not None:
             aside[0][aside[1]] = values
             return
         parameter = self.parameter
         assert parameter is not None
-        parameter.data = values
+        if counts_writes(parameter):
+            parameter.data = values
+            return
+        with torch.inference_mode():  # with others torch could not run it
+            parameter.data = values.clone()
 
 
 def _kept_aside(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str] | None:
@@ -93,15 +100,32 @@ def kept_copies(model: nn.Module) -> str | None:
 
     diffusers' group offloading does with a stream, and from files.
     """
+    for _, hook in _hooks(model):
+        group = getattr(hook, "group", None)
+        if getattr(group, "stream", None) is not None:
+            return "group offloading with a stream"
+        if getattr(group, "offload_to_disk_path", None):
+            return "group offloading to disk"
+    return None
+
+
+def moves_weights(model: nn.Module) -> bool:
+    """Whether something brings weights to another place and back, at each forward or run.
+
+    accelerate's offloading of whole models does, diffusers' group offloading, and its storage in
+    fp8 ("layerwise casting").
+    """
+    return "_hf_hook" in model.__dict__ or any(
+        name == CASTING or hasattr(hook, "group") for name, hook in _hooks(model)
+    )
+
+
+def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All hooks of diffusers on a model, by name."""
     for module in model.modules():
         registry = module.__dict__.get("_diffusers_hook")
-        for hook in () if registry is None else registry.hooks.values():
-            group = getattr(hook, "group", None)
-            if getattr(group, "stream", None) is not None:
-                return "group offloading with a stream"
-            if getattr(group, "offload_to_disk_path", None):
-                return "group offloading to disk"
-    return None
+        if registry is not None:
+            yield from registry.hooks.items()
 
 
 def innermost(module: nn.Module) -> nn.Module:

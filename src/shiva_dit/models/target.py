@@ -7,10 +7,32 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+REFUSED = {
+    "PeftModel": (
+        "which calls the model's forward past its hooks: pass its get_base_model() and call that, "
+        "or put your LoRA on by the model's own add_adapter(config)"
+    ),
+    "DataParallel": (
+        "which runs copies of the model: pass the model itself (.module), or use "
+        "DistributedDataParallel"
+    ),
+    "FullyShardedDataParallel": (
+        "which holds the weights of all layers in one: shard by torch.distributed.fsdp.fully_shard"
+    ),
+}
+"""Wrappers that an adapter can't work in, by class, and what to do instead."""
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """A module without the wrappers of `torch.compile` and DistributedDataParallel."""
+    """A module without the wrappers of `torch.compile` and DistributedDataParallel.
+
+    Raises:
+        ValueError: For wrappers that an adapter can't work in.
+    """
     while True:
+        for cls in type(module).__mro__:
+            if cls.__name__ in REFUSED:
+                raise ValueError(f"the model is in a {cls.__name__}, {REFUSED[cls.__name__]}.")
         if isinstance(module, DistributedDataParallel):
             module = module.module
         elif "_orig_mod" in module._modules:  # of torch.compile(module)

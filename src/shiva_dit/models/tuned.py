@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from shiva_dit.models.places import (
     kept_copies,
     layer_at,
     links,
+    moves_weights,
     odd_fused,
     own_parameters,
     projections_are_fused,
@@ -31,10 +33,11 @@ from shiva_dit.models.places import (
 )
 from shiva_dit.models.undo import Undo
 from shiva_dit.models.watch import Watch
-from shiva_dit.models.weights import Merged, Whole, exchange_weight, what_changed
+from shiva_dit.models.weights import Merged, Whole, exchange_weight, settle_paths, what_changed
+from shiva_dit.models.written import Written, digests
 
 ADVICE = (
-    "quantise, shard or fuse first and apply afterwards; or, for a LoRA or DoRA, apply with "
+    "load, quantise, shard or fuse first and apply afterwards; or, for a LoRA or DoRA, apply with "
     "merge=False, which leaves the model's weights alone."
 )
 
@@ -74,8 +77,7 @@ class TunedBackbone:
                 has changed then.
         """
         self._merged, self.beside = [], []
-        # Tensors that are made here may be trained through later, whatever mode this runs in.
-        with torch.inference_mode(False), torch.no_grad():
+        with _exactly(self.model):
             if self.is_low_rank:
                 self._read_low_rank()
             elif self.weights:
@@ -184,7 +186,7 @@ class TunedBackbone:
             return
         over = wrappers(self.model) if self._merged else {}
         undo = Undo()
-        with torch.inference_mode(False), torch.no_grad():
+        with _exactly(self.model):
             if enabled:
                 self._check_reachable(over)
             else:
@@ -255,6 +257,7 @@ class TunedBackbone:
                     "put in their place (by training, load_state_dict, or a LoRA that was fused "
                     f"and then unloaded). Undo that, or load the model again. Next time {ADVICE}"
                 )
+        settle_paths(self._merged)
 
     # --- what must hold ---------------------------------------------------------------------
 
@@ -267,6 +270,7 @@ class TunedBackbone:
             judge = partial(self._judge_weights, entry)
             watch.add(entry.layer.__dict__, "_hf_hook", judge)
             watch.add(*entry.place.entry(), judge)
+        self._watch_values(watch)
         for path in sorted(self._touched()):
             for parent, name, child in links(self.model, path):
                 watch.add(parent._modules, name, partial(self._judge_link, parent, name, child))
@@ -284,8 +288,47 @@ class TunedBackbone:
             watch.add(attention.__dict__, "processor", judge)
             watch.add(attention._modules, "processor", judge)
 
-    def _judge_weights(self, entry: Merged) -> None:
-        why = what_changed(entry, wrappers(self.model).get(id(entry.layer), []))
+    def _watch_values(self, watch: Watch) -> None:
+        moving = moves_weights(self.model)
+        merged = [entry for entry in self._merged if entry.place.obstacle() is None]
+        held = [entry.place.holder() for entry in merged]
+        watch.add_values(Written(held, is_moving=moving), partial(self._judge_written, merged))
+        scaled = [(b, Place(b.layer, "weight", b.path)) for b in self.beside if b.scales]
+        scaled = [(beside, place) for beside, place in scaled if place.obstacle() is None]
+        held = [place.holder() for _, place in scaled]
+        watch.add_values(Written(held, is_moving=moving), partial(self._judge_norms, scaled))
+
+    def _judge_norms(self, scaled: list[tuple[Beside, Place]], places: list[int]) -> None:
+        written = [scaled[i] for i in places if scaled[i][1].obstacle() is None]
+        if not self.enabled or not written:
+            return
+        found = digests([place.get() for _, place in written])
+        for (beside, _), digest in zip(written, found, strict=True):
+            if digest == beside.seen:
+                continue
+            with _exactly(self.model):
+                if not beside.fits():
+                    raise RuntimeError(
+                        f"the weight of {beside.path} was changed while the adapter's DoRA was "
+                        "beside it, which is scaled by its norms: call shiva_dit.apply again."
+                    )
+            beside.seen = digest
+
+    def _judge_written(self, entries: list[Merged], places: list[int]) -> None:
+        written = [entries[i] for i in places if entries[i].place.obstacle() is None]
+        if not self.enabled or not written:
+            return
+        over = wrappers(self.model)
+        found = digests([entry.place.get() for entry in written])
+        for entry, digest in zip(written, found, strict=True):
+            if digest != entry.seen:
+                self._judge_weights(entry, over)
+                entry.seen = digest
+
+    def _judge_weights(self, entry: Merged, over: Mapping[int, list[Any]] | None = None) -> None:
+        over = wrappers(self.model) if over is None else over
+        with _exactly(self.model):
+            why = what_changed(entry, over.get(id(entry.layer), []))
         if self.enabled and why is not None and not why.endswith("sharded"):
             raise RuntimeError(f"{why} while the adapter's weights were on it: {ADVICE}")
 
@@ -304,7 +347,7 @@ class TunedBackbone:
         if self.enabled and now is None:
             raise RuntimeError(
                 f"the layer {name!r} of a {type(parent).__name__} was replaced while the adapter's "
-                f"weights were on it: {ADVICE}"
+                f"weights were on it: {ADVICE if self.is_merged else 'call shiva_dit.apply again.'}"
             )
 
     def _judge_projections(self, module: nn.Module, path: str) -> None:
@@ -318,6 +361,20 @@ class TunedBackbone:
     def is_merged(self) -> bool:
         """Whether weights of the model are replaced."""
         return bool(self._merged)
+
+
+@contextmanager
+def _exactly(model: nn.Module) -> Iterator[None]:
+    """Within: tensors that are made may be trained through later, and no product is rounded.
+
+    Whatever mode this runs in: inference mode, or autocast.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        for kind in {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _check_shape(layer: nn.Module, change: LowRank, path: str) -> None:

@@ -49,6 +49,8 @@ class Turns:
         self._changed = threading.Condition()
         self._holder: _Holder | None = None
         self._depth = 0
+        self.pauses = 0
+        """How many `disabled` blocks are open: they hold for whatever is on the model meanwhile."""
 
     def start_forward(self) -> None:
         """Take the turn for a forward of this thread; waits for a switch.

@@ -2,7 +2,8 @@
 
 Modules keep children, parameters and replaced forwards in dictionaries. Whether hundreds of their
 entries are the objects that they were is a matter of microseconds; only where one has changed is
-asked what that means.
+asked what that means. So it is with values: which tensors may have been written since, their
+counts of writes and their addresses say (`Written`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import is_
 from typing import Any
+
+import torch
+
+from shiva_dit.models.written import Written
 
 
 class Watch:
@@ -30,6 +35,7 @@ class Watch:
         self._judges: list[Callable[[], object]] = []
         self._lists: list[list[Any]] = []
         self._judges_of_lists: list[Callable[[], object]] = []
+        self._values: list[tuple[Written, Callable[[list[int]], object]]] = []
         self._fill(self)
         self._held = self._found()
         self._lengths = list(map(len, self._lists))
@@ -58,6 +64,11 @@ class Watch:
         self._lists.append(watched)
         self._judges_of_lists.append(judge)
 
+    def add_values(self, written: Written, judge: Callable[[list[int]], object]) -> None:
+        """Watch the values of tensors; the judge gets the places of those that may have changed."""
+        self._values.append((written, judge))
+
+    @torch.compiler.disable()
     def check(self) -> None:
         """Have every change judged.
 
@@ -65,7 +76,8 @@ class Watch:
             Exception: By a judge.
         """
         same = all(map(is_, map(dict.get, self._dicts, self._keys), self._held))
-        if same and list(map(len, self._lists)) == self._lengths:
+        same = same and list(map(len, self._lists)) == self._lengths
+        if same and not any(written.any() for written, _ in self._values):
             return
         for now, then, judge in zip(self._found(), self._held, self._judges, strict=True):
             if now is not then:
@@ -74,4 +86,7 @@ class Watch:
         for each, length, judge in watched:
             if len(each) != length:
                 judge()
+        for written, judge_values in self._values:
+            if written.any():
+                judge_values(written.which())
         self._refill()

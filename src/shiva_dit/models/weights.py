@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import LowRank
 from shiva_dit.models.places import Fused, Place, fused_into, odd_fused, with_fused
+from shiva_dit.models.rounding import PATHS, Path, is_rounding, paths_between, rounded
 from shiva_dit.models.undo import Undo
+from shiva_dit.models.written import digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,12 @@ class Merged:
     """These LoRAs."""
     mark: int = 0
     """Digest of what was put in its place, without any LoRA of the user."""
+    seen: int = 0
+    """Digest of what stood there when it was last found to be right."""
+    paths: list[Path] | None = None
+    """By which dtypes it may have gone since, with the whole model; None if it is what it was."""
+    path: Path = ()
+    """The way that its own weight has to go likewise."""
 
     @property
     def layer(self) -> nn.Module:
@@ -65,21 +74,22 @@ def exchange_weight(entry: Merged, layers: list[Any], enabled: bool, undo: Undo)
             )
         entry.own, entry.fused = kept, now
         entry.base = base.to("cpu") if now else kept
-        entry.mark = _digest(tuned)
-        place.set(with_fused(tuned, now))
+        stands = with_fused(tuned, now)
+        entry.mark, entry.seen = digests([tuned, stands]) if now else digests([tuned]) * 2
+        place.set(stands)
     else:
         assert entry.own is not None
         assert entry.base is not None
         had = tuple((layer, names) for layer, names in entry.fused if layer in layers)
         own = entry.own if now == had else with_fused(entry.base.to(before), now)
-        place.set(own.to(before))
+        place.set(rounded(own, entry.path).to(before))
 
 
 def what_changed(entry: Merged, layers: list[Any]) -> str | None:
     """What is no longer the tuned weight that was put in its place, or None.
 
     With the LoRAs in it that the user has fused at present, up to the rounding of fusing and
-    unfusing: some 0.3 of the dtype's epsilon.
+    unfusing, and of the whole model.
     """
     place, base = entry.place, entry.base
     why = place.obstacle()
@@ -89,20 +99,30 @@ def what_changed(entry: Merged, layers: list[Any]) -> str | None:
     odd = odd_fused(now)
     if odd is not None:
         return f"{place.path} has a {odd} of yours fused into it"
-    if not now and _digest(found) == entry.mark:
+    entry.paths = None
+    if not now and digests([found]) == [entry.mark]:
         return None
-    expected = with_fused(entry.change.merged(base.to(found.device)), now).float()
+    expected = with_fused(entry.change.merged(base.to(found.device)), now)
+    entry.paths = [] if now else paths_between(expected, found)
+    if entry.paths:
+        return None
     coarse = max(torch.finfo(dtype).eps for dtype in (found.dtype, base.dtype))
-    off = torch.linalg.vector_norm(found.float() - expected)
-    near = bool(off <= max(0.5 * coarse, 1e-5) * torch.linalg.vector_norm(expected))
-    return None if near else f"{place.path} was changed"
+    return None if is_rounding(found, expected, coarse) else f"{place.path} was changed"
 
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Of as many bytes."""
+def settle_paths(entries: Sequence[Merged]) -> None:
+    """Which way the model was rounded, after `what_changed` of all: one for all, if one fits all.
 
-
-def _digest(values: Tensor) -> int:
-    """Of the values' bits, wherever they are."""
-    bits = values.contiguous().view(INTEGERS[values.dtype.itemsize])
-    return int(torch.hash_tensor(bits).view(torch.int64))
+    What the tuned weights don't show, such as a zero that is one in 16 bits, the others do.
+    """
+    shown = [set(entry.paths) for entry in entries if entry.paths]
+    common = set.intersection(*shown) if shown else set()
+    way = min(common, key=PATHS.index, default=())
+    for entry in entries:
+        if entry.paths:
+            entry.path = way if common else entry.paths[0]
+        else:
+            kept = entry.paths is None and way in paths_between(
+                entry.place.get(), entry.place.get()
+            )
+            entry.path = way if kept else ()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 LAYER_DIM = 64
@@ -34,6 +34,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether products are rounded to 16 bits, whatever their arguments."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class ContextModule(nn.Module):
@@ -65,6 +71,14 @@ class ContextModule(nn.Module):
         self.project_context = nn.Linear(context_dim, size) if "context" in inputs else None
         self.project_layer = nn.Linear(LAYER_DIM, size) if "layer" in inputs else None
 
+    def bias(self) -> Float[Tensor, " H"]:
+        """What is added to the context term whatever time and context are."""
+        layers = (self.project_time, self.project_context, self.project_layer)
+        biases: list[Tensor] = [layer.bias for layer in layers if layer is not None]
+        return (
+            torch.stack(biases).sum(0) if biases else next(self.parameters()).new_zeros(self.size)
+        )
+
     def normalize(self, x: Tensor) -> Tensor:
         """Layer-normalised, without parameters, where that is asked for."""
         return F.layer_norm(x, x.shape[-1:]) if self.normalize_inputs else x
@@ -82,32 +96,31 @@ def linear_in_dtype_of(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def check_groups(num_blocks: int, num_groups: int) -> None:
-    """Raise unless so many groups can share L blocks evenly.
-
-    Raises:
-        ValueError: Names the numbers of groups that can.
-    """
-    if not 1 <= num_groups <= num_blocks or num_blocks % num_groups:
-        divisors = [g for g in range(1, num_blocks + 1) if num_blocks % g == 0]
+    """Raise a ValueError unless L blocks can be put into so many groups."""
+    if not 1 <= num_groups <= num_blocks:
         raise ValueError(
-            f"num_groups must divide the number of blocks, {num_blocks}: one of {divisors}, "
-            f"got {num_groups}."
+            f"num_groups must lie between 1 and the number of blocks, {num_blocks}, got "
+            f"{num_groups}."
         )
 
 
 class DepthGroups(nn.Module):
-    """Weights for every block, shared by adjacent ones: block l uses group l // (L / G).
+    """Weights for every block, shared by adjacent ones: block l uses group floor(l G / L).
 
     A layer embedding tells the blocks of one group apart.
 
     Args:
         make: Makes one group's module.
         num_blocks: L.
-        num_groups: G in [1, L], a divisor of L.
+        num_groups: G in [1, L].
 
     Raises:
-        ValueError: If G does not divide L.
+        ValueError: If G lies outside that.
     """
+
+    frozen_index: Int[Tensor, " L"] | None
+    frozen_weight: Float[Tensor, "M D"] | None
+    frozen_shift: Float[Tensor, "L 1 H"] | None
 
     def __init__(self, make: Callable[[], ContextModule], num_blocks: int, num_groups: int) -> None:
         super().__init__()
@@ -115,10 +128,14 @@ class DepthGroups(nn.Module):
         self.num_blocks, self.num_groups = num_blocks, num_groups
         self.groups = nn.ModuleList(make() for _ in range(num_groups))
         self.layer_embedding = nn.Embedding(num_blocks, LAYER_DIM)
+        self.group_of = [block * num_groups // num_blocks for block in range(num_blocks)]
+        """Of each block."""
+        for name in ("frozen_index", "frozen_weight", "frozen_shift"):
+            self.register_buffer(name, None, persistent=False)
 
     def group(self, block: int) -> Any:
         """The group's module that a block uses."""
-        return self.groups[block * self.num_groups // self.num_blocks]
+        return self.groups[self.group_of[block]]
 
     def condition(
         self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
@@ -132,26 +149,59 @@ class DepthGroups(nn.Module):
             time: The backbone's time embedding.
             context: Pooled text or class embedding.
         """
-        groups: list[Any] = list(self.groups)  # all read the same inputs
-        size, of_group = groups[0].size, self.num_blocks // self.num_groups
+        first: Any = self.groups[0]
+        read = [
+            first.normalize(value).float()
+            for value, layer in ((time, first.project_time), (context, first.project_context))
+            if layer is not None
+        ]
         with without_autocast(time.device):
-            h = self.layer_embedding.weight.new_zeros(self.num_groups, len(time), size)
-            for value, name in ((time, "project_time"), (context, "project_context")):
-                layers = [getattr(group, name) for group in groups]
-                if layers[0] is None:
-                    continue
-                read = groups[0].normalize(value).float()
-                weight = torch.cat([layer.weight for layer in layers])  # (G * H, Dt or Dc)
-                bias = torch.cat([layer.bias for layer in layers])
-                h = h + F.linear(read, weight, bias).unflatten(-1, (-1, size)).movedim(1, 0)
-            h = h.repeat_interleave(of_group, dim=0)  # (L, B, H)
-            layers = [group.project_layer for group in groups]
-            if layers[0] is not None:
-                embedded = self.layer_embedding.weight.unflatten(0, (-1, of_group))
-                weight = torch.stack([layer.weight for layer in layers])  # (G, H, Dl)
-                bias = torch.stack([layer.bias for layer in layers])
-                h = h + (embedded @ weight.mT + bias[:, None]).flatten(0, 1)[:, None]
-            return h
+            index, weight, shift = self.stacked()
+            if weight is None:
+                return shift.expand(-1, len(time), -1)
+            h = F.linear(torch.cat(read, dim=-1), weight)  # (B, G * H)
+            by_group = h.unflatten(-1, (self.num_groups, -1)).movedim(0, 1)  # (G, B, H)
+            return by_group[index] + shift
+
+    def stacked(
+        self,
+    ) -> tuple[Int[Tensor, " L"], Float[Tensor, "M D"] | None, Float[Tensor, "L 1 H"]]:
+        """The group of each block, weights of all groups on time and context, and the layer's part.
+
+        Where no gradient is wanted and weights stay as they are: made once, by `freeze`.
+        """
+        index, shift = self.frozen_index, self.frozen_shift
+        if index is not None and shift is not None and not torch.is_grad_enabled():
+            return index, self.frozen_weight, shift
+        index = torch.tensor(self.group_of, device=self.layer_embedding.weight.device)
+        groups: list[Any] = list(self.groups)
+        used = [
+            name
+            for name in ("project_time", "project_context")
+            if getattr(groups[0], name) is not None
+        ]
+        weight = None
+        if used:
+            weight = torch.cat(
+                [torch.cat([getattr(g, name).weight for name in used], dim=1) for g in groups]
+            )
+        shift = torch.stack([group.bias() for group in groups])[index]  # (L, H)
+        if groups[0].project_layer is not None:
+            layers = torch.stack([group.project_layer.weight for group in groups])  # (G, H, Dl)
+            embedded = self.layer_embedding.weight[:, None]
+            shift = shift + (embedded @ layers[index].mT)[:, 0]
+        return index, weight, shift[:, None]
+
+    @torch.no_grad()
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Stack the weights for good: those of the groups are not read again without gradients.
+
+        Args:
+            dtype: Of the tokens.
+        """
+        del dtype  # the context is read in float32
+        self.frozen_index = None
+        self.frozen_index, self.frozen_weight, self.frozen_shift = self.stacked()
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs that a pruned block pays for its tokens, per sample."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,9 +15,57 @@ from shiva_dit.modules.context import (
     CONTEXT_INPUTS,
     ContextModule,
     DepthGroups,
+    is_autocast,
     linear_flops,
-    linear_in_dtype_of,
 )
+
+LN_EPS = 1e-5
+"""Of LN in Eq. 9."""
+
+
+class ScoreTerms(NamedTuple):
+    """What a block's scores are made of beside its tokens (Eq. 9)."""
+
+    shift: Float[Tensor, "B H"]
+    """h, with the bias of P_x."""
+    weight: Float[Tensor, "H D"]
+    """P_x, in the dtype of the tokens or in float32."""
+    read: Float[Tensor, " H"]
+    """w, with the gain of LN."""
+    lift: Float[Tensor, ""] | None
+    """What the bias of LN adds to all scores; None where nothing learns from that."""
+
+
+def token_scores(
+    x: Float[Tensor, "B N D"], terms: ScoreTerms, *, normalize_inputs: bool
+) -> Float[Tensor, "B N"]:
+    """Scores of all tokens (Eq. 9), in float32; larger is better.
+
+    The projection, which reads all tokens, runs in their dtype; the score layer in float32 always:
+    4,096 scores in bfloat16 take a third as many distinct values.
+
+    Args:
+        x: Tokens.
+        terms: What else the scores are made of.
+        normalize_inputs: Layer-normalise tokens first, without parameters.
+    """
+    shift, weight, read, lift = terms
+    if kernels.should_use("router_scores", x, shift, weight, read):
+        from shiva_dit.kernels import router  # noqa: PLC0415  (imports triton)
+
+        return router.router_scores(
+            x, shift, weight, read, normalize_inputs=normalize_inputs, eps=LN_EPS
+        )
+    if normalize_inputs:
+        x = F.layer_norm(x, x.shape[-1:])
+    rounds = is_autocast(x.device)
+    if x.shape[0] == 1 and x.dtype == torch.float32 and not rounds:
+        hidden = F.linear(x, weight, shift[0])  # (B, N, H)
+    else:
+        hidden = (F.linear(x, weight.to(x.dtype)) + shift[:, None]).float()
+    hidden = F.layer_norm(F.silu(hidden), read.shape, eps=LN_EPS)
+    scores = (hidden * read).sum(-1) if rounds else F.linear(hidden, read)
+    return scores if lift is None else scores + lift
 
 
 class TokenScorer(ContextModule):
@@ -44,30 +94,29 @@ class TokenScorer(ContextModule):
         super().__init__(normalize_inputs)
         self.project_tokens = nn.Linear(width, hidden)
         self.read_context(time_dim, context_dim, hidden, inputs)
-        self.score_norm = nn.LayerNorm(hidden)
+        self.score_norm = nn.LayerNorm(hidden, eps=LN_EPS)
         # No bias: it would move all scores alike, and the selection not at all.
         self.score = nn.Linear(hidden, 1, bias=False)
+
+    def bias(self) -> Float[Tensor, " H"]:
+        """That of the token projection, the same for all tokens, is part of the context term."""
+        return super().bias() + self.project_tokens.bias
+
+    def terms(self, shift: Float[Tensor, "B H"]) -> ScoreTerms:
+        """These, with the context term."""
+        norm, read = self.score_norm, self.score.weight[0]
+        return ScoreTerms(shift, self.project_tokens.weight, read * norm.weight, read @ norm.bias)
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"]
     ) -> Float[Tensor, "B N"]:
         """Scores of all tokens (Eq. 9), in float32; larger is better.
 
-        Weights are float32. The projection, which reads all tokens, runs in their dtype; the score
-        layer in float32 always: 4,096 scores in bfloat16 take a third as many distinct values.
+        Args:
+            x: Tokens.
+            condition: h with the bias of P_x, as `ShivaRouter.condition` gives it.
         """
-        layer, norm, read = self.project_tokens, self.score_norm, self.score.weight[0]
-        weights = (layer.weight, layer.bias, norm.weight, norm.bias, read)
-        if kernels.should_use("router_scores", x, condition, *weights):
-            from shiva_dit.kernels import router  # noqa: PLC0415  (imports triton)
-
-            return router.router_scores(
-                x, condition, *weights, normalize_inputs=self.normalize_inputs, eps=norm.eps
-            )
-        projected = linear_in_dtype_of(self.normalize(x), layer)
-        hidden = F.silu(projected.float() + condition[:, None])  # (B, N, H)
-        # Not a matrix product: autocast would round that to 16 bits.
-        return (norm(hidden) * read).sum(-1)
+        return token_scores(x, self.terms(condition), normalize_inputs=self.normalize_inputs)
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs of all tokens of a sample."""
@@ -83,15 +132,18 @@ class ShivaRouter(DepthGroups):
         time_dim: Width of the backbone's time embedding.
         context_dim: Width of the pooled text or class embedding.
         num_blocks: L.
-        num_groups: G in [1, L], a divisor of L: routers with weights of their own.
+        num_groups: G in [1, L]: routers with weights of their own.
         hidden: d'.
         normalize_inputs: Layer-normalise x, t and c first (without parameters). Tokens of deep
             blocks differ in size by orders of magnitude; Eq. 9 has no such norm.
         inputs: Which of "time", "context" and "layer" are read beside the token; all in Eq. 8.
 
     Raises:
-        ValueError: If G does not divide L, or an input is unknown.
+        ValueError: If G lies outside that, or an input is unknown.
     """
+
+    frozen_tokens: Float[Tensor, "G H D"] | None
+    frozen_reads: Float[Tensor, "G H"] | None
 
     def __init__(
         self,
@@ -113,6 +165,35 @@ class ShivaRouter(DepthGroups):
             num_blocks,
             num_groups,
         )
+        self.normalize_inputs = normalize_inputs
+        self.register_buffer("frozen_tokens", None, persistent=False)
+        self.register_buffer("frozen_reads", None, persistent=False)
+
+    def terms(
+        self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
+    ) -> list[ScoreTerms]:
+        """What the scores of every block are made of beside its tokens, once per forward."""
+        shifts = self.condition(time, context).unbind()
+        tokens, reads = self.frozen_tokens, self.frozen_reads
+        if tokens is None or reads is None or torch.is_grad_enabled():
+            return [self.group(block).terms(shift) for block, shift in enumerate(shifts)]
+        frozen = list(zip(tokens.unbind(), reads.unbind(), strict=True))
+        return [
+            ScoreTerms(shift, *frozen[group], None)
+            for shift, group in zip(shifts, self.group_of, strict=True)
+        ]
+
+    @torch.no_grad()
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Stack and cast the weights for good.
+
+        Args:
+            dtype: Of the tokens.
+        """
+        super().freeze(dtype)
+        groups: list[TokenScorer] = list(self.groups)  # type: ignore[arg-type]
+        self.frozen_tokens = torch.stack([g.project_tokens.weight for g in groups]).to(dtype)
+        self.frozen_reads = torch.stack([g.score.weight[0] * g.score_norm.weight for g in groups])
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"], block: int

@@ -101,12 +101,12 @@ class RejectedUpdates(DepthGroups):
         time_dim: Width of the backbone's time embedding.
         context_dim: Width of the pooled text or class embedding.
         num_blocks: L.
-        num_groups: G in [1, L], a divisor of L.
+        num_groups: G in [1, L].
         rank: Width of the bottleneck. A block of width D costs at least 24 D^2 FLOPs per token,
             this 4 D times the rank: up to D / 9 it stays below 2%.
 
     Raises:
-        ValueError: If G does not divide L.
+        ValueError: If G lies outside that.
     """
 
     def __init__(

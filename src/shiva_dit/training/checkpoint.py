@@ -107,6 +107,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         ValueError: If it is damaged; the error says which earlier one to go back to.
+        PermissionError: If it may not be read.
     """
     try:
         data = read_json(path / STATE_FILE)
@@ -121,6 +122,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if file_digest(path / TENSORS_FILE) != data[DIGEST]:
             raise ValueError(f"{TENSORS_FILE} is not the file that was saved: its SHA-256 differs")
         return Checkpoint(load_tensors(path / TENSORS_FILE), data["state"])
+    except PermissionError:
+        raise  # it may be whole: nobody shall be told to remove it
     except (OSError, ValueError) as error:
         others = ", ".join(p.name for p in _all(path.parent) if p != path) or "none"
         raise ValueError(

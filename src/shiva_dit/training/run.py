@@ -12,6 +12,7 @@ from tqdm import tqdm
 from shiva_dit.config import to_dict
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, read_json, write_json
+from shiva_dit.saved_folder import check_place, weights_files
 from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.origin import check_recipe
@@ -48,8 +49,8 @@ def train(
         The adapter's folder, for `shiva_dit.apply`.
 
     Raises:
-        ValueError: If another process trains into the folder, or it holds another run; if a
-            diffusion model comes without its scheduler.
+        ValueError: If another process trains into the folder, or it holds another run, or a damaged
+            adapter; if a diffusion model comes without its scheduler.
         TrainingInterrupted: After Ctrl-C or SIGTERM, when all was saved.
     """
     if config.method != "shiva":
@@ -61,6 +62,9 @@ def train(
     with owned(config.out):
         tidy(config.out / CHECKPOINTS)
         goes_on = _goes_on(config, folder, resume)
+        # Better now than after the training: what an earlier end of it has left may be damaged.
+        remedy = f"Move {folder} away and go on by --resume: it is written anew."
+        check_place(folder, weights_files(config.backbone), remedy)
         trainer = Trainer(config, model, data, scheduler)
         try:
             if goes_on:

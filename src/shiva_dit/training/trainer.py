@@ -24,6 +24,7 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
+from shiva_dit.models.target import unwrapped
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance, read_text, write_atomically
 from shiva_dit.training.checkpoint import (
@@ -89,11 +90,19 @@ class Trainer:
         scheduler: That of the model's pipeline, or how that takes its steps (`Sampler`): the mean
             keep ratio is over these (over evenly spread ones without it). Needed where it is a
             diffusion schedule (PixArt, DiT).
+
+    Raises:
+        ValueError: If the model is not supported, or wrapped (DistributedDataParallel).
     """
 
     def __init__(
         self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
     ) -> None:
+        if unwrapped(model) is not model:
+            raise ValueError(
+                f"training runs in one process and on the model itself, got it in a "
+                f"{type(model).__name__}: pass shiva_dit.models.target.unwrapped(model)."
+            )
         spec = model_spec(model)
         sampler = scheduler if isinstance(scheduler, Sampler) else Sampler(scheduler=scheduler)
         path = path_of(spec, sampler.scheduler)
@@ -249,8 +258,8 @@ class Trainer:
         """The run's log, one JSON line per step; lines after the resumed step are dropped."""
         path = self.config.out / LOG_FILE
         kept = ""
-        if path.is_file():
-            for number, line in enumerate(read_text(path).splitlines(True), start=1):
+        if path.exists():
+            for number, line in enumerate(_lines(path), start=1):
                 if line.endswith("\n") and _step_of(line, number, path) <= self.step:
                     kept += line
         write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
@@ -363,6 +372,16 @@ class Trainer:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
         self.last_good = path
         return path
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a log."""
+    try:
+        return read_text(path).splitlines(True)
+    except (ValueError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{path} is not a run's log ({error}). Training doesn't need the log: move it away."
+        ) from error
 
 
 def _step_of(line: str, number: int, path: Path) -> int:
