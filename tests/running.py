@@ -176,9 +176,9 @@ def _hunyuan_video(pipe: Any) -> None:
 def _hunyuan_image_to_video(pipe: Any) -> None:
     _hunyuan_video(pipe)
     pipe.prepare_latents = _given(
-        (normal(BATCH, 4, 4, 8, 8, seed=8), normal(BATCH, 4, 1, 8, 8, seed=9))
+        (normal(BATCH, 2, 4, 8, 8, seed=8), normal(BATCH, 1, 4, 8, 8, seed=9))
     )
-    pipe.transformer.register_to_config(image_condition_type="token_replace")
+    pipe.transformer.register_to_config(image_condition_type="latent_concat")
 
 
 class _Some:

@@ -39,6 +39,7 @@ from shiva_dit.benchmark.workloads import WORKLOADS, workload
 from shiva_dit.cli import main
 from shiva_dit.experiments.plots import draw_scaling
 from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import model_spec
 from shiva_dit.report import benchmark_table, operators_table
 from tests import tiny
@@ -70,7 +71,7 @@ def test_configurations_are_the_real_ones(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs, return_dict=False)
     assert counter.get_total_flops() / 1e12 == pytest.approx(flops, abs=0.0005)
-    ours = spec.flops(model, num_tokens, load.text_tokens).dense()
+    ours = model_flops(model, num_tokens, load.text_tokens).dense()
     assert ours == counter.get_total_flops()
 
 
@@ -293,7 +294,7 @@ def test_break_even_is_where_flops_saved_pay_for_the_selection() -> None:
     attachment = attachment_of(model)
     assert attachment is not None
     bench = run.Bench(BenchmarkConfig(**SMALL), load, load.grid(), attachment)
-    flops = model_spec(model).flops(model, 64, 7)
+    flops = model_flops(model, 64, 7)
 
     def left(k: int) -> float:
         return flops.pruned([64, k, k]) / flops.dense()

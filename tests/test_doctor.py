@@ -58,7 +58,7 @@ def test_a_model_that_this_diffusers_lacks_is_named(
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "models: Stable Diffusion 3 and 3.5\n" in said
-    assert "not in this diffusers: Flux.1," in said
+    assert "not in this diffusers: AuraFlow, CogView4," in said
 
 
 def test_sources_that_are_not_installed_say_so(

@@ -1,16 +1,27 @@
-"""FLOPs: the formulas against torch's counter on real diffusers models, exactly."""
+"""FLOPs: what is read off a few small runs, against torch's counter at any size, exactly."""
 
+import json
+import warnings
 from functools import cache
+from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3ControlNetModel, SD3Transformer2DModel
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.flop_counter import FlopCounterMode
 
-from shiva_dit.core.flops import JointBlockShape
-from shiva_dit.models.families import MODELS
+from shiva_dit.core.flops import Polynomial
+from shiva_dit.models import counted as counted_module
+from shiva_dit.models.counted import counted, model_flops, model_widths, recipe
+from shiva_dit.models.examples import Size
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.skeleton import Skeleton
 from shiva_dit.modules.router import ShivaRouter
 from shiva_dit.modules.updates import RejectedUpdates
+from tests import families, tiny
 
 # On the meta device attention is decomposed and counted; on the CPU its kernel counts as 0.
 META = torch.device("meta")
@@ -37,7 +48,7 @@ def sd3(dual_layers: tuple[int, ...] = (), **values) -> SD3Transformer2DModel:
         return SD3Transformer2DModel(**config, dual_attention_layers=dual_layers)
 
 
-def counted(function) -> int:
+def executed(function) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()
     return counter.get_total_flops()
@@ -54,32 +65,29 @@ def forward(model: SD3Transformer2DModel, height: int, width: int, text_tokens: 
 
 
 DUAL = [(), (0, 1), (0, 1, 2, 3)]
-SPEC = MODELS["SD3Transformer2DModel"]
 
 
 @pytest.mark.parametrize("dual_layers", DUAL, ids=str)
 @pytest.mark.parametrize(("height", "width", "text_tokens"), [(16, 16, 5), (8, 24, 77), (4, 4, 1)])
 def test_a_dense_model_costs_what_the_counter_counts(dual_layers, height, width, text_tokens):
     model = sd3(dual_layers)
-    flops = SPEC.flops(model, height * width // 4, text_tokens)
-    assert flops.dense() == counted(lambda: forward(model, height, width, text_tokens))
+    flops = model_flops(model, height * width // 4, text_tokens)
+    assert flops.dense() == executed(lambda: forward(model, height, width, text_tokens))
 
 
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
 @pytest.mark.parametrize("channels", [(16, 16), (4, 8)])
 def test_norms_and_channels_are_counted_as_the_counter_does(qk_norm, channels):
     model = sd3((0,), qk_norm=qk_norm, in_channels=channels[0], out_channels=channels[1])
-    assert SPEC.flops(model, 64, 9).dense() == counted(lambda: forward(model, 16, 16, 9))
+    assert model_flops(model, 64, 9).dense() == executed(lambda: forward(model, 16, 16, 9))
 
 
 @pytest.mark.parametrize("dual_layers", DUAL, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 26, 64])
 def test_a_block_costs_what_the_counter_counts_at_any_number_of_tokens(dual_layers, num_tokens):
     model, text_tokens = sd3(dual_layers), 7
-    shapes = SPEC.flops(model, 64, text_tokens).blocks
-    assert [shape.context_pre_only for shape in shapes] == [False, False, False, True]
-    assert [shape.dual_attention for shape in shapes] == [i in dual_layers for i in range(4)]
-    for block, shape in zip(model.transformer_blocks, shapes, strict=True):
+    costs = model_flops(model, 64, text_tokens).blocks
+    for block, cost in zip(model.transformer_blocks, costs, strict=True):
 
         def run(block=block):
             block(
@@ -88,7 +96,7 @@ def test_a_block_costs_what_the_counter_counts_at_any_number_of_tokens(dual_laye
                 temb=torch.empty(1, 24, device=META),
             )
 
-        assert shape.flops(num_tokens) == counted(run)
+        assert cost.at(num_tokens) == executed(run)
 
 
 def test_sd35_medium_at_1024_pixels_takes_11_250_teraflops():
@@ -106,9 +114,9 @@ def test_sd35_medium_at_1024_pixels_takes_11_250_teraflops():
         pooled_projection_dim=2048,
         pos_embed_max_size=384,
     )
-    flops = SPEC.flops(model, 4096, 333).dense()
+    flops = model_flops(model, 4096, 333).dense()
     assert f"{flops / 1e12:.3f}" == "11.250"
-    assert flops == counted(lambda: forward(model, 128, 128, 333))
+    assert flops == executed(lambda: forward(model, 128, 128, 333))
 
 
 def test_the_router_costs_what_the_counter_counts():
@@ -135,9 +143,11 @@ def test_a_rejected_update_is_below_two_percent_of_the_block_that_it_stands_for(
     """SD3-Medium at 1024x1024 and SD3.5-Medium's dual blocks, at the largest rank promised."""
     with META:
         updates = RejectedUpdates(1536, 1536, 2048, 24, 12, 1536 // 9)
-    for dual in (False, True):
-        block = JointBlockShape(width=1536, text_tokens=333, dual_attention=dual)
-        assert updates.flops(4096) < 0.02 * block.flops(4096)
+    for layers in ((), tuple(range(13))):
+        wide = {"attention_head_dim": 64, "num_attention_heads": 24, "num_layers": 24}
+        model = sd3(layers, caption_projection_dim=1536, **wide)
+        block = model_flops(model, 4096, 333).blocks[0]
+        assert updates.flops(4096) < 0.02 * block.at(4096)
 
 
 def counted_for_tokens(module, num_tokens: int, dims: tuple[int, int, int]) -> int:
@@ -145,30 +155,28 @@ def counted_for_tokens(module, num_tokens: int, dims: tuple[int, int, int]) -> i
     x, time, context = (torch.empty(1, dim, device=META) for dim in dims)
     x = x.expand(num_tokens, -1)[None]
     size = module.group(1).size
-    assert counted(lambda: module.condition(time, context)) == module.condition_flops()
-    return counted(lambda: module.group(1)(x, torch.empty(1, size, device=META)))
+    assert executed(lambda: module.condition(time, context)) == module.condition_flops()
+    return executed(lambda: module.group(1)(x, torch.empty(1, size, device=META)))
 
 
 def test_a_pruned_model_adds_up():
     """Blocks at their k, extras where something is pruned, all else as in the dense model."""
-    flops = SPEC.flops(sd3((0, 1)), 64, 7)
+    flops = model_flops(sd3((0, 1)), 64, 7)
     assert flops.pruned((64,) * 4, 1000) == flops.dense()
     counts = (64, 26, 64, 25)
-    saved = sum(
-        shape.flops(64) - shape.flops(k) for shape, k in zip(flops.blocks, counts, strict=True)
-    )
+    saved = sum(cost.at(64) - cost.at(k) for cost, k in zip(flops.blocks, counts, strict=True))
     assert flops.pruned(counts) == flops.dense() - saved
     assert flops.pruned(counts, 1000) == flops.dense() - saved + 2 * 1000  # blocks 1 and 3
 
 
 def test_as_many_counts_as_blocks():
     with pytest.raises(ValueError, match="zip"):
-        SPEC.flops(sd3(), 64, 7).pruned((64, 64))
+        model_flops(sd3(), 64, 7).pruned((64, 64))
 
 
 def test_batches_scale_the_count():
-    """Formulas are per sample: the counter of a batch of 3 says 3 times as much."""
-    shape = JointBlockShape(width=24, text_tokens=7)
+    """Costs are per sample: the counter of a batch of 3 says 3 times as much."""
+    cost = model_flops(sd3(), 64, 7).blocks[0]
 
     def run():
         sd3().transformer_blocks[0](
@@ -177,4 +185,156 @@ def test_batches_scale_the_count():
             temb=torch.empty(3, 24, device=META),
         )
 
-    assert counted(run) == 3 * shape.flops(26)
+    assert executed(run) == 3 * cost.at(26)
+
+
+# --- how it is counted ----------------------------------------------------------------------------
+
+
+def test_a_quadratic_is_found_from_three_values_and_a_half_is_no_count():
+    cost = Polynomial.through({4: 3 * 16 + 5 * 4 + 7, 12: 3 * 144 + 60 + 7, 8: 3 * 64 + 40 + 7})
+    assert [cost.at(n) for n in (0, 1, 2, 10**6)] == [7, 15, 29, 3 * 10**12 + 5 * 10**6 + 7]
+    with pytest.raises(AssertionError, match="1/2 is no count"):
+        Polynomial.through({0: 0, 2: 1}).at(1)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_three_sizes_say_what_a_fourth_costs(name: str) -> None:
+    """Blocks, all else, and the rows of every linear layer."""
+    model, text_tokens = families.FAMILIES[name].build(), families.FAMILIES[name].text
+    found = counted(model, text_tokens)
+    cls, config = recipe(model, model_spec(model), text_tokens)
+    run = Skeleton(cls, json.loads(config)).run(4, text_tokens)
+    counts = [run.num_tokens] * len(run.blocks)
+    assert tuple(cost.at(run.num_tokens) for cost in found.blocks) == run.blocks
+    assert found.outside.at(run.num_tokens) == run.outside
+    for path, rows in run.rows.items():
+        assert found.linear_rows(path, run.num_tokens, counts) == rows, path
+
+
+ODD: dict[str, tuple[type[Any], dict[str, Any], int]] = {
+    "a picture beside the text": (
+        diffusers.WanTransformer3DModel,
+        {"num_layers": 2, "image_dim": 12, "added_kv_proj_dim": 32, "ffn_dim": 40, "text_dim": 24},
+        512,
+    ),
+    "two pictures": (
+        diffusers.WanTransformer3DModel,
+        {"num_layers": 2, "image_dim": 12, "added_kv_proj_dim": 32, "pos_embed_seq_len": 514},
+        512,
+    ),
+    "one stream, two texts, a mask": (
+        diffusers.EasyAnimateTransformer3DModel,
+        {
+            **{"num_layers": 3, "mmdit_layers": 2, "patch_size": 2, "text_embed_dim": 24},
+            **{"text_embed_dim_t5": 20, "in_channels": 9, "out_channels": 4},
+        },
+        7,
+    ),
+    "learned positions": (
+        diffusers.CogVideoXTransformer3DModel,
+        {
+            **{"num_layers": 2, "use_rotary_positional_embeddings": True, "in_channels": 4},
+            **{"use_learned_positional_embeddings": True, "sample_height": 8, "sample_width": 8},
+            **{"ofs_embed_dim": 20, "time_embed_dim": 20, "sample_frames": 9},
+        },
+        226,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_models_with_more_than_text_are_counted_too(what: str) -> None:
+    """Three frames of 4 by 4: as the example makes their arguments, run on the meta device."""
+    cls, config, text_tokens = ODD[what]
+    with META:
+        model: Any = cls(num_attention_heads=2, attention_head_dim=16, **config)
+        spec = model_spec(model)
+        size = Size(frames=3, height=4, width=4, text=text_tokens)
+        given = {**spec.example(model, size), spec.timestep: torch.zeros(1)}
+    assert model_flops(model, 48, text_tokens).dense() == executed(lambda: model(**given))
+
+
+@pytest.mark.parametrize("name", ["mochi", "flux"])
+def test_counting_disturbs_nothing_and_nothing_disturbs_it(name: str) -> None:
+    """The random numbers, the model, its warnings; inference mode, dtypes, devices, backends."""
+    model = families.made(name)
+    before, random = tiny.footprint(model), torch.get_rng_state()
+    found = model_flops(model, 64, 7)
+    try:
+        for clear in (counted_module._counted, counted_module._widths):
+            clear.cache_clear()
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        with warnings.catch_warnings(), torch.inference_mode(), attention_backend("_native_cudnn"):
+            warnings.simplefilter("error")
+            assert model_flops(model, 64, 7) == found
+            assert model_widths(model).width == 32
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert tiny.footprint(model) == before
+
+
+def test_blocks_that_are_alike_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 blocks with two kinds of attention and a last one without text: three."""
+    ran = []
+    forward = JointTransformerBlock.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(JointTransformerBlock, "forward", watched)
+    model = sd3(tuple(range(13)), num_layers=24)
+    cls, config = recipe(model, model_spec(model), 7)
+    skeleton = Skeleton(cls, json.loads(config))
+    costs = skeleton.run(1, 7).blocks
+    assert len(ran) == len(set(costs)) == 3
+
+
+def test_blocks_are_counted_in_the_model_and_their_kinds_in_the_config() -> None:
+    """A ControlNet that is made from a transformer writes its own depth into that one's config."""
+    model = tiny.sd3("dual")
+    found = model_flops(model, 64, 7)
+    SD3ControlNetModel.from_transformer(model, num_layers=2, num_extra_conditioning_channels=0)
+    assert model.config["num_layers"] == 2
+    assert model_flops(model, 64, 7) == found
+    del model.transformer_blocks[2]  # of one attention: the two of two stay in their places
+    shallow = model_flops(model, 64, 7)
+    assert shallow.blocks == (*found.blocks[:2], found.blocks[3])
+    assert model_widths(model).num_blocks == 3
+    del model.transformer_blocks[0]
+    with pytest.raises(ValueError, match="block 1 of the model isn't the one that its config says"):
+        model_flops(model, 64, 7)
+    model.register_to_config(dual_attention_layers=(0,))
+    assert model_flops(model, 64, 7).blocks == shallow.blocks[1:]
+
+
+def test_layers_that_came_by_fusing_have_no_count() -> None:
+    with pytest.raises(ValueError, match=r"attn\.to_qkv is no linear layer"):
+        counted(tiny.sd3(), 7).linear_rows("transformer_blocks.0.attn.to_qkv", 64, [64] * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text_tokens", "message"),
+    [
+        ("sd3", 0, "SD3Transformer2DModel reads text: text_tokens must be 1 at least"),
+        ("hunyuan-dit", 3, "3 of Hunyuan-DiT's text tokens are CLIP's .* more than 3, got 3"),
+        ("hunyuan-image-glyphs", 100, "must be 128 at least, got 100"),
+    ],
+)
+def test_texts_that_a_model_does_not_take_are_refused(
+    name: str, text_tokens: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_flops(families.FAMILIES[name].build(), 64, text_tokens)
+
+
+def test_wan_with_a_picture_takes_the_text_that_its_attention_has_written_in() -> None:
+    cls, config, _ = ODD["a picture beside the text"]
+    with META:
+        model = cls(num_attention_heads=2, attention_head_dim=16, **config)
+    with pytest.raises(ValueError, match="take 512 text tokens, got 7"):
+        model_flops(model, 64, 7)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from shiva_dit.core.estimators import EstimatorConfig, RejectedUpdate
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.attach import Attachment, GatedForward, attach
+from shiva_dit.models.counted import model_widths
 from shiva_dit.models.families import model_spec
 from tests import families, tiny
 
@@ -37,7 +38,7 @@ def gradients(
     """
     model, spec = attachment.model, attachment.spec
     num_tokens = spec.tokens(model, arguments[spec.sample])
-    width = spec.dims(model).width
+    width = model_widths(model).width
     batch = len(arguments[spec.sample])
     counts = [
         k if block in attachment.schedule.prunable_blocks else num_tokens

@@ -19,6 +19,7 @@ from shiva_dit.config import check_types, from_dict, to_dict, whole_number
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models.backbone import first_not_finite
+from shiva_dit.models.counted import model_widths
 from shiva_dit.models.families import model_spec
 from shiva_dit.modules.context import CONTEXT_INPUTS, check_groups
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
@@ -137,14 +138,14 @@ class ShivaConfig:
             **options: Any other field.
         """
         spec = model_spec(model)
-        dims = spec.dims(model)
-        pairs = (dims.num_blocks + 1) // 2  # the last block is alone where L is odd
+        widths = model_widths(model)
+        pairs = (widths.num_blocks + 1) // 2  # the last block is alone where L is odd
         return cls(
             base_model_class=spec.model_class,
-            num_blocks=dims.num_blocks,
-            width=dims.width,
-            time_dim=dims.time_dim,
-            context_dim=dims.context_dim,
+            num_blocks=widths.num_blocks,
+            width=widths.width,
+            time_dim=widths.time_dim,
+            context_dim=widths.context_dim,
             **{"num_groups": pairs, "full_blocks": (0, *spec.full_blocks(model)), **options},
         )
 
@@ -230,13 +231,13 @@ class ShivaAdapter(nn.Module):
             ValueError: Names what is wrong and what would be right.
         """
         spec = model_spec(model)
-        dims, config = spec.dims(model), self.config
+        widths, config = model_widths(model), self.config
         if spec.model_class != config.base_model_class:
             raise ValueError(
                 f"the adapter is for {config.base_model_class}, the model is a {spec.model_class}."
             )
         for name in ("num_blocks", "width", "time_dim", "context_dim"):
-            expected, found = getattr(config, name), getattr(dims, name)
+            expected, found = getattr(config, name), getattr(widths, name)
             if expected != found:
                 raise ValueError(
                     f"the adapter is for {name} = {expected}"

@@ -19,6 +19,7 @@ from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange, paused
 from shiva_dit.models.backbone import first_not_finite
 from shiva_dit.models.clock import Clock, ListedTimes, Run, SchedulerTimes
+from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import MODELS
 from shiva_dit.models.graphs import CudaRecorder
 from shiva_dit.models.guidance import Pass
@@ -488,7 +489,7 @@ def _summary(
         text_tokens=text_tokens,
         law=law,
         keep_ratio=table.mean_keep_ratio,
-        flops_dense=attachment.spec.flops(model, num_tokens, text_tokens).dense(),
+        flops_dense=model_flops(model, num_tokens, text_tokens).dense(),
         flops_pruned=round(table.weighed(pruned)),
         rows=tuple((t, table.row(t)) for t in times),
     )

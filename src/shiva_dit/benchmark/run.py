@@ -24,6 +24,7 @@ from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.models.counted import model_flops
 from shiva_dit.provenance import provenance
 
 DENSE, FORCED, ADAPTER = "dense", "all tokens, selected", "adapter"
@@ -192,7 +193,7 @@ class Bench:
         go with their FLOPs.
         """
         overhead = max(1.0 / forced - 1.0, 0.0)
-        dense = self.attachment.spec.flops(self.model, self.num_tokens, self.text_tokens)
+        dense = model_flops(self.model, self.num_tokens, self.text_tokens)
         full = self.schedules[FORCED].full_blocks
         for k in range(self.num_tokens, 0, -max(1, self.num_tokens // 200)):
             counts = [self.num_tokens if block in full else k for block in range(len(dense.blocks))]
@@ -225,7 +226,7 @@ class Bench:
             # Steps that the dense model does in the time of so many pruned ones.
             "dense_steps_at_equal_time": self.config.steps * samples.over(dense),
         }
-        flops = self.attachment.spec.flops(self.model, self.num_tokens, self.text_tokens).dense()
+        flops = model_flops(self.model, self.num_tokens, self.text_tokens).dense()
         row["flops"], row["keep_ratio"], row["ideal_speed_up"] = flops, 1.0, 1.0
         if name not in (DENSE, FORCED):
             table = self._table(name)

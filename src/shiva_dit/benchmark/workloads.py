@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from shiva_dit.models.examples import Size
+from shiva_dit.models.families import model_spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +48,6 @@ class Workload:
     """Latents per token, along each side."""
     sized_by_config: bool = False
     """Whether the model is built for one size of the sample (DiT: its positions are a table)."""
-    arguments: Callable[[nn.Module, int, Grid, int], dict[str, Any]]
-    """What the forward takes beside the time, from the model, batch, grid and text tokens."""
 
     def grid(self, size: tuple[int, int] | None = None) -> Grid:
         """Latents of a picture of some width and height in pixels.
@@ -96,7 +97,15 @@ class Workload:
                 return value
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        made = self.arguments(model, batch, grid, text_tokens)
+        size = Size(
+            frames=grid.frames,
+            height=grid.height // self.patch,
+            width=grid.width // self.patch,
+            text=text_tokens,
+            batch=batch,
+            draw=torch.randn,
+        )
+        made = model_spec(model).example(model, size)
         return {name: place(value) for name, value in made.items()}
 
 
@@ -109,56 +118,6 @@ def _as_loaded(model: Any, dtype: torch.dtype) -> None:
             if tensor.is_floating_point():
                 wide = kept.intersection((*name.split("."), leaf))
                 tensor.data = tensor.data.to(torch.float32 if wide else dtype)
-
-
-def _sd3(model: Any, batch: int, grid: Grid, text_tokens: int) -> dict[str, Any]:
-    config = model.config
-    return {
-        "hidden_states": torch.randn(batch, config.in_channels, grid.height, grid.width),
-        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim),
-        "pooled_projections": torch.randn(batch, config.pooled_projection_dim),
-    }
-
-
-def _flux(model: Any, batch: int, grid: Grid, text_tokens: int) -> dict[str, Any]:
-    config = model.config
-    rows, columns = torch.arange(grid.height // 2), torch.arange(grid.width // 2)
-    places = torch.cartesian_prod(torch.zeros(1, dtype=rows.dtype), rows, columns)  # (N, 3)
-    return {
-        "hidden_states": torch.randn(batch, len(places), config.in_channels),
-        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim),
-        "pooled_projections": torch.randn(batch, config.pooled_projection_dim),
-        "img_ids": places.float(),
-        "txt_ids": torch.zeros(text_tokens, 3),
-        "guidance": torch.full((batch,), 3.5) if config.guidance_embeds else None,
-    }
-
-
-def _pixart(model: Any, batch: int, grid: Grid, text_tokens: int) -> dict[str, Any]:
-    config = model.config
-    return {
-        "hidden_states": torch.randn(batch, config.in_channels, grid.height, grid.width),
-        "encoder_hidden_states": torch.randn(batch, text_tokens, config.caption_channels),
-        "encoder_attention_mask": torch.ones(batch, text_tokens),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def _dit(model: Any, batch: int, grid: Grid, text_tokens: int) -> dict[str, Any]:
-    del text_tokens
-    return {
-        "hidden_states": torch.randn(batch, model.config.in_channels, grid.height, grid.width),
-        "class_labels": torch.arange(batch) % model.config.num_embeds_ada_norm,
-    }
-
-
-def _wan(model: Any, batch: int, grid: Grid, text_tokens: int) -> dict[str, Any]:
-    config = model.config
-    shape = (batch, config.in_channels, grid.frames, grid.height, grid.width)
-    return {
-        "hidden_states": torch.randn(shape),
-        "encoder_hidden_states": torch.randn(batch, text_tokens, config.text_dim),
-    }
 
 
 _SD3_MEDIUM: dict[str, Any] = {
@@ -199,7 +158,6 @@ _SD3 = Workload(
     config=_SD3_MEDIUM,
     size=(1024, 1024),
     text_tokens=333,
-    arguments=_sd3,
 )
 
 _ALL = (
@@ -222,7 +180,6 @@ _ALL = (
         config={"guidance_embeds": True},
         size=(1024, 1024),
         text_tokens=512,
-        arguments=_flux,
     ),
     Workload(
         name="pixart-sigma",
@@ -232,7 +189,6 @@ _ALL = (
         size=(1024, 1024),
         text_tokens=300,
         sized_by_config=True,
-        arguments=_pixart,
     ),
     Workload(
         name="dit-xl-2",
@@ -242,7 +198,6 @@ _ALL = (
         size=(512, 512),
         text_tokens=0,
         sized_by_config=True,
-        arguments=_dit,
     ),
     Workload(
         name="wan-1.3b",
@@ -252,7 +207,6 @@ _ALL = (
         size=(832, 480),
         text_tokens=512,
         frames=21,
-        arguments=_wan,
     ),
     replace(
         _SD3,

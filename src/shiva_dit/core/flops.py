@@ -1,133 +1,63 @@
 """True FLOPs of a diffusion transformer at k tokens: 2 per multiply-add, attention included.
 
-Linear layers and attention products are counted, as `torch.utils.flop_counter` counts them;
-norms, activations, softmax and the sort are not. For image tokens a, text tokens T, width D:
-
-- projections of a stream of n tokens: queries, keys, values 3 n D^2; output n D^2; feed-forward
-  (expansion 4) 8 n D^2 multiply-adds;
-- joint attention over S = a + T tokens: S^2 D for the scores and S^2 D for the values;
-- adaLN-zero modulations: 6 D^2 per stream and sample, whatever a.
+Linear layers and attention products are counted, as `torch.utils.flop_counter` counts them; norms,
+activations, softmax and the sort are not. A layer costs so much per token and attention so much per
+pair of tokens, so that a block's cost is a quadratic in its image tokens: three counts give all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from fractions import Fraction
 
 
-@runtime_checkable
-class BlockShape(Protocol):
-    """What the cost of a block depends on, beside the number of tokens."""
+@dataclass(frozen=True, slots=True)
+class Polynomial:
+    """A whole number for every number of tokens.
 
-    def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample with `image_tokens` tokens in the block."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JointBlockShape:
-    """A block with a stream of image and one of text, and attention over both (SD3, Flux)."""
-
-    width: int
-    """D."""
-    text_tokens: int
-    """T."""
-    dual_attention: bool = False
-    """Whether a second attention runs over the image tokens alone (SD3.5)."""
-    context_pre_only: bool = False
-    """Whether the text stream ends here (last block)."""
-    modulation: int | None = None
-    """Multiply-adds of the modulations, per sample; those of adaLN-zero by default."""
-    feed_forward: int | None = None
-    """Multiply-adds of the feed-forward, per token; 8 D^2 by default."""
-
-    def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample with `image_tokens` tokens in the block."""
-        d2 = self.width * self.width
-        a, text = image_tokens, self.text_tokens
-        macs = (9 if self.dual_attention else 6) * d2 + (2 if self.context_pre_only else 6) * d2
-        if self.modulation is not None:
-            macs = self.modulation
-        feed_forward = 8 * d2 if self.feed_forward is None else self.feed_forward
-        macs += 4 * a * d2 + 3 * text * d2 + 2 * (a + text) ** 2 * self.width
-        macs += a * feed_forward
-        if not self.context_pre_only:
-            macs += text * d2 + text * feed_forward
-        if self.dual_attention:
-            macs += 4 * a * d2 + 2 * a * a * self.width
-        return 2 * macs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SharedBlockShape:
-    """A block that treats image and text by the same weights (Flux's single ones, CogView4)."""
-
-    width: int
-    """D."""
-    text_tokens: int
-    """T."""
-    modulation: int
-    """Multiply-adds of its modulations, per sample."""
-    feed_forward: int | None = None
-    """Multiply-adds of the feed-forward, per token; 8 D^2 by default."""
-    projections: int | None = None
-    """Multiply-adds of queries, keys, values and output, per token; 4 D^2 by default."""
-
-    def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample."""
-        d2, tokens = self.width * self.width, image_tokens + self.text_tokens
-        feed_forward = 8 * d2 if self.feed_forward is None else self.feed_forward
-        projections = 4 * d2 if self.projections is None else self.projections
-        macs = self.modulation + tokens * (projections + feed_forward)
-        macs += 2 * tokens**2 * self.width
-        return 2 * macs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CrossBlockShape:
-    """A block with self-attention and cross attention to text (PixArt, Wan, LTX).
-
-    Its modulation comes from outside.
+    >>> Polynomial.through({1: 3, 2: 7, 3: 13}).at(10)  # n^2 + n + 1
+    111
     """
 
-    width: int
-    """D."""
-    text_tokens: int
-    """T."""
-    text_width: int
-    """Width of the text tokens that it reads."""
-    feed_forward: int
-    """Inner width of the feed-forward."""
+    numerators: tuple[int, ...]
+    """Of the coefficients, from the constant up."""
+    denominator: int
+    """Of all of them."""
 
-    def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample with `image_tokens` tokens in the block."""
-        d2, a, text = self.width * self.width, image_tokens, self.text_tokens
-        macs = 4 * a * d2 + 2 * a * a * self.width
-        macs += 2 * a * d2 + 2 * text * self.text_width * self.width + 2 * a * text * self.width
-        return 2 * (macs + 2 * a * self.width * self.feed_forward)
+    @classmethod
+    def through(cls, points: Mapping[int, int]) -> Polynomial:
+        """The one of least degree that has these values (Lagrange's)."""
+        total = [Fraction(0)] * len(points)
+        for place, value in points.items():
+            term = [Fraction(value)]
+            for other in points.keys() - {place}:  # times (n - other) / (place - other)
+                raised, kept = [Fraction(0), *term], [*term, Fraction(0)]
+                term = [
+                    (up - other * same) / (place - other)
+                    for up, same in zip(raised, kept, strict=True)
+                ]
+            total = [a + b for a, b in zip(total, term, strict=True)]
+        denominator = math.lcm(*(c.denominator for c in total))
+        return cls(tuple(int(c * denominator) for c in total), denominator)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassBlockShape:
-    """A block with self-attention, and an embedder of time of its own (DiT)."""
-
-    width: int
-    """D."""
-
-    def flops(self, image_tokens: int) -> int:
-        """FLOPs of one sample: 256 sinusoids of time, the modulation, attention, feed-forward."""
-        d2, a = self.width * self.width, image_tokens
-        macs = 256 * self.width + d2 + 6 * d2
-        return 2 * (macs + 4 * a * d2 + 2 * a * a * self.width + 8 * a * d2)
+    def at(self, tokens: int) -> int:
+        """The value."""
+        value = 0
+        for numerator in reversed(self.numerators):
+            value = value * tokens + numerator
+        count, rest = divmod(value, self.denominator)
+        assert not rest, f"{value}/{self.denominator} is no count"
+        return count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFlops:
     """FLOPs of one forward pass of one sample, as a function of the tokens kept."""
 
-    blocks: tuple[BlockShape, ...]
-    """The blocks in order."""
+    blocks: tuple[Polynomial, ...]
+    """The blocks in order, by their image tokens."""
     constant: int
     """Everything outside the blocks: embedders, final norm and projection."""
     num_tokens: int
@@ -135,7 +65,7 @@ class ModelFlops:
 
     def dense(self) -> int:
         """The unpruned model."""
-        return self.constant + sum(block.flops(self.num_tokens) for block in self.blocks)
+        return self.constant + sum(block.at(self.num_tokens) for block in self.blocks)
 
     def pruned(self, counts: Sequence[int], extra: int = 0) -> int:
         """The pruned model.
@@ -146,5 +76,5 @@ class ModelFlops:
         """
         total = self.constant
         for block, k in zip(self.blocks, counts, strict=True):
-            total += block.flops(k) + (extra if k < self.num_tokens else 0)
+            total += block.at(k) + (extra if k < self.num_tokens else 0)
         return total

@@ -39,7 +39,7 @@ from shiva_dit.experiments.scoring import (
     score,
 )
 from shiva_dit.models.attach import Attachment
-from shiva_dit.models.families import model_spec
+from shiva_dit.models.counted import model_flops
 from shiva_dit.signals import Stopped, stop
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trained, Trainer
@@ -361,7 +361,7 @@ def flops_per_image(
     """True FLOPs of one image without guidance: every sampler step with its own tokens."""
     size = task.num_tokens, task.captions.max_words
     if attachment is None:
-        return float(num_steps * model_spec(backbone).flops(backbone, *size).dense())
+        return float(num_steps * model_flops(backbone, *size).dense())
     run = tuple(sampler_times(num_steps, sampler))
     table = attachment.counts.table(task.num_tokens, run)
     return float(sum(attachment.flops(*size, table.row(t)) for t in run))

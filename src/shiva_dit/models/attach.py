@@ -22,11 +22,11 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
+from shiva_dit.models.counted import counted
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.graphs import GRAPHS, GraphRunner, Recorder, put_on
 from shiva_dit.models.guidance import Pass, Passes
-from shiva_dit.models.low_rank import flops_beside
 from shiva_dit.models.neighbours import (
     reaches,
     refuse_neighbours,
@@ -270,15 +270,10 @@ class Attachment(Uncopied):
             counts: k of every block (a row of `table`).
         """
         update = 0 if self.updates is None else self.updates.flops(num_tokens)
-        model_flops = self.spec.flops(self.model, num_tokens, text_tokens)
-        total = model_flops.pruned(counts, update)
-        if self.backbone is not None and self.backbone.beside:
-            paths = [
-                f"{name}.{key}"
-                for name in self.spec.block_lists
-                for key in self.model.get_submodule(name)._modules
-            ]
-            total += flops_beside(self.backbone.beside, model_flops, counts, paths)
+        costs = counted(self.model, text_tokens)
+        total = costs.flops(num_tokens).pruned(counts, update)
+        for beside in () if self.backbone is None else self.backbone.beside:
+            total += beside.flops(costs.linear_rows(beside.path, num_tokens, counts))
         pruned = [block for block, k in enumerate(counts) if k < num_tokens]
         if pruned:
             total += self.selector.condition_flops()

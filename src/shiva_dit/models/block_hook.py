@@ -20,6 +20,7 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.guidance import Passes
+from shiva_dit.models.rows import apart, together
 from shiva_dit.models.spec import BlockSpec, argument_place
 from shiva_dit.modules.updates import RejectedUpdates
 
@@ -125,7 +126,8 @@ class BlockHook(Uncopied, ModelHook):
             return self.run(*args, **kwargs)
         by_name = self.spec.hidden in kwargs
         tokens = kwargs[self.spec.hidden] if by_name else args[self.place]
-        text, x = self._apart(tokens, state)  # (B, T, D) or None, (B, N, D)
+        where = self.spec.text
+        text, x = apart(tokens, state.num_tokens, where)  # (B, T, D) or None, (B, N, D)
         chosen, places = self._choose(x, state)
         update = None if self.update is None else self.update(x, state.update_condition)
         gates = state.gates
@@ -134,7 +136,7 @@ class BlockHook(Uncopied, ModelHook):
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
         before = gather_tokens(x, chosen)  # (B, k, D)
-        changed = {self.spec.hidden: (self.place, self._together(text, before))}
+        changed = {self.spec.hidden: (self.place, together(text, before, where))}
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
             if value is not None:
@@ -147,30 +149,13 @@ class BlockHook(Uncopied, ModelHook):
         output = self.run(*args, **kwargs)
         place = self.spec.output
         after = output if place is None else output[place]
-        text, after = self._apart(after, state, x.shape[1] - before.shape[1])
+        text, after = apart(after, before.shape[1], where)
         rest = x if update is None else x + update
         new = scatter_tokens(rest, chosen, after, places)  # (B, N, D)
         if gates is not None:
             new = gates.leave(x, new, update)
-        new = self._together(text, new)
+        new = together(text, new, where)
         return new if place is None else (*output[:place], new, *output[place + 1 :])
-
-    def _apart(
-        self, tokens: Tensor, state: BlockState, rejected: int = 0
-    ) -> tuple[Tensor | None, Tensor]:
-        """Text, where a block holds it, and image."""
-        if not self.spec.text_inside:
-            return None, tokens
-        image = state.num_tokens - rejected
-        if self.spec.text_last:
-            return tokens[:, image:], tokens[:, :image]
-        text = tokens.shape[1] - image
-        return tokens[:, :text], tokens[:, text:]
-
-    def _together(self, text: Tensor | None, image: Tensor) -> Tensor:
-        if text is None:
-            return image
-        return torch.cat([image, text] if self.spec.text_last else [text, image], dim=1)
 
     def _choose(self, x: Tensor, state: BlockState) -> tuple[Tensor, Tensor | None]:
         """The tokens that run, (B, k), by the scores or another pass's; their places if known."""

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from shiva_dit.models.families import block_spec, model_spec
-from shiva_dit.models.spec import argument_place
+from shiva_dit.models.rows import apart
+from shiva_dit.models.spec import bind
 
 
 @dataclass(slots=True)
@@ -65,17 +66,9 @@ def _keep(
     output: Any,
 ) -> None:
     spec = block_spec(module)
-    image = slice(None)
-    if keep_input or spec.text_inside:
-        by_name = spec.hidden in kwargs
-        place = 0 if by_name else argument_place(module, spec.hidden)
-        tokens = kwargs[spec.hidden] if by_name else args[place]
-        if spec.text_last:
-            image = slice(num_tokens)
-        elif spec.text_inside:
-            image = slice(tokens.shape[1] - num_tokens, None)
-        if keep_input:
-            features.inputs[index] = tokens[:, image]
+    if keep_input:
+        before = bind(module, args, kwargs)[spec.hidden]
+        features.inputs[index] = apart(before, num_tokens, spec.text)[1]
     if keep_output:
         after = output if spec.output is None else output[spec.output]
-        features.outputs[index] = after[:, image]
+        features.outputs[index] = apart(after, num_tokens, spec.text)[1]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiva_dit.core.flops import JointBlockShape, ModelFlops, SharedBlockShape
 from shiva_dit.models.neighbours import below_offloading, reaches
 from shiva_dit.models.places import PLAIN, linear_bias, linear_weight
 
@@ -200,50 +198,3 @@ def _cast(parts: Parts, like: Tensor) -> Parts:
         None if factor is None else factor.to(like),
         None if shift is None else shift.to(like),
     )
-
-
-def flops_beside(
-    found: Sequence[Beside],
-    model_flops: ModelFlops,
-    counts: Sequence[int],
-    block_paths: Sequence[str],
-) -> int:
-    """FLOPs of what lies beside layers, of one forward of one sample.
-
-    Args:
-        found: All of it.
-        model_flops: Of the model; its blocks know how many text tokens they see.
-        counts: k of every block.
-        block_paths: The blocks' names in the model.
-    """
-    index_of = {path: index for index, path in enumerate(block_paths)}
-    text = max(getattr(shape, "text_tokens", 0) for shape in model_flops.blocks)
-    total = 0
-    for beside in found:
-        block = index_of.get(_block_of(beside.path))
-        if block is None:  # refiners of text or latents, side blocks
-            image = model_flops.num_tokens
-            is_text = not re.match(r"noise_refiner|vace_blocks", beside.path)
-            rows = text if is_text or CROSS.search(beside.path) else image
-        else:
-            rows = _rows(beside.path, model_flops.blocks[block], counts[block])
-        total += beside.flops(rows)
-    return total
-
-
-TEXT = re.compile(r"\.(add_[qkv]_proj|to_add_out|ff_context|txt_\w+)(\.|$)")
-CROSS = re.compile(r"\.attn2\.to_[kv]$")
-
-
-def _block_of(path: str) -> str:
-    """The first two parts of a layer's path: blocks lie in lists of the model's."""
-    return ".".join(path.split(".")[:2])
-
-
-def _rows(path: str, shape: Any, image: int) -> int:
-    """How many tokens a layer of a block sees."""
-    text: int = getattr(shape, "text_tokens", 0)
-    if isinstance(shape, SharedBlockShape):
-        return image + text
-    crosses = not isinstance(shape, JointBlockShape) and CROSS.search(path)
-    return text if crosses or TEXT.search(path) else image

@@ -1,14 +1,44 @@
-"""Arguments of a block that hold a row per image token: how the chosen rows are taken."""
+"""What has a row per image token: where the text lies in it, and how the chosen rows are taken."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from shiva_dit.core.selection import gather_tokens
+
+Text = Literal["none", "first", "last"]
+"""Where the text's tokens lie among the image's."""
+
+
+def apart(
+    values: Shaped[Tensor, "B S ..."], num_tokens: int, text: Text
+) -> tuple[Shaped[Tensor, "B T ..."] | None, Shaped[Tensor, "B N ..."]]:
+    """The text's rows, where there are any, and the image's."""
+    if text == "none":
+        return None, values
+    if text == "last":
+        return values[:, num_tokens:], values[:, :num_tokens]
+    start = values.shape[1] - num_tokens
+    return values[:, :start], values[:, start:]
+
+
+def together(
+    rows_of_text: Shaped[Tensor, "#B T ..."] | None,
+    image: Shaped[Tensor, "B N ..."],
+    text: Text,
+) -> Shaped[Tensor, "B S ..."]:
+    """What `apart` took apart."""
+    if rows_of_text is None:
+        return image
+    if len(rows_of_text) != len(image):
+        rows_of_text = rows_of_text.expand(len(image), *rows_of_text.shape[1:])
+    pair = [image, rows_of_text] if text == "last" else [rows_of_text, image]
+    return torch.cat(pair, dim=1)
 
 
 class RowsBySample:
@@ -34,150 +64,61 @@ class RowsBySample:
         return self.rows.unsqueeze(2)
 
 
-def after_text(
-    table: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> tuple[Tensor | RowsBySample, ...]:
-    """Rotary tables (T + N, d) whose first T rows are the text's: those stay."""
-    return tuple(_after_text(rows, chosen, num_tokens) for rows in table)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """An argument with a row per image token; called with one, it takes the chosen rows.
 
+    A tuple is many such arguments. Where there is one row for all tokens (the modulation by one
+    time of a sample), it stays.
+    """
 
-def image_of_pair(
-    tables: tuple[Tensor, Tensor], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> tuple[Tensor | RowsBySample, Tensor]:
-    """A rotary table (N, d) of the image, and one of the text, which stays."""
-    image, text = tables
-    return _after_text(image, chosen, num_tokens), text
+    axis: int | tuple[int, ...] = 1
+    """The tokens' axis, of (B, ...), where B may be 1 for all samples; several of a mask over
+    pairs of tokens."""
+    text: Text = "none"
+    """Where the text's rows are, which stay."""
+    batch: Literal["own", "none", "widened"] = "own"
+    """Whether there is a dimension for the batch; "none" where the model lets one broadcast,
+    "widened" where it puts it there itself (`RowsBySample`)."""
+    dims: int | None = None
+    """Dimensions of a value that has rows by token; one with fewer is by sample, and stays."""
 
+    def __call__(self, value: Any, chosen: Int[Tensor, "B k"], num_tokens: int) -> Any:
+        """The argument for the chosen tokens."""
+        if isinstance(value, tuple):
+            return tuple(self(each, chosen, num_tokens) for each in value)
+        if self.dims is not None and value.ndim < self.dims:
+            return value
+        if self.batch != "own":
+            taken = self._take(value[None], 1, chosen, num_tokens)
+            if self.batch == "none":
+                return taken
+            return taken[0] if len(chosen) == 1 else RowsBySample(taken)
+        for axis in (self.axis,) if isinstance(self.axis, int) else self.axis:
+            value = self._take(value, axis % value.ndim, chosen, num_tokens)
+        return value
 
-def of_all(
-    tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> tuple[Tensor, ...]:
-    """Rotary tables (N, ...) that the model lets broadcast: rows by sample, (B, k, ...)."""
-    del num_tokens
-    return tuple(table[chosen] for table in tables)
-
-
-def of_batch_one(
-    tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> tuple[Tensor, ...]:
-    """Rotary tables (1, N, ...) for all samples: the chosen rows by sample, (B, k, ...)."""
-    del num_tokens
-    return tuple(table[0][chosen] for table in tables)
-
-
-def of_pairs(
-    mask: Shaped[Tensor, "1 1 N N"], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B 1 k k"]:
-    """A mask over pairs of image tokens, one for all samples."""
-    del num_tokens
-    return mask[0, 0][chosen[:, :, None], chosen[:, None, :]][:, None]
-
-
-def of_heads(
-    table: Shaped[Tensor, "B 1 N ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B 1 k ..."]:
-    """A rotary table by sample with a dimension for the heads."""
-    return by_token(table[:, 0], chosen, num_tokens)[:, None]
-
-
-def of_each(
-    tables: tuple[Tensor, ...], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> tuple[Tensor, ...]:
-    """Rotary tables (B, N, d) by sample, or (1, N, d) for all."""
-    return tuple(
-        table[0][chosen] if len(table) == 1 else by_token(table, chosen, num_tokens)
-        for table in tables
-    )
-
-
-def _after_text(
-    rows: Shaped[Tensor, "S d"], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Tensor | RowsBySample:
-    text = rows.shape[0] - num_tokens
-    if chosen.shape[0] == 1:
-        return torch.cat([rows[:text], rows[text:][chosen[0]]])
-    picked = rows[text:][chosen]  # (B, k, d)
-    return RowsBySample(torch.cat([rows[:text].expand(len(chosen), -1, -1), picked], dim=1))
-
-
-def key_bias(
-    bias: Float[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Float[Tensor, "B ..."]:
-    """A bias (B, 1, N) or mask (B, N) on the keys of the image tokens."""
-    del num_tokens
-    if bias.ndim == 2:
-        return bias.gather(1, chosen)
-    return bias.gather(2, chosen[:, None].expand(-1, bias.shape[1], -1))
-
-
-def mask_after_text(
-    mask: Shaped[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B ..."]:
-    """A mask of text and image, (B, T + N) or (B, 1, 1, T + N), the text's entries first."""
-    start = mask.shape[-1] - num_tokens
-    text, image = mask[..., :start], mask[..., start:]
-    index = chosen if mask.ndim == 2 else chosen[:, None, None]
-    return torch.cat([text, image.gather(-1, index)], dim=-1)
-
-
-def mask_before_text(
-    mask: Shaped[Tensor, "B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B ..."]:
-    """A mask of image and text, (B, N + T) or (B, 1, 1, N + T), the image's entries first."""
-    image, text = mask[..., :num_tokens], mask[..., num_tokens:]
-    index = chosen if mask.ndim == 2 else chosen[:, None, None]
-    return torch.cat([image.gather(-1, index), text], dim=-1)
-
-
-def rows_after_text(
-    table: Shaped[Tensor, "B S d"], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B K d"]:
-    """A rotary table by sample (B, T + N, d), the text's rows first: those stay."""
-    text = table.shape[1] - num_tokens
-    return torch.cat([table[:, :text], by_token(table[:, text:], chosen, num_tokens)], dim=1)
-
-
-def rows_before_text(
-    table: Shaped[Tensor, "B S d"], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B K d"]:
-    """A rotary table by sample (B, N + T, d), the image's rows first."""
-    image, text = table[:, :num_tokens], table[:, num_tokens:]
-    return torch.cat([by_token(image, chosen, num_tokens), text], dim=1)
+    def _take(
+        self, value: Tensor, axis: int, chosen: Int[Tensor, "B k"], num_tokens: int
+    ) -> Tensor:
+        if value.shape[axis] == 1:
+            return value
+        if axis != 1:
+            return self._take(value.transpose(1, axis), 1, chosen, num_tokens).transpose(1, axis)
+        of_text, image = apart(value, num_tokens, self.text)
+        return together(of_text, by_token(image, chosen), self.text)
 
 
 def by_token(
-    values: Shaped[Tensor, "B N ..."], chosen: Int[Tensor, "B k"], num_tokens: int
+    values: Shaped[Tensor, "#B N ..."], chosen: Int[Tensor, "B k"]
 ) -> Shaped[Tensor, "B k ..."]:
-    """Values per image token (B, N, ...)."""
-    del num_tokens
+    """The chosen rows of each sample."""
+    if len(values) < len(chosen):
+        return values[0][chosen]
     if values.ndim == 2:
         return values.gather(1, chosen)
     return gather_tokens(values.flatten(2), chosen).unflatten(2, values.shape[2:])
 
 
-def modulation(
-    values: Shaped[Tensor, "#B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "#B ..."]:
-    """Modulation by the time: (B, 6, D) by sample, which stays, or (B, N, 6, D) by token.
-
-    B may be 1 for one time of all samples, here and below.
-    """
-    if values.ndim != 4:
-        return values
-    return by_token(values.expand(len(chosen), -1, -1, -1), chosen, num_tokens)
-
-
-def modulation_tokens_third(
-    values: Shaped[Tensor, "#B ..."], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "#B ..."]:
-    """Modulation by the time: (B, 6, D) by sample, which stays, or (B, 6, N, D) by token."""
-    if values.ndim != 4:
-        return values
-    return modulation(values.transpose(1, 2), chosen, num_tokens).transpose(1, 2)
-
-
-def modulation_in_one(
-    values: Shaped[Tensor, "B M D"], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> Shaped[Tensor, "B K D"]:
-    """Modulation by the time: (B, 1, D) for all tokens of a sample, which stays, or (B, N, D)."""
-    return values if values.shape[1] == 1 else by_token(values, chosen, num_tokens)
+TABLE = Rows(batch="widened", text="first")
+"""A rotary table (T + N, d) for all samples, the text's rows first; T may be 0."""

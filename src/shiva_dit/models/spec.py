@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,10 +12,11 @@ from typing import Any, Literal
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from shiva_dit.core.flops import ModelFlops
+from shiva_dit.models.examples import Input, Size, patches
+from shiva_dit.models.rows import Text
 
-Rows = Callable[[Any, Tensor, int], Any]
-"""An argument, the chosen tokens (B, k) and N, to the argument for these tokens."""
+TakeRows = Callable[[Any, Tensor, int], Any]
+"""An argument, the chosen tokens (B, k) and N, to the argument for these tokens (`Rows`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,10 +27,8 @@ class BlockSpec:
     """Class name, looked up over the block's `__mro__`."""
     hidden: str = "hidden_states"
     """Argument that holds the image tokens, (B, N, D)."""
-    text_inside: bool = False
-    """Whether that argument holds the text's tokens too, before the image's."""
-    text_last: bool = False
-    """Whether these come after the image's instead."""
+    text: Text = "none"
+    """Where that argument holds the text's tokens too, if it does."""
     output: int | None = None
     """Place of the image tokens in the returned tuple; None if the tensor itself is returned."""
     value_modules: tuple[str, ...] = ()
@@ -38,41 +38,29 @@ class BlockSpec:
     values_fused: bool = False
     """Whether these give queries and keys of the same width before the values, and perhaps more
     after them."""
-    rows: Mapping[str, Rows] = field(default_factory=dict)
+    rows: Mapping[str, TakeRows] = field(default_factory=dict)
     """Arguments that hold something per image token, and how the chosen rows are taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelDims:
-    """Widths that a router is built from."""
-
-    num_blocks: int
-    """L."""
-    width: int
-    """D of the image tokens."""
-    time_dim: int
-    """Width of the time embedding."""
-    context_dim: int
-    """Width of the pooled text or class embedding."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """Where a model keeps its blocks, its time and its pooled text."""
+    """Where a model keeps its blocks, its time and its pooled text, and what it is called with."""
 
     model_class: str
     """Class name, looked up over the model's `__mro__`."""
     name: str
     """As people call it."""
-    context_is: str
+    context_is: str = "mean of the text"
     """What `context` gives, in words."""
-    block_lists: tuple[str, ...]
+    block_lists: tuple[str, ...] = ("transformer_blocks",)
     """Attributes that hold the blocks, in the order in which they run."""
-    sample: str
+    depths: tuple[str, ...] = ("num_layers", "num_single_layers")
+    """The settings that say how many blocks these hold."""
+    sample: str = "hidden_states"
     """Argument of the model's forward that holds the latents."""
-    timestep: str
+    timestep: str = "timestep"
     """Argument that holds the timestep."""
-    noise_timestep: float
+    noise_timestep: float = 1000.0
     """What the model calls pure noise, t = 1."""
     clean_timestep: float = 0.0
     """What it calls clean data, t = 0."""
@@ -91,14 +79,18 @@ class ModelSpec:
     """Blocks that can't be pruned, since they change tokens that they aren't given."""
     least_tokens: int = 1
     """Fewest image tokens that a block can run on."""
-    tokens: Callable[[nn.Module, Any], int]
+    tokens: Callable[[nn.Module, Any], int] = lambda model, sample: count_tokens(model, sample)
     """Number of image tokens N for latents, as the model takes them."""
-    own_tokens: Callable[[nn.Module], int | None] = lambda model: None
+    own_tokens: Callable[[nn.Module], int | None] = lambda model: own_square(model)
     """N of the size that its config states; None where it states none."""
-    dims: Callable[[nn.Module], ModelDims]
-    """Widths of a model."""
-    flops: Callable[[nn.Module, int, int], ModelFlops]
-    """FLOPs for N image tokens and T text tokens."""
+    inputs: Mapping[str, Input]
+    """How the arguments of a forward are made for an example of a given size (`examples`), but
+    the time: for counting, measuring and tests."""
+    sizes: Callable[[Any, int], tuple[int, int, int]] = lambda model, i: (1, 2, 2 * i)
+    """Frames, height and width, in tokens, of the i-th of several small examples."""
+    for_text: Callable[[Mapping[str, Any], int], Mapping[str, Any]] = lambda config, text: {}
+    """Settings, from the others and T, by which a model takes T text tokens: of models whose
+    config states a number or a longest one."""
 
     def time(self, timestep: Any) -> Any:
         """T in [0, 1], 1 for pure noise, of a model's timestep (a number or a tensor)."""
@@ -107,6 +99,11 @@ class ModelSpec:
     def timestep_at(self, t: Tensor) -> Tensor:
         """What the model calls times t in [0, 1]."""
         return self.clean_timestep + t * (self.noise_timestep - self.clean_timestep)
+
+    def example(self, model: nn.Module, size: Size) -> dict[str, Any]:
+        """Arguments of a forward but the time, for an example of a size."""
+        made = {name: make(model, size) for name, make in self.inputs.items()}
+        return {name: value for name, value in made.items() if value is not None}
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """All blocks in the order in which they run."""
@@ -127,22 +124,21 @@ def given(model: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def latent_grid(model: Any, sample: Float[Tensor, "B C H W"]) -> int:
-    """Image tokens of a model that cuts latents into patches."""
-    patch = model.config.patch_size
-    return (sample.shape[-2] // patch) * (sample.shape[-1] // patch)
+def count_tokens(model: Any, sample: Shaped[Tensor, "B ..."]) -> int:
+    """Image tokens of latents (B, C, H, W) or (B, C, F, H, W) by the config's patches.
+
+    Latents of three dimensions, (B, N, C), are one row per token already.
+    """
+    if sample.ndim == 3:
+        return sample.shape[1]
+    sides = sample.shape[2:]
+    return math.prod(s // p for s, p in zip(sides, patches(model, len(sides)), strict=True))
 
 
 def own_square(model: Any) -> int | None:
-    """Image tokens of the square latents that a model's config states."""
-    side, patch = model.config.sample_size, model.config.patch_size
-    return None if side is None else (side // patch) ** 2
-
-
-def packed(model: Any, sample: Float[Tensor, "B N C"]) -> int:
-    """Image tokens of a model whose latents come as one row per token."""
-    del model
-    return sample.shape[1]
+    """Image tokens of the square latents that a model's config states, if it does."""
+    side = model.config.get("sample_size")
+    return None if side is None else (side // model.config.patch_size) ** 2
 
 
 def pooled_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:

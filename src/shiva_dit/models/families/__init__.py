@@ -1,40 +1,14 @@
-"""The specs of all supported models, by class name; a family is a file."""
+"""The specs of all supported models, by class name: a file by how they read the text."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from shiva_dit.models.families import (
-    allegro,
-    auraflow,
-    chroma,
-    cogvideox,
-    cogview,
-    dit,
-    easyanimate,
-    flux,
-    flux2,
-    hunyuan_dit,
-    hunyuan_video,
-    krea2,
-    ltx,
-    lumina,
-    mochi,
-    pixart,
-    prx,
-    qwen_image,
-    sd3,
-    wan,
-    z_image,
-)
+from shiva_dit.models.families import cross, flux, joint, one_stream, videos, wan
 from shiva_dit.models.families.refused import REFUSED
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
-FAMILIES = (
-    *(sd3, flux, pixart, dit, qwen_image, chroma, auraflow, cogview),
-    *(flux2, z_image, lumina, hunyuan_dit, prx, krea2),
-    *(wan, ltx, cogvideox, hunyuan_video, mochi, allegro, easyanimate),
-)
+FAMILIES = (joint, flux, one_stream, cross, wan, videos)
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
 MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}
 

@@ -1,94 +1,167 @@
-"""Wan and its kin: video, cross attention, rotary tables with a batch of one."""
+"""Videos by cross attention to text: Wan and its kin, LTX, Allegro."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from shiva_dit.core.flops import CrossBlockShape, ModelFlops
-from shiva_dit.models.rows import modulation, modulation_tokens_third, of_batch_one, of_pairs
-from shiva_dit.models.spec import BlockSpec, ModelDims, ModelSpec, text_mean
+from shiva_dit.models import examples
+from shiva_dit.models.examples import Size
+from shiva_dit.models.rows import Rows
+from shiva_dit.models.spec import (
+    BlockSpec,
+    ModelSpec,
+    count_tokens,
+    given,
+    mean_text,
+    text_mean,
+)
+
+PICTURE_TOKENS = 257
+"""Tokens of a picture to start from, in Wan's models from image to video (CLIP's)."""
+WITH_PICTURE = 512
+"""Text tokens of these models: their attention has the number written in."""
 
 
-def _tokens(model: Any, sample: Float[Tensor, "B C F H W"]) -> int:
-    sides = zip(sample.shape[2:], model.config.patch_size, strict=True)
-    return math.prod(side // patch for side, patch in sides)
-
-
-def _dims(model: Any) -> ModelDims:
-    width = model.config.num_attention_heads * model.config.attention_head_dim
-    return ModelDims(
-        num_blocks=len(model.blocks),
-        width=width,
-        time_dim=width,
-        context_dim=model.config.text_dim,
-    )
-
-
-def _flops(model: Any, num_tokens: int, text_tokens: int) -> ModelFlops:
-    config, width = model.config, _dims(model).width
-    if config.image_dim is not None:
+def _picture(model: Any, size: Size) -> Float[Tensor, "pictures N Dp"] | None:
+    """A picture to start from, two for models that end in one as well."""
+    config = model.config
+    if not config.get("image_dim"):
+        return None
+    if size.text != WITH_PICTURE:
         raise ValueError(
-            "the FLOPs of Wan models that read an image beside the text are not known."
+            f"Wan's models that read a picture take {WITH_PICTURE} text tokens, got {size.text}."
         )
-    block = CrossBlockShape(
-        width=width, text_tokens=text_tokens, text_width=width, feed_forward=config.ffn_dim
-    )
-    patch = math.prod(config.patch_size)
-    macs = num_tokens * width * patch * (config.in_channels + config.out_channels)
-    macs += text_tokens * (config.text_dim * width + width * width)
-    macs += config.freq_dim * width + width * width + 6 * width * width
-    if getattr(config, "inject_sample_info", False):  # SkyReels embeds the frame rate
-        macs += width * width + width * 6 * width
-    constant = 2 * macs
-    if hasattr(model, "vace_blocks"):  # they read what blocks never touch, so they stay whole
-        sides = len(model.vace_blocks)
-        projections = (1 + sides) * num_tokens * width * width
-        embedding = num_tokens * width * patch * config.vace_in_channels
-        constant += sides * block.flops(num_tokens) + 2 * (projections + embedding)
-    return ModelFlops(blocks=(block,) * len(model.blocks), constant=constant, num_tokens=num_tokens)
+    pictures = 2 if config.get("pos_embed_seq_len") else 1
+    return size.draw(pictures * size.batch, PICTURE_TOKENS, config.image_dim)
+
+
+def _frame_rates(model: Any, size: Size) -> list[int] | None:
+    return [1] * size.batch if model.config.inject_sample_info else None
+
+
+def _mean_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    """The mean of the text, which pipelines give with a dimension more, (B, 1, T, Dc)."""
+    text: Tensor = given(model, arguments, "encoder_hidden_states")
+    return mean_text(text.flatten(1, -2), arguments.get("encoder_attention_mask"))
+
+
+def _own_tokens(model: Any) -> int:
+    config = model.config
+    shape = config.sample_frames, config.sample_height, config.sample_width
+    return count_tokens(model, torch.empty((1, config.in_channels, *shape), device="meta"))
+
+
+def _positions(
+    embedding: tuple[Any, tuple[Int[Tensor, "1 N"], ...]],
+    chosen: Int[Tensor, "B k"],
+    num_tokens: int,
+) -> tuple[Any, tuple[Int[Tensor, "B k"], ...]]:
+    """Rotary tables by coordinate, and every token's three coordinates: these are gathered."""
+    tables, positions = embedding
+    return tables, Rows()(positions, chosen, num_tokens)
+
+
+def _tables_and_positions(model: Any, size: Size) -> tuple[Any, tuple[Int[Tensor, "1 N"], ...]]:
+    sides = size.frames, size.height, size.width
+    width = model.config.attention_head_dim // 3
+    tables = tuple((torch.ones(side, width), torch.zeros(side, width)) for side in sides)
+    places = torch.cartesian_prod(*(torch.arange(side) for side in sides))
+    return tables, tuple(along[None] for along in places.T.contiguous())
 
 
 BLOCKS = (
     BlockSpec(
         block_class="WanTransformerBlock",
         value_modules=("attn1.to_v",),
-        rows={"rotary_emb": of_batch_one, "temb": modulation},
+        rows={"rotary_emb": Rows(), "temb": Rows(dims=4)},
     ),
     BlockSpec(
         block_class="SkyReelsV2TransformerBlock",
         value_modules=("attn1.to_v",),
         rows={
-            "rotary_emb": of_batch_one,
-            "temb": modulation_tokens_third,
-            "attention_mask": of_pairs,
+            "rotary_emb": Rows(),
+            "temb": Rows(axis=2, dims=4),
+            "attention_mask": Rows(axis=(3, 2)),  # the last one contiguous
         },
+    ),
+    BlockSpec(
+        block_class="LTXVideoTransformerBlock",
+        value_modules=("attn1.to_v",),
+        rows={"image_rotary_emb": Rows(), "temb": Rows()},
+    ),
+    BlockSpec(
+        block_class="AllegroTransformerBlock",
+        value_modules=("attn1.to_v",),
+        rows={"image_rotary_emb": _positions, "attention_mask": Rows(axis=-1)},
     ),
 )
 
 _WAN = ModelSpec(
     model_class="WanTransformer3DModel",
     name="Wan 2.1 and 2.2 (text to video)",
-    context_is="mean of the text",
     block_lists=("blocks",),
-    sample="hidden_states",
-    timestep="timestep",
-    noise_timestep=1000.0,
     time_embedder="condition_embedder.time_embedder",
     context=text_mean("zeros"),
     text_tokens=512,
-    tokens=_tokens,
-    dims=_dims,
-    flops=_flops,
+    inputs={
+        "hidden_states": examples.video(),
+        "encoder_hidden_states": examples.text("text_dim"),
+        "encoder_hidden_states_image": _picture,
+    },
 )
-
 MODELS = (
     _WAN,
     replace(_WAN, model_class="ChronoEditTransformer3DModel", name="ChronoEdit"),
-    replace(_WAN, model_class="WanVACETransformer3DModel", name="Wan VACE"),
-    replace(_WAN, model_class="SkyReelsV2Transformer3DModel", name="SkyReels V2"),
+    replace(
+        _WAN,
+        model_class="WanVACETransformer3DModel",
+        name="Wan VACE",
+        inputs={**_WAN.inputs, "control_hidden_states": examples.video("vace_in_channels")},
+    ),
+    replace(
+        _WAN,
+        model_class="SkyReelsV2Transformer3DModel",
+        name="SkyReels V2",
+        sizes=lambda model, i: (model.config.num_frame_per_block, 2, 2 * i),
+        inputs={**_WAN.inputs, "fps": _frame_rates},
+    ),
+    ModelSpec(
+        model_class="LTXVideoTransformer3DModel",
+        name="LTX-Video (text to video)",
+        time_embedder="time_embed.emb.timestep_embedder",
+        context=text_mean("encoder_attention_mask"),
+        guidance="one batch",
+        text_tokens=128,
+        inputs={
+            "hidden_states": examples.packed,
+            "encoder_hidden_states": examples.text("caption_channels"),
+            "encoder_attention_mask": examples.mask(),
+            "num_frames": lambda model, size: size.frames,
+            "height": lambda model, size: size.height,
+            "width": lambda model, size: size.width,
+        },
+    ),
+    ModelSpec(
+        model_class="AllegroTransformer3DModel",
+        name="Allegro",
+        least_tokens=2,  # they drop a dimension of one
+        diffusion=True,
+        time_embedder="adaln_single.emb.timestep_embedder",
+        context=_mean_text,
+        guidance="one batch",
+        text_tokens=512,
+        own_tokens=_own_tokens,
+        inputs={
+            "hidden_states": examples.video(),
+            "encoder_hidden_states": examples.text("caption_channels"),
+            "encoder_attention_mask": examples.mask(),
+            "image_rotary_emb": _tables_and_positions,
+        },
+    ),
 )
