@@ -33,7 +33,7 @@ fix: $(STAMP)  ## Format and mend what can be mended
 COMPARISONS := $(filter-out %-scenes64.toml,$(sort $(wildcard recipes/compare-*.toml)))  # those need a GPU
 
 # A run takes about a minute of one core on the digits and three and a half on the scenes: 18 core-hours in all.
-results-estimators: $(STAMP)  ## What docs/results.md says of tokens and ratios, into runs/ (9 hours on two cores; goes on where it stopped)
+results-estimators: $(STAMP)  ## What docs/results/ says of tokens and ratios, into runs/ (9 hours on two cores; goes on where it stopped)
 	$(foreach recipe,$(COMPARISONS),$(BIN)/shiva-dit compare $(recipe) &&) true
 	$(BIN)/shiva-dit inspect synthetic
 	for task in digits scenes; do \
@@ -43,7 +43,7 @@ results-estimators: $(STAMP)  ## What docs/results.md says of tokens and ratios,
 	$(BIN)/shiva-dit inspect captions --task scenes
 
 report: $(STAMP)  ## Write the tables of the documents from the records
-	$(BIN)/shiva-dit report README.md docs/*.md
+	$(BIN)/shiva-dit report README.md docs/*.md docs/results/*.md
 
 install: $(STAMP)  ## Make .venv
 
