@@ -1,4 +1,7 @@
-"""What documents name is there: files, code, options, settings, commands, messages, hooks."""
+"""What documents name is there: files, code, options, settings, commands, messages, hooks.
+
+`python -m tests.test_documents` says how many words each page has.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from tests import running, tiny
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "shiva_dit"
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 CONFIGS = (TrainConfig, Comparison, BaseTraining, FlipConfig, BenchmarkConfig)
 
 MADE_LATER = ("runs/", "quickstart/", ".venv")
@@ -380,7 +383,31 @@ def wrong(text: str) -> str | None:
 
 # --- the tests ------------------------------------------------------------------------------------
 
-every = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+every = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+
+
+def prose_words(document: Path) -> int:
+    """Words to read: no code, tables, formulas or pictures, nothing that a command writes."""
+    text = document.read_text(encoding="utf-8")
+    for made in (
+        r"^```.*?^```",
+        r"<!-- (?P<made>[a-z]+)\b.*?<!-- end (?P=made) -->",
+        r"\$\$.*?\$\$",
+    ):
+        text = re.sub(made, "", text, flags=re.S | re.M)
+    text = re.sub(r"^( *\||!\[).*$|<!--.*?-->", "", text, flags=re.M)
+    return sum(any(map(str.isalnum, word)) for word in text.split())
+
+
+def prose() -> str:
+    """Words by page, a line each, and their sum in the last."""
+    found = {path.relative_to(ROOT).as_posix(): prose_words(path) for path in DOCUMENTS}
+    found["in all"] = sum(found.values())
+    return "\n".join(f"{words:6d} {page}" for page, words in found.items())
+
+
+def test_the_documents_can_be_read_in_an_hour() -> None:
+    assert sum(map(prose_words, DOCUMENTS)) <= 12_000, prose()
 
 
 @every
@@ -466,3 +493,7 @@ def test_the_pitfalls_name_the_hooks_that_are_refused() -> None:
     caches = re.search(r"Blocks under (.*?) aren't compiled", text)
     assert caches is not None
     assert set(caches[1].split(" or ")) == set(BLOCK_CACHES.values())
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{prose()}\n")
