@@ -17,13 +17,23 @@ from shiva_dit.core.estimators import (
     gate_input,
     selection_benefit,
 )
-from shiva_dit.core.selection import gather_tokens, scatter_tokens, select_top_k
+from shiva_dit.core.selection import (
+    gather_tokens,
+    scatter_tokens,
+    select_top_k,
+    select_with_places,
+)
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 from shiva_dit.methods.gates import SelectionGates
 
 B, N, D, K = 3, 20, 16, 8
 TAU_RANK, TAU_SELECT = 0.2, 0.1
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def best_tokens(scores: Tensor, k: int) -> Tensor:
+    """In the order in which gates choose them: the best first."""
+    return select_with_places(scores, k)[0]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -74,7 +84,7 @@ class Truth:
 @pytest.fixture(scope="module")
 def truth() -> Truth:
     x, scores = normal(B, N, D), normal(B, N, seed=1)
-    chosen = select_top_k(scores, K)
+    chosen = best_tokens(scores, K)
     block, seen = Block(), {}
     block.on_value = lambda value: seen.setdefault("value", value)
     base = x.clone().requires_grad_()
@@ -165,7 +175,7 @@ def test_the_paper_gate_leaves_the_forward_to_the_bit(dtype: torch.dtype):
     x, block = normal(B, N, D).to(dtype), Block(dtype)
     scores = normal(B, N, seed=1, dtype=torch.float32).requires_grad_()
     inclusion = inclusion_scores(soft_rank(scores, TAU_RANK), float(K), TAU_SELECT)
-    chosen = select_top_k(scores.detach(), K)
+    chosen = best_tokens(scores.detach(), K)
     gated = gate_input(x, inclusion, chosen)
     out = scatter_tokens(gated, chosen, block(gather_tokens(gated, chosen)))
     plain = scatter_tokens(x, chosen, block(gather_tokens(x, chosen)))
@@ -462,7 +472,7 @@ def test_gates_leave_the_forward_to_the_bit(config: EstimatorConfig, dtype: torc
     gates = make_gates(config, teacher_update=TEACHER.to(dtype))
     scores.requires_grad_()
     out = run_block(gates, scores, x, dtype)
-    chosen = select_top_k(scores.detach(), K)
+    chosen = best_tokens(scores.detach(), K)
     plain = scatter_tokens(x, chosen, Block(dtype)(gather_tokens(x, chosen)))
     assert out.dtype == dtype
     assert torch.equal(out, plain)
@@ -495,8 +505,8 @@ def test_the_same_noise_ranks_and_selects_and_a_second_choice_repeats_it():
     noise = 2.0 * torch.randn(B, N, generator=torch.Generator().manual_seed(3)).double()
     perturbed = standardize(scores) + noise
     assert torch.equal(gates.noise, noise)
-    assert torch.equal(chosen, select_top_k(perturbed, K))
-    assert not torch.equal(chosen, select_top_k(scores, K))
+    assert torch.equal(chosen, best_tokens(perturbed, K))
+    assert not torch.equal(chosen, best_tokens(scores, K))
     first = gates.inclusion
     expected = inclusion_scores(soft_rank(perturbed, TAU_RANK), float(K), TAU_SELECT)
     assert torch.equal(first, expected)
@@ -520,7 +530,7 @@ def test_noise_needs_a_generator():
 
 def test_noise_is_off_by_default():
     gates = make_gates(EstimatorConfig())
-    assert torch.equal(gates.choose(normal(B, N), K), select_top_k(normal(B, N), K))
+    assert torch.equal(gates.choose(normal(B, N), K), best_tokens(normal(B, N), K))
     assert torch.equal(gates.noise, torch.zeros(B, N, dtype=torch.float64))
 
 

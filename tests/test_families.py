@@ -153,8 +153,11 @@ def test_gradients_reach_the_router_with_checkpointing_and_without(
     names = dict(tiny.adapter(families.made(name)).router.named_parameters())
     # The first router serves blocks 0 and 1, the first of which keeps all and is not judged; a
     # third one has blocks alone that can't be pruned.
+    # The norm's bias moves all scores alike, and they are standardised: rounding, if anything.
     moved = {key for key, gradient in plain.items() if gradient.any()}
-    assert moved == {key for key in names if not key.startswith("groups.2.")}
+    judged = {key for key in names if not key.startswith("groups.2.")}
+    without = {key for key in judged if not key.endswith("score_norm.bias")}
+    assert without <= moved <= judged
     if not families.FAMILIES[name].recomputes:
         return
     again = router_gradients(name, kv_gate=kv_gate, checkpointing=True)
