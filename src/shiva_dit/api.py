@@ -16,9 +16,11 @@ import torch
 from shiva_dit.adapter import ShivaAdapter, lora_metadata
 from shiva_dit.config import finite_number, whole_number
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import Attachment, attachment_of, detach_all, exchange, paused
+from shiva_dit.models.attach import attachment_of, detach_all, exchange, paused
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.backbone import first_not_finite
 from shiva_dit.models.clock import Clock, ListedTimes, Run, SchedulerTimes
+from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import MODELS
 from shiva_dit.models.graphs import CudaRecorder
@@ -481,7 +483,7 @@ def _summary(
     model: Any = attachment.model
     run, law = _run(attachment, target, num_tokens, num_inference_steps)
     table = attachment.counts.table(num_tokens, run)
-    pruned = [float(attachment.flops(num_tokens, text_tokens, row)) for row in table.counts]
+    pruned = [float(pruned_flops(attachment, num_tokens, text_tokens, row)) for row in table.counts]
     times = (0.95, 0.75, 0.5, 0.25, 0.05) if run is None else run
     return Summary(
         model_class=attachment.spec.model_class,
@@ -524,9 +526,8 @@ def _run(
     law = f"{num_steps} steps of {type(scheduler).__name__}"
     if sampler.is_shifted_by_target:
         # A picture that is given counts as tokens, but does not shift the times.
-        executed = (
-            clock.times.run if clock is not None and num_tokens == attachment.num_tokens else None
-        )
+        is_last = num_tokens == attachment.forwards.num_tokens
+        executed = clock.times.run if clock is not None and is_last else None
         if executed is not None and len(executed) == num_steps:
             return executed, f"{law}, as last executed"
         law += ", shifted as without a picture given"
@@ -535,7 +536,7 @@ def _run(
 
 def _own_size(attachment: Attachment) -> int:
     """Image tokens of the last forward, else of the size that the model's config states."""
-    size = attachment.num_tokens or attachment.spec.own_tokens(attachment.model)
+    size = attachment.forwards.num_tokens or attachment.spec.own_tokens(attachment.model)
     if size is None:
         raise ValueError(
             f"the config of {type(attachment.model).__name__} states no size, and no forward has "

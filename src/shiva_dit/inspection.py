@@ -23,8 +23,9 @@ from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.selection import select_top_k
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.attach import Attachment, GatedForward
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.features import record_blocks
+from shiva_dit.models.gating import GatedForward
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.paths import path_of
 
@@ -220,7 +221,7 @@ class _FlipTest:
             return gates[block]
 
         arguments = {n: v.expand(copies, *v.shape[1:]) for n, v in self.arguments.items()}
-        with self.attachment.gated(GatedForward(counts=counts or self.counts, gates=make)):
+        with self.attachment.forwards.gated(GatedForward(counts=counts or self.counts, gates=make)):
             output = self.attachment.model(**arguments, **self.shared)
         prediction = self.path.prediction(output)[:, : self.target.shape[1]]
         error = (prediction.float() - self.target.float()).square().flatten(1).mean(1)

@@ -23,7 +23,9 @@ from shiva_dit.benchmark.records import record_what
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
 from shiva_dit.provenance import provenance
 
@@ -135,11 +137,11 @@ class Bench:
                 yield
             return
         attachment.counts.use(self.schedules[name])
-        attachment.always_select = name == FORCED
+        attachment.forwards.always_select = name == FORCED
         try:
             yield
         finally:
-            attachment.always_select = False
+            attachment.forwards.always_select = False
 
     def forwards(self, steps: list[float]) -> None:
         """One forward at each of these times."""
@@ -231,7 +233,9 @@ class Bench:
         if name not in (DENSE, FORCED):
             table = self._table(name)
             counts = [table.row(t) for t in self.times]
-            each = [self.attachment.flops(self.num_tokens, self.text_tokens, c) for c in counts]
+            each = [
+                pruned_flops(self.attachment, self.num_tokens, self.text_tokens, c) for c in counts
+            ]
             row["flops"] = round(sum(each) / len(each))
             row["keep_ratio"] = table.mean_keep_ratio_at(self.times)
             row["distinct_rows"] = len(set(counts))

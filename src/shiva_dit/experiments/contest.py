@@ -38,7 +38,8 @@ from shiva_dit.experiments.scoring import (
     sampler_times,
     score,
 )
-from shiva_dit.models.attach import Attachment
+from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
 from shiva_dit.signals import Stopped, stop
 from shiva_dit.training.recipe import TrainConfig
@@ -364,7 +365,7 @@ def flops_per_image(
         return float(num_steps * model_flops(backbone, *size).dense())
     run = tuple(sampler_times(num_steps, sampler))
     table = attachment.counts.table(task.num_tokens, run)
-    return float(sum(attachment.flops(*size, table.row(t)) for t in run))
+    return float(sum(pruned_flops(attachment, *size, table.row(t)) for t in run))
 
 
 def noise_seed(seed: int) -> int:

@@ -18,7 +18,8 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
-from shiva_dit.models.attach import Attachment, attach, attachment_of
+from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import file_digest, write_atomically, write_json
@@ -104,10 +105,8 @@ def put_trained_on(
         return None
     if isinstance(selector, RandomSelector):
         selector = RandomSelector(torch.Generator().manual_seed(seed))
-    options = (
-        {} if trained.adapter is None else {"select_every": trained.adapter.config.select_every}
-    )
-    return attach(model, selector, schedule, updates=trained.updates, **options)
+    every = 1 if trained.adapter is None else trained.adapter.config.select_every
+    return attach(model, selector, schedule, updates=trained.updates, select_every=every)
 
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:

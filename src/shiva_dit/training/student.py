@@ -18,9 +18,10 @@ from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
-from shiva_dit.models.attach import GatedForward, attach, attachment_of
+from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.features import BlockFeatures, record_blocks
+from shiva_dit.models.gating import GatedForward
 from shiva_dit.training.data import Batch
 from shiva_dit.training.objective import (
     denoising_loss,
@@ -129,7 +130,7 @@ class Student:
         teacher, taught = self.teach(arguments) if self.needs_teacher else (BlockFeatures(), None)
         forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
         with (
-            self.attachment.gated(forward),
+            self.attachment.forwards.gated(forward),
             record_blocks(
                 self.model, inputs=(), outputs=self.distilled, num_tokens=self.num_tokens
             ) as student,
