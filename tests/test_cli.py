@@ -274,7 +274,7 @@ def test_what_is_foreseen_is_one_line(
         RuntimeError("shapes differ"),
         AssertionError(),
         TypeError("no"),
-        ImportError("cannot import name", name="shiva_dit.api"),
+        ImportError("cannot import name", name="shiva_dit.api.apply"),
     ],
 )
 def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from shiva_dit.api import disabled
+from shiva_dit.api.state import disabled
 from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.selection import select_top_k

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shiva_dit.api import supported
+from shiva_dit.api.supported import supported
 from shiva_dit.benchmark.tables import operator_note, operator_rows, timing_note, timing_rows
 from shiva_dit.models.families.refused import REFUSED
 from shiva_dit.provenance import read_as, read_json, read_text, write_atomically

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shiva_dit import api
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.api import state
+from shiva_dit.api.apply import apply
 from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
 from shiva_dit.benchmark.operators import time_operators
 from shiva_dit.benchmark.parts import time_parts
@@ -72,7 +73,7 @@ def made_bench(
     if change is not None:
         change(model)
     adapter = _adapter(config, model, device)
-    api.apply(
+    apply(
         model,
         adapter,
         multiple=config.multiple,
@@ -84,7 +85,7 @@ def made_bench(
     try:
         yield Bench(config, load, grid, attachment)
     finally:
-        api.remove(model)
+        state.remove(model)
 
 
 def _adapter(config: BenchmarkConfig, model: Any, device: torch.device) -> ShivaAdapter:
@@ -133,7 +134,7 @@ class Bench:
         """Within: the model runs as this arm."""
         attachment = self.attachment
         if name == DENSE:
-            with api.disabled(self.model):
+            with state.disabled(self.model):
                 yield
             return
         attachment.counts.use(self.schedules[name])
@@ -153,9 +154,9 @@ class Bench:
     def calls(self) -> dict[str, Callable[[], None]]:
         """A call per arm, of as many forwards as `times`; compiles as the config says."""
         if self.config.mode != "eager":
-            api.compile(self.model)
+            state.compile(self.model)
         if self.config.mode == "graphs":
-            api.cuda_graphs(self.model)
+            state.cuda_graphs(self.model)
 
         def call(name: str) -> None:
             with self.arm(name):

@@ -17,6 +17,7 @@ from torch import nn
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.block_hook import BlockHook, Uncopied
+from shiva_dit.models.clock import Clock
 from shiva_dit.models.compiling import compile_blocks
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
@@ -56,6 +57,8 @@ class Attachment(Uncopied):
         gate_values: bool = False,
         backbone: TunedBackbone | None = None,
         freeze: bool = False,
+        clock: Clock | None = None,
+        adapter: Any = None,
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector = model, selector
@@ -64,7 +67,8 @@ class Attachment(Uncopied):
         self.enabled = True
         self.backbone = backbone
         """Tuned weights; they come and go with the hooks."""
-        self.adapter: Any = None
+        self.adapter = adapter
+        """What it was made from, for whoever asks."""
         self._is_on = False
         self.was_enabled = True
         """Whether it is on again when the last `disabled` block ends."""
@@ -73,7 +77,12 @@ class Attachment(Uncopied):
         self.turns = turns_of(model)
         self._undo = Undo()
         self.counts = Counts(
-            model, schedule, multiple=multiple, segments=segments, select_every=select_every
+            model,
+            schedule,
+            multiple=multiple,
+            segments=segments,
+            select_every=select_every,
+            clock=clock,
         )
         self.passes = Passes()
         self.hooks = [
