@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from shiva_dit.adapter import ShivaAdapter, lora_metadata
+from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import finite_number, whole_number
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import attachment_of, exchange

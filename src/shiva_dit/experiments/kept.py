@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shiva_dit
-from shiva_dit.adapter import CONFIG_FILE, ShivaAdapter
+from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
@@ -23,6 +23,7 @@ from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import file_digest, write_atomically, write_json
+from shiva_dit.saved_folder import CONFIG_FILE
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.student import adapter_config
 from shiva_dit.training.trainer import Trained

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shiva_dit.adapter import MOST_BINS, BackboneKind, RejectedKind
+from shiva_dit.adapter.config import MOST_BINS, BackboneKind, RejectedKind
 from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.budget import BudgetConfig
 from shiva_dit.core.estimators import EstimatorConfig

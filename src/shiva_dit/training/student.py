@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiva_dit.adapter import ShivaAdapter, ShivaConfig, lora_metadata
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.core.schedule import Schedule, anneal, hand_made
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.methods.base import Selector

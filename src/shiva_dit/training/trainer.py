@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shiva_dit.adapter import ShivaAdapter, lora_metadata
+from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
