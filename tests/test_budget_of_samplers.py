@@ -47,7 +47,8 @@ from hypothesis import strategies as st
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.core.schedule import Schedule, hand_made
+from shiva_dit.core.hand_made import hand_made
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.attachment import Attachment

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.adapter.config import lora_metadata
-from shiva_dit.core.schedule import Schedule, anneal, hand_made
+from shiva_dit.core.annealing import anneal
+from shiva_dit.core.hand_made import hand_made
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.fixed_map import FixedMapSelector
