@@ -26,7 +26,7 @@ from shiva_dit.provenance import file_digest, write_atomically, write_json
 from shiva_dit.saved_folder import CONFIG_FILE
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.student import adapter_config
-from shiva_dit.training.trainer import Trained
+from shiva_dit.training.trained import Trained
 
 CONTROL_FILE = "control.json"
 CONTROL_WEIGHTS = "control.safetensors"
