@@ -410,7 +410,7 @@ def test_seeds_are_checked_before_anything_runs(
 
 FAILING_JOBS = """
 from pathlib import Path
-from shiva_dit.experiments.contest import Contestant, Job, Settings
+from shiva_dit.experiments.contestants import Contestant, Job, Settings
 from shiva_dit.experiments.pool import run_jobs
 
 if __name__ == "__main__":

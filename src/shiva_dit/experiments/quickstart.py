@@ -13,13 +13,13 @@ from typing import Any
 from shiva_dit.config import check_seeds, check_types, load_recipe, to_dict
 from shiva_dit.demo.base import ASSETS, load_judge
 from shiva_dit.demo.digits import DigitsTask
-from shiva_dit.experiments.contest import (
+from shiva_dit.experiments.contest import compete
+from shiva_dit.experiments.contestants import (
     Contestant,
     Diverged,
     Job,
     Outcome,
     Settings,
-    compete,
     reference,
 )
 from shiva_dit.experiments.measures import row
