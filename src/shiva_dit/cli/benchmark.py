@@ -51,7 +51,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     from shiva_dit.benchmark.tables import timing_note, timing_rows
     from shiva_dit.benchmark.timing import keep_memory
     from shiva_dit.demo.base import usable_device
-    from shiva_dit.report import plain_rows
+    from shiva_dit.report.layout import plain_rows
 
     usable_device(options.device)
     memory_kept = keep_memory()

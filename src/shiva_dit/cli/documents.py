@@ -26,7 +26,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from shiva_dit.experiments.plots import draw_plots
-    from shiva_dit.report import write_tables
+    from shiva_dit.report.documents import write_tables
 
     for document in options.documents:
         plots = draw_plots(write_tables(document), document.parent)

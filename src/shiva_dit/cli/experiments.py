@@ -37,7 +37,8 @@ def add_commands(command: Command) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from shiva_dit.config import load_recipe
     from shiva_dit.experiments.compare import Comparison, run_comparison
-    from shiva_dit.report import comparison_rows, plain_rows
+    from shiva_dit.report.comparison import comparison_rows
+    from shiva_dit.report.layout import plain_rows
 
     comparison = load_recipe(Comparison, options.recipe, options.overrides)
     out = options.out or Path("runs") / comparison.what
@@ -55,7 +56,8 @@ def _merge(options: argparse.Namespace) -> int:
     from shiva_dit.experiments.merging import merge_records
     from shiva_dit.ownership import check_folder
     from shiva_dit.provenance import read_as, read_json, write_json
-    from shiva_dit.report import comparison_rows, plain_rows
+    from shiva_dit.report.comparison import comparison_rows
+    from shiva_dit.report.layout import plain_rows
 
     if options.out.exists():
         raise ValueError(f"{options.out} is there already: write another file.")

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 MOST_PER_CORE = 16
 """Threads or workers: torch and the system break down far above the number of cores."""
 
 
+@runtime_checkable
 class Command(Protocol):
     """Makes a command; returns what adds its arguments."""
 
