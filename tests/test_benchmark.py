@@ -41,7 +41,7 @@ from shiva_dit.experiments.plots import draw_scaling
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import model_spec
-from shiva_dit.report import benchmark_table, operators_table
+from shiva_dit.report.timing import benchmark_table, operators_table
 from tests import tiny
 
 META = torch.device("meta")

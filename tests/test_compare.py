@@ -21,7 +21,7 @@ from shiva_dit.experiments.merging import merge_records
 from shiva_dit.experiments.plots import draw_comparison, draw_schedules
 from shiva_dit.experiments.scoring import sample
 from shiva_dit.provenance import file_digest
-from shiva_dit.report import comparison_rows, comparison_table
+from shiva_dit.report.comparison import comparison_rows, comparison_table
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("compare-*.toml"))

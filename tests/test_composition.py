@@ -40,7 +40,7 @@ import shiva_dit
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.backbone import PEFT_NAME, backbone_weights
 from shiva_dit.models.backbone import add_lora as add_adapters_lora
-from shiva_dit.report import markdown_rows
+from shiva_dit.report.layout import markdown_rows
 from tests import families, tiny
 from tests.test_pipelines import Flux
 

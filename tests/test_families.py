@@ -23,7 +23,7 @@ from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import MODELS, block_spec, model_spec
 from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.spec import mean_text
-from shiva_dit.report import markdown_rows
+from shiva_dit.report.layout import markdown_rows
 from tests import families, tiny
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"

@@ -29,7 +29,7 @@ import shiva_dit
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.families import MODELS
 from shiva_dit.models.pipelines import PIPELINES
-from shiva_dit.report import markdown_rows
+from shiva_dit.report.layout import markdown_rows
 from tests import families, running, tiny
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"

@@ -18,7 +18,8 @@ from shiva_dit.experiments.plots import draw_caption_swap
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.provenance import provenance, write_json
-from shiva_dit.report import caption_rows, plain_rows
+from shiva_dit.report.estimators import caption_rows
+from shiva_dit.report.layout import plain_rows
 
 KINDS: tuple[Captions, ...] = ("true", "empty", "swapped")
 TIMES = (1.0, 0.7, 0.4)

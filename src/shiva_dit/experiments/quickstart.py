@@ -28,7 +28,7 @@ from shiva_dit.experiments.pool import run_jobs
 from shiva_dit.experiments.scoring import NUM_STEPS, floors
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, write_json
-from shiva_dit.report import plain_table
+from shiva_dit.report.quickstart import plain_table
 from shiva_dit.training.recipe import Method, TrainConfig
 
 NAMES: dict[str, str] = {
