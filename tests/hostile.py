@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from shiva_dit.adapter import BACKBONE_FILE, LORA_FILE, WEIGHTS_FILE, ShivaAdapter
+from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.provenance import file_digest
+from shiva_dit.saved_folder import BACKBONE_FILE, LORA_FILE, WEIGHTS_FILE
 from tests import tiny
 
 HUGE = 2**39

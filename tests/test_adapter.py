@@ -16,16 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import shiva_dit
-from shiva_dit.adapter import (
-    BACKBONE_FILE,
-    CARD_FILE,
-    CONFIG_FILE,
-    LORA_FILE,
-    WEIGHTS_FILE,
-    ShivaAdapter,
-    ShivaConfig,
-)
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.saved_folder import BACKBONE_FILE, CARD_FILE, CONFIG_FILE, LORA_FILE, WEIGHTS_FILE
 from tests import tiny
 
 KINDS_OF_BACKBONE = ("frozen", "lora", "dora", "full")
@@ -144,7 +137,7 @@ def test_an_interrupted_save_is_no_adapter_and_leaves_no_half_file(
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("shiva_dit.adapter.save_file", fail)
+    monkeypatch.setattr("shiva_dit.adapter.storage.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         make().save_pretrained(tmp_path)
     assert bytes_of(tmp_path) == {}

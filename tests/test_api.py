@@ -50,13 +50,13 @@ def calls_of(model: Any) -> Iterator[list[dict[str, Any]]]:
 
     attachment = attachment_of(model)
     assert attachment is not None
-    attachment.observer = lambda block, chosen: calls[-1]["chosen"].append((block, chosen))
+    attachment.forwards.observer = lambda block, chosen: calls[-1]["chosen"].append((block, chosen))
     handle = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
-        attachment.observer = None
+        attachment.forwards.observer = None
 
 
 # --- pipelines ------------------------------------------------------------------------------

@@ -23,8 +23,12 @@ from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
 from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models import block_hook as seam
-from shiva_dit.models.attach import Attachment, GatedForward, attach, attachment_of
+from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.families import block_spec
+from shiva_dit.models.forward import Forwards
+from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.spec import argument_place
 from tests import families, tiny
@@ -45,17 +49,17 @@ def shiva(model: Any, counts: list[list[int]] = COUNTS, **options: Any) -> Attac
 def chosen_tokens(attachment: Attachment) -> Iterator[list[tuple[int, Tensor]]]:
     """Within: (block, tokens chosen) of every pruned block that runs."""
     seen: list[tuple[int, Tensor]] = []
-    attachment.observer = lambda block, chosen: seen.append((block, chosen))
+    attachment.forwards.observer = lambda block, chosen: seen.append((block, chosen))
     try:
         yield seen
     finally:
-        attachment.observer = None
+        attachment.forwards.observer = None
 
 
 def keeps_nothing(attachment: Attachment) -> bool:
     states = [hook.slot.state for hook in attachment.hooks]
     empty = all(s.dense and s.terms is None and s.gates is None for s in states)
-    return empty and attachment._context is None
+    return empty and attachment.forwards._context is None
 
 
 # --- what runs ------------------------------------------------------------------------------
@@ -92,7 +96,7 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
     all_tokens = Schedule.uniform(1.0, num_blocks=4, full_blocks=())
     attachment = attach(model, tiny.adapter(model).selector(), all_tokens)
 
-    attachment.always_select = True
+    attachment.forwards.always_select = True
     monkeypatch.setattr(seam, "select_with_places", permutation)
     permuted = tiny.run(model, tiny.inputs())
     assert len(orders) == 4
@@ -540,7 +544,7 @@ def test_k_outside_its_range_is_refused(k: int, message: str) -> None:
     model = tiny.sd3()
     attachment = shiva(model)
     forward = GatedForward(counts=[64, k, 10, 10], gates=lambda block: None)
-    with pytest.raises(ValueError, match=message), attachment.gated(forward):
+    with pytest.raises(ValueError, match=message), attachment.forwards.gated(forward):
         tiny.run(model, tiny.inputs())
     assert keeps_nothing(attachment)
 
@@ -550,7 +554,7 @@ def test_counts_for_another_depth_are_refused() -> None:
     attachment = shiva(model)
     forward = GatedForward(counts=[64, 10], gates=lambda block: None)
     message = "expected k for 4 blocks, got 2 values"
-    with pytest.raises(ValueError, match=message), attachment.gated(forward):
+    with pytest.raises(ValueError, match=message), attachment.forwards.gated(forward):
         tiny.run(model, tiny.inputs())
     assert keeps_nothing(attachment)
 
@@ -583,11 +587,11 @@ def test_a_second_thread_is_refused_and_does_not_disturb_the_first() -> None:
             thread.start()
             thread.join()
 
-    attachment.observer = meanwhile
+    attachment.forwards.observer = meanwhile
     assert torch.equal(tiny.run(model, tiny.inputs(t=TIMES[0])), expected)
     assert len(errors) == 1
     assert "serves one forward at a time" in errors[0]
-    attachment.observer = None
+    attachment.forwards.observer = None
     other()  # in turn they may: the first has left
     thread = threading.Thread(target=other)
     thread.start()
@@ -652,7 +656,7 @@ class Training:
         )
 
     def forward(self, attachment: Attachment, counts: list[int], seed: int = 0) -> Tensor:
-        with attachment.gated(GatedForward(counts=counts, gates=self.gates)):
+        with attachment.forwards.gated(GatedForward(counts=counts, gates=self.gates)):
             return self.model(**tiny.inputs(seed=seed)).sample
 
     def gradients(self) -> dict[str, Tensor]:
@@ -706,7 +710,7 @@ def test_without_the_snapshot_a_changed_k_would_break_the_recomputation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the test above guards against is real."""
-    monkeypatch.setattr(Attachment, "_snapshot_checkpoints", lambda self, model: None)
+    monkeypatch.setattr(Forwards, "_snapshot_checkpoints", lambda self, model: None)
     training = Training("plain", "residual")
     training.model.enable_gradient_checkpointing()
     attachment = training.attach()
@@ -752,7 +756,7 @@ def test_gates_change_no_value(kind: str, estimator: str, dtype: torch.dtype) ->
         made.noise_std = 0.0
         return made
 
-    with attachment.gated(GatedForward(counts=bins[1], gates=quiet)):
+    with attachment.forwards.gated(GatedForward(counts=bins[1], gates=quiet)):
         gated = training.model(**arguments).sample
     assert gated.dtype == dtype
     assert torch.equal(gated, tiny.run(training.model, arguments))
@@ -770,7 +774,7 @@ def test_a_block_that_keeps_all_its_tokens_is_judged_too() -> None:
         return made[block]
 
     counts = [64, 64, 33, 64]
-    with attachment.gated(GatedForward(counts=counts, gates=gates)):
+    with attachment.forwards.gated(GatedForward(counts=counts, gates=gates)):
         training.model(**tiny.inputs()).sample.square().mean().backward()
     assert set(made) == {1, 2, 3}  # the first is never pruned, so there is nothing to learn
     for block in made:
@@ -844,7 +848,7 @@ def test_flops_count_a_shared_router_once() -> None:
     model = tiny.sd3(num_layers=6)
     counts = [64, 20, 20, 30, 10, 12]
     single, paired = (
-        shiva(model, [counts], select_every=every).flops(64, 7, counts) for every in (1, 2)
+        pruned_flops(shiva(model, [counts], select_every=every), 64, 7, counts) for every in (1, 2)
     )
     selector = tiny.adapter(model).selector()
     assert single - paired == 2 * selector.flops(64)

@@ -41,7 +41,7 @@ from shiva_dit.experiments.plots import draw_scaling
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import model_spec
-from shiva_dit.report import benchmark_table, operators_table
+from shiva_dit.report.timing import benchmark_table, operators_table
 from tests import tiny
 
 META = torch.device("meta")
@@ -86,7 +86,7 @@ def test_other_sizes_and_batches_run_pruned(name: str) -> None:
     adapter = shiva_dit.ShivaAdapter(shiva_dit.ShivaConfig.for_model(model)).to(META)
     schedule = shiva_dit.Schedule.uniform(0.6, num_blocks=len(blocks))
     attachment = attach(model, adapter.selector(), schedule)
-    attachment.observer = lambda block, chosen: kept.update({block: chosen.shape[1]})
+    attachment.forwards.observer = lambda block, chosen: kept.update({block: chosen.shape[1]})
     inputs = load.inputs(model, 2, grid, 32, torch.bfloat16)
     inputs[spec.timestep] = torch.full((2,), 1.0, device=META)
     with torch.no_grad():
@@ -187,10 +187,10 @@ def test_forced_selection_keeps_all_tokens_and_dense_selects_none() -> None:
         attachment = attachment_of(model)
         assert attachment is not None
         seen: dict[int, int] = {}
-        attachment.observer = lambda block, chosen: seen.update({block: chosen.shape[1]})
+        attachment.forwards.observer = lambda block, chosen: seen.update({block: chosen.shape[1]})
         model(**inputs, return_dict=False)
         assert seen == {}
-        attachment.always_select = True
+        attachment.forwards.always_select = True
         (forced,) = model(**inputs, return_dict=False)
     assert seen == {1: 64, 2: 64}
     # All tokens, the best first: attention sums in another order.

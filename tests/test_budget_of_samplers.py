@@ -47,9 +47,12 @@ from hypothesis import strategies as st
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.core.schedule import Schedule, hand_made
+from shiva_dit.core.hand_made import hand_made
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
-from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.families import MODELS, model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
@@ -110,12 +113,12 @@ def kept(attachment: Attachment, num_tokens: int = tiny.NUM_TOKENS) -> Iterator[
         rows[-1][prunable.index(block)] = chosen.shape[1]
 
     handle = attachment.model.register_forward_pre_hook(begin)
-    attachment.observer = seen
+    attachment.forwards.observer = seen
     try:
         yield rows
     finally:
         handle.remove()
-        attachment.observer = None
+        attachment.forwards.observer = None
 
 
 def mean_of(rows: list[list[int]], num_tokens: int = tiny.NUM_TOKENS) -> float:
@@ -175,7 +178,7 @@ def test_every_sampler_executes_the_mean(name: str, steps: int) -> None:
     )
     assert [list(row[1:]) for _, row in summary.rows] == rows
     assert summary.keep_ratio == pytest.approx(mean_of(rows), rel=1e-12)
-    each = [attachment.flops(tiny.NUM_TOKENS, 7, [tiny.NUM_TOKENS, *row]) for row in rows]
+    each = [pruned_flops(attachment, tiny.NUM_TOKENS, 7, [tiny.NUM_TOKENS, *row]) for row in rows]
     assert summary.flops_pruned == pytest.approx(sum(each) / len(each), abs=1)
 
 
@@ -441,7 +444,7 @@ def test_an_adapter_put_on_in_the_middle_of_a_run_keeps_its_list(on_cpu: bool) -
             attachment = applied(pipe)
             assert attachment.counts.clock is not None
             attachment.counts.clock.on_cpu = on_cpu
-            attachment.observer = lambda block, chosen: (
+            attachment.forwards.observer = lambda block, chosen: (
                 rows.append([chosen.shape[1]]) if block == 1 else None
             )
         return arguments

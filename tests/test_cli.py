@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from shiva_dit import cli
-from shiva_dit.cli import main
+from shiva_dit.cli import documents, main, training
 from shiva_dit.training.trainer import Trainer
 from tests.faults import listing
 
@@ -237,7 +236,7 @@ def raising(error: BaseException, patch: pytest.MonkeyPatch) -> None:
     def run(options: argparse.Namespace) -> int:
         raise error
 
-    patch.setattr(cli, "_doctor", run)
+    patch.setattr(documents, "_doctor", run)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +273,7 @@ def test_what_is_foreseen_is_one_line(
         RuntimeError("shapes differ"),
         AssertionError(),
         TypeError("no"),
-        ImportError("cannot import name", name="shiva_dit.api"),
+        ImportError("cannot import name", name="shiva_dit.api.apply"),
     ],
 )
 def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +298,7 @@ def test_signals_end_any_command_with_their_status(
         return 0
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(cli, "_encode", run)
+    monkeypatch.setattr(training, "_encode", run)
     monkeypatch.setattr(sys, "argv", [".venv/bin/shiva-dit"])
     words = ["encode", "pictures", "--pipeline", "p", "--out", "o"]
     assert main(words) == 128 + number
@@ -411,7 +410,7 @@ def test_seeds_are_checked_before_anything_runs(
 
 FAILING_JOBS = """
 from pathlib import Path
-from shiva_dit.experiments.contest import Contestant, Job, Settings
+from shiva_dit.experiments.contestants import Contestant, Job, Settings
 from shiva_dit.experiments.pool import run_jobs
 
 if __name__ == "__main__":
@@ -452,8 +451,8 @@ def test_places_are_checked_before_any_work(
         "shiva_dit.experiments.quickstart.Quickstart",
         "shiva_dit.experiments.compare._run",
         "shiva_dit.demo.base._trained",
-        "shiva_dit.cli._demo",
-        "shiva_dit.cli._loaded",
+        "shiva_dit.cli.training._demo",
+        "shiva_dit.cli.training._loaded",
         "shiva_dit.provenance.read_json",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("worked before it looked"))

@@ -28,7 +28,9 @@ def watched(target: Any, **options: Any) -> tuple[Clock, list[int]]:
     assert attachment.counts.clock is not None
     attachment.counts.clock.on_cpu = True
     kept: list[int] = []
-    attachment.observer = lambda block, chosen: kept.append(chosen.shape[1]) if block == 1 else None
+    attachment.forwards.observer = lambda block, chosen: (
+        kept.append(chosen.shape[1]) if block == 1 else None
+    )
     return attachment.counts.clock, kept
 
 

@@ -14,21 +14,14 @@ from shiva_dit.config import load_recipe
 from shiva_dit.demo.base import load_backbone
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.compare import Comparison, run_comparison
-from shiva_dit.experiments.contest import (
-    Diverged,
-    Job,
-    Outcome,
-    Settings,
-    compete,
-    noise_seed,
-    saved_settings,
-)
+from shiva_dit.experiments.contest import compete, noise_seed
+from shiva_dit.experiments.contestants import Diverged, Job, Outcome, Settings, saved_settings
 from shiva_dit.experiments.kept import put_on
 from shiva_dit.experiments.merging import merge_records
 from shiva_dit.experiments.plots import draw_comparison, draw_schedules
 from shiva_dit.experiments.scoring import sample
 from shiva_dit.provenance import file_digest
-from shiva_dit.report import comparison_rows, comparison_table
+from shiva_dit.report.comparison import comparison_rows, comparison_table
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("compare-*.toml"))

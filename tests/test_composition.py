@@ -40,7 +40,7 @@ import shiva_dit
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.backbone import PEFT_NAME, backbone_weights
 from shiva_dit.models.backbone import add_lora as add_adapters_lora
-from shiva_dit.report import markdown_rows
+from shiva_dit.report.layout import markdown_rows
 from tests import families, tiny
 from tests.test_pipelines import Flux
 
@@ -135,9 +135,9 @@ def selected(model: Any, run: Callable[[], object]) -> list[Tensor]:
     found: list[Tensor] = []
     attachment = attachment_of(model)
     assert attachment is not None
-    attachment.observer = lambda block, chosen: found.append(chosen)
+    attachment.forwards.observer = lambda block, chosen: found.append(chosen)
     run()
-    attachment.observer = None
+    attachment.forwards.observer = None
     return found
 
 
@@ -1115,7 +1115,7 @@ def test_two_threads_on_one_model(kind: Kind) -> None:
             thread.start()
             thread.join()
 
-    attachment.observer = meanwhile
+    attachment.forwards.observer = meanwhile
     assert torch.equal(case.run(), case.pruned)
     assert len(errors) == 1
     assert "serves one forward at a time" in errors[0]

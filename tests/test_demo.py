@@ -38,7 +38,7 @@ from shiva_dit.experiments.scoring import Sampler, floors, sample, sampler_times
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.metrics import psnr
 from shiva_dit.models.attach import attach
-from shiva_dit.report import render
+from shiva_dit.report.documents import render
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trainer
 

@@ -28,8 +28,8 @@ import pytest
 import torch
 
 import shiva_dit
-from shiva_dit import cli
 from shiva_dit.benchmark.config import BenchmarkConfig
+from shiva_dit.cli import command_line
 from shiva_dit.config import from_dict, load_recipe, with_overrides
 from shiva_dit.demo.base import BaseTraining
 from shiva_dit.experiments.compare import Comparison
@@ -265,7 +265,7 @@ def known_somewhere(name: str) -> bool:
 @cache
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The command line's parsers by command."""
-    actions = cli._parser()._actions
+    actions = command_line._parser()._actions
     (commands,) = (a for a in actions if isinstance(a, argparse._SubParsersAction))
     return dict(commands.choices)
 
@@ -276,7 +276,7 @@ def wrong_command(text: str) -> str | None:
     if len(given) == 1:
         return None if given[0] in parsers() else f"there is no command {given[0]}"
     try:
-        parsed = cli._parse(given)
+        parsed = command_line._parse(given)
         if given[0] in ("train", "compare"):
             kind = TrainConfig if given[0] == "train" else Comparison
             load_recipe(kind, ROOT / parsed.recipe, parsed.overrides)

@@ -15,12 +15,15 @@ from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.norm import NormSelector
-from shiva_dit.models.attach import Attachment, GatedForward, attach, attachment_of
+from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.backbone import add_lora, backbone_weights
+from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import MODELS, block_spec, model_spec
+from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.spec import mean_text
-from shiva_dit.report import markdown_rows
+from shiva_dit.report.layout import markdown_rows
 from tests import families, tiny
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
@@ -111,7 +114,7 @@ def test_a_batch_equals_its_samples_alone(name: str) -> None:
     model, given = families.made(name), families.arguments(name)
     attachment = attached(model)
     chosen: list[Tensor] = []
-    attachment.observer = lambda block, tokens: chosen.append(tokens)
+    attachment.forwards.observer = lambda block, tokens: chosen.append(tokens)
     with torch.no_grad():
         both = families.run(model, given)
         assert any(not torch.equal(*tokens.sort(-1).values) for tokens in chosen)
@@ -138,7 +141,7 @@ def router_gradients(name: str, *, kv_gate: bool, checkpointing: bool) -> dict[s
         return SelectionGates(config=config, tau_rank=0.2, tau_select=0.1, soft_k=20.0)
 
     counts = (64, 20, 20, 20, *[64] * (len(attachment.blocks) - 4))
-    with attachment.gated(GatedForward(counts=counts, gates=gates)):
+    with attachment.forwards.gated(GatedForward(counts=counts, gates=gates)):
         loss = families.run(model, families.arguments(name)).square().mean()
         loss.backward()
     return {n: p.grad for n, p in adapter.router.named_parameters() if p.grad is not None}
@@ -238,7 +241,9 @@ def test_what_a_lora_beside_the_layers_costs_is_counted(name: str) -> None:
         assert attachment is not None
         counts = attachment.counts.row(families.TOKENS, given[attachment.spec.timestep])
         found.append(executed(model, given))
-        stated.append(attachment.flops(families.TOKENS, families.FAMILIES[name].text, counts))
+        stated.append(
+            pruned_flops(attachment, families.TOKENS, families.FAMILIES[name].text, counts)
+        )
     assert found[0] > found[1]
     assert stated[0] - stated[1] == found[0] - found[1]
 
@@ -253,7 +258,7 @@ def test_another_resolution_runs_too(name: str) -> None:
     schedule = Schedule.uniform(0.5, num_blocks=4 + len(full), full_blocks=(0, *full))
     attachment = attach(model, tiny.adapter(model).selector(), schedule)
     chosen: list[Tensor] = []
-    attachment.observer = lambda block, found: chosen.append(found)
+    attachment.forwards.observer = lambda block, found: chosen.append(found)
     with torch.no_grad():
         assert torch.isfinite(families.run(model, {**given, **narrow(given)})).all()
     assert [found.shape[1] for found in chosen] == [16] * 3
@@ -279,7 +284,7 @@ def test_odd_grids_run_too(name: str) -> None:
             schedule = Schedule.uniform(ratio, num_blocks=4 + len(full), full_blocks=(0, *full))
             attachment = attach(model, tiny.adapter(model).selector(), schedule)
             chosen: list[Tensor] = []
-            attachment.observer = lambda block, found, seen=chosen: seen.append(found)
+            attachment.forwards.observer = lambda block, found, seen=chosen: seen.append(found)
             found = families.run(model, given)
             assert torch.isfinite(found).all()
             assert torch.equal(found, bare) == (ratio == 1.0)

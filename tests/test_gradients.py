@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from shiva_dit.core.estimators import EstimatorConfig, RejectedUpdate
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.attach import Attachment, GatedForward, attach
+from shiva_dit.models.attach import attach
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.counted import model_widths
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.gating import GatedForward
 from tests import families, tiny
 
 ESTIMATORS = [
@@ -59,15 +61,15 @@ def gradients(
         )
 
     found: dict[int, Tensor] = {}
-    attachment.observer = lambda block, tokens: found.update({block: tokens})
-    attachment.always_select = True
+    attachment.forwards.observer = lambda block, tokens: found.update({block: tokens})
+    attachment.forwards.always_select = True
     for module in (model, *attachment.learned):
         module.zero_grad()
-    with attachment.gated(GatedForward(counts=counts, gates=gates)):
+    with attachment.forwards.gated(GatedForward(counts=counts, gates=gates)):
         output = families.run(model, arguments)
     weights = torch.linspace(-1, 1, output.numel()).view_as(output)
     (output * weights).mean().backward()
-    attachment.observer = None
+    attachment.forwards.observer = None
     named = dict(model.named_parameters())
     if attachment.updates is not None:
         named |= {f"updates.{n}": p for n, p in attachment.updates.named_parameters()}

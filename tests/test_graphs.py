@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import shiva_dit
-from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.block_hook import BlockState
 from shiva_dit.models.graphs import GRAPHS, GraphRunner
 from tests import families, tiny
@@ -78,8 +79,8 @@ def with_graphs(target: Any, limit: int = 64, **options: Any) -> tuple[GraphRunn
     assert attachment is not None
     recorder = Again(attachment)
     attachment.use_graphs(recorder, limit)
-    assert attachment.graphs is not None
-    return attachment.graphs, recorder
+    assert attachment.forwards.graphs is not None
+    return attachment.forwards.graphs, recorder
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -206,8 +207,8 @@ def test_passes_in_turn_and_models_without_a_shared_embedder(kind: Any) -> None:
     found = [made(True) for _ in range(2)]
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
-    assert attachment.graphs is not None
-    assert attachment.graphs.replays > 0
+    assert attachment.forwards.graphs is not None
+    assert attachment.forwards.graphs.replays > 0
 
 
 @pytest.mark.parametrize("name", tuple(families.FAMILIES))
@@ -276,8 +277,8 @@ def learned(limit: int, rows: int = 64) -> tuple[Any, GraphRunner, Again]:
     assert attachment is not None
     recorder = Again(attachment)
     attachment.use_graphs(recorder, limit)
-    assert attachment.graphs is not None
-    return model, attachment.graphs, recorder
+    assert attachment.forwards.graphs is not None
+    return model, attachment.forwards.graphs, recorder
 
 
 def said_of_graphs(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -368,11 +369,11 @@ def test_training_and_watchers_see_real_forwards(caplog: pytest.LogCaptureFixtur
         model(**tiny.inputs())  # with gradients
     assert recorder.captured == 0
     seen: list[int] = []
-    attachment.observer = lambda block, chosen: seen.append(block)
+    attachment.forwards.observer = lambda block, chosen: seen.append(block)
     for _ in range(3):
         tiny.run(model, tiny.inputs())
     assert seen == [1, 2, 3] * 3
-    attachment.observer = None
+    attachment.forwards.observer = None
     for _ in range(3):
         tiny.run(model, tiny.inputs())
     assert recorder.captured == 1
@@ -453,5 +454,5 @@ def test_images_are_those_of_plain_forwards_on_a_gpu(guidance: float, compiled: 
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     attachment = attachment_of(pipe.transformer)
     assert attachment is not None
-    assert attachment.graphs is not None
-    assert attachment.graphs.replays > 0
+    assert attachment.forwards.graphs is not None
+    assert attachment.forwards.graphs.replays > 0

@@ -29,7 +29,7 @@ import shiva_dit
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.families import MODELS
 from shiva_dit.models.pipelines import PIPELINES
-from shiva_dit.report import markdown_rows
+from shiva_dit.report.layout import markdown_rows
 from tests import families, running, tiny
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
@@ -69,12 +69,12 @@ def calls_of(model: Any) -> Iterator[list[dict[int, Tensor]]]:
     assert attachment is not None
     calls: list[dict[int, Tensor]] = []
     handle = model.register_forward_pre_hook(lambda module, args: calls.append({}))
-    attachment.observer = lambda block, chosen: calls[-1].update({block: chosen})
+    attachment.forwards.observer = lambda block, chosen: calls[-1].update({block: chosen})
     try:
         yield calls
     finally:
         handle.remove()
-        attachment.observer = None
+        attachment.forwards.observer = None
 
 
 def pairs_of(calls: list[dict[int, Tensor]], how: str) -> list[tuple[Tensor, Tensor]]:

@@ -9,16 +9,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from shiva_dit.cli import main
+from shiva_dit.core.agreement import sign_agreement, spearman
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.inspection import (
-    ESTIMATORS,
-    SCORES,
-    FlipConfig,
-    _FlipTest,
-    flips,
-    sign_agreement,
-    spearman,
-)
+from shiva_dit.inspection import ESTIMATORS, SCORES, FlipConfig, _FlipTest, flips
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.models.attach import attach
 from shiva_dit.training.data import Batch

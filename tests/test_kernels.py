@@ -25,7 +25,7 @@ from tests import tiny
 
 pytest.importorskip("triton", reason="there is no triton for this platform")
 
-from shiva_dit.kernels import operators, selection
+from shiva_dit.kernels import gather, operators, top_k
 from shiva_dit.kernels import router as router_kernel
 from shiva_dit.kernels import soft_rank as rank_kernel
 
@@ -162,7 +162,7 @@ def test_top_k_chooses_what_torch_chooses(num_tokens: int, decimals: int):
     scores = normal(2, num_tokens).round(decimals=decimals)  # many ties, or none
     for k in {1, (num_tokens + 1) // 2, num_tokens}:
         expected = core.select_top_k(scores, k)
-        indices, places = selection.select_top_k(scores, k)
+        indices, places = top_k.select_top_k(scores, k)
         assert torch.equal(indices, expected)
         assert torch.equal(places, expected_places(expected, num_tokens))
 
@@ -179,23 +179,23 @@ odd_scores = st.one_of(
 def test_top_k_orders_any_scores_as_torch_does(row, data):
     k = data.draw(st.integers(1, len(row)))
     scores = torch.tensor([row, row[::-1]], device=DEVICE)
-    assert torch.equal(selection.select_top_k(scores, k)[0], core.select_top_k(scores, k))
+    assert torch.equal(top_k.select_top_k(scores, k)[0], core.select_top_k(scores, k))
 
 
 def test_top_k_puts_nan_first_as_torch_does():
     scores = torch.tensor([[1.0, float("nan"), float("inf"), -float("nan")]], device=DEVICE)
     for k in (1, 2, 3):
-        assert torch.equal(selection.select_top_k(scores, k)[0], core.select_top_k(scores, k))
+        assert torch.equal(top_k.select_top_k(scores, k)[0], core.select_top_k(scores, k))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_top_k_takes_scores_in_half_precision(dtype: torch.dtype):
     scores = normal(3, 100, dtype=dtype)
-    assert torch.equal(selection.select_top_k(scores, 37)[0], core.select_top_k(scores, 37))
+    assert torch.equal(top_k.select_top_k(scores, 37)[0], core.select_top_k(scores, 37))
 
 
 def test_top_k_of_all_equal_scores_keeps_the_first():
-    indices, _ = selection.select_top_k(torch.full((2, 100), -3.5, device=DEVICE), 41)
+    indices, _ = top_k.select_top_k(torch.full((2, 100), -3.5, device=DEVICE), 41)
     assert torch.equal(indices, torch.arange(41, device=DEVICE).repeat(2, 1))
 
 
@@ -203,21 +203,21 @@ def test_top_k_goes_over_many_tiles():
     """Ties spread over both tiles, and the second is not full."""
     scores = normal(1, 16384 + 117).round(decimals=1)
     expected = core.select_top_k(scores, 9001)
-    indices, places = selection.select_top_k(scores, 9001)
+    indices, places = top_k.select_top_k(scores, 9001)
     assert torch.equal(indices, expected)
     assert torch.equal(places, expected_places(expected, scores.shape[1]))
 
 
 def test_top_k_of_a_slice_reads_its_own_rows():
     scores = normal(4, 60)[::2, 10:40]
-    assert torch.equal(selection.select_top_k(scores, 7)[0], core.select_top_k(scores, 7))
+    assert torch.equal(top_k.select_top_k(scores, 7)[0], core.select_top_k(scores, 7))
 
 
 def test_top_k_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"\[1, N\] = \[1, 5\], got 6"):
-        selection.select_top_k(normal(1, 5), 6)
+        top_k.select_top_k(normal(1, 5), 6)
     with pytest.raises(ValueError, match=r"float64: pass scores.float\(\)"):
-        selection.select_top_k(normal(1, 5).double(), 2)
+        top_k.select_top_k(normal(1, 5).double(), 2)
 
 
 # --- places, gather and scatter -------------------------------------------------------------
@@ -242,14 +242,14 @@ def choice(batch: int, num_tokens: int, k: int, seed: int = 1) -> Tensor:
 def test_places_undo_any_choice(num_tokens: int):
     order = normal(2, num_tokens).argsort(-1)
     for k in {1, (num_tokens + 1) // 2, num_tokens}:
-        found = selection.places_of(order[:, :k], num_tokens)
+        found = gather.places_of(order[:, :k], num_tokens)
         assert torch.equal(found, expected_places(order[:, :k], num_tokens))
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_gather_copies_tokens_of_any_dtype(dtype: torch.dtype):
     x, indices = normal(2, 17, 24).to(dtype), choice(2, 17, 9)
-    found = selection.gather_tokens(x, indices)
+    found = gather.gather_tokens(x, indices)
     assert found.dtype == dtype
     assert torch.equal(bits(found), bits(core.gather_tokens(x, indices)))
 
@@ -260,20 +260,20 @@ def test_gather_copies_tokens_of_any_dtype(dtype: torch.dtype):
 def test_gather_and_scatter_are_those_of_torch(width, num_tokens, k, dtype):
     x, indices = normal(2, num_tokens, width, dtype=dtype), choice(2, num_tokens, k)
     updated = normal(2, k, width, seed=2, dtype=dtype)
-    places = selection.places_of(indices, num_tokens)
-    assert torch.equal(selection.gather_tokens(x, indices), core.gather_tokens(x, indices))
+    places = gather.places_of(indices, num_tokens)
+    assert torch.equal(gather.gather_tokens(x, indices), core.gather_tokens(x, indices))
     expected = core.scatter_tokens(x, indices, updated)
-    assert torch.equal(selection.scatter_tokens(x, places, updated), expected)
+    assert torch.equal(gather.scatter_tokens(x, places, updated), expected)
 
 
 def test_slices_are_read_where_they_lie():
     whole, indices = normal(2, 40, 48), choice(2, 30, 11)
     for x in (whole[:, 10:], whole[:, :30], whole[:, 5:35, ::2], whole.mT.contiguous().mT[:, 10:]):
         kept = x.clone()
-        found = selection.gather_tokens(x, indices)
+        found = gather.gather_tokens(x, indices)
         assert torch.equal(found, core.gather_tokens(x, indices))
         after = torch.cat([found, -found], dim=1)[:, 11:]
-        scattered = selection.scatter_tokens(x, selection.places_of(indices, 30), after)
+        scattered = gather.scatter_tokens(x, gather.places_of(indices, 30), after)
         assert torch.equal(scattered, core.scatter_tokens(x, indices, after))
         assert torch.equal(x, kept)
 
@@ -291,7 +291,7 @@ def test_slices_are_read_where_they_lie():
 def test_scatter_casts_to_the_dtype_of_the_base(base_dtype, dtype):
     base, indices = normal(2, 17, 24, dtype=base_dtype), choice(2, 17, 9)
     updated = normal(2, 9, 24, seed=2, dtype=dtype)
-    found = selection.scatter_tokens(base, selection.places_of(indices, 17), updated)
+    found = gather.scatter_tokens(base, gather.places_of(indices, 17), updated)
     assert found.dtype == base_dtype
     assert torch.equal(found, core.scatter_tokens(base, indices, updated))
 
@@ -299,8 +299,8 @@ def test_scatter_casts_to_the_dtype_of_the_base(base_dtype, dtype):
 def test_scatter_adds_an_update_to_rejected_tokens_alone():
     base, indices = normal(2, 17, 24), choice(2, 17, 9)
     updated, update = normal(2, 9, 24, seed=2), normal(2, 17, 24, seed=3)
-    places = selection.places_of(indices, 17)
-    found = selection.scatter_tokens(base, places, updated, update)
+    places = gather.places_of(indices, 17)
+    found = gather.scatter_tokens(base, places, updated, update)
     assert torch.equal(found, core.scatter_tokens(base + update, indices, updated))
 
 
@@ -554,9 +554,9 @@ def test_places_that_the_selection_wrote_serve_the_scatter(monkeypatch):
     inputs = {name: value.to(DEVICE) for name, value in tiny.inputs().items()}
     plain = tiny.run(model, inputs)
     found: list[int] = []
-    places_of = selection.places_of
+    places_of = gather.places_of
     monkeypatch.setattr(
-        selection, "places_of", lambda indices, n: found.append(n) or places_of(indices, n)
+        gather, "places_of", lambda indices, n: found.append(n) or places_of(indices, n)
     )
     with kernels.use("select_top_k", "scatter_tokens"):
         assert (tiny.run(model, inputs) - plain).abs().max() <= 1e-5
@@ -581,7 +581,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from shiva_dit.kernels import router, selection, soft_rank
+from shiva_dit.kernels import gather, router, soft_rank, top_k
 
 def check(kernel, constants, **pointers):
     names = kernel.arg_names
@@ -594,11 +594,11 @@ def check(kernel, constants, **pointers):
 tile = {"ROWS": 8, "BLOCK": 512}
 scores = {"scores": "*fp32", "indices": "*i64", "places": "*i32"}
 for single in (True, False):
-    check(selection._select_kernel, {"BLOCK": 4096, "SINGLE": single}, **scores)
-check(selection._places_kernel, {"BLOCK": 1024}, indices="*i64", places="*i32")
-check(selection._gather_kernel, tile, x="*bf16", indices="*i64", out="*bf16")
+    check(top_k._select_kernel, {"BLOCK": 4096, "SINGLE": single}, **scores)
+check(gather._places_kernel, {"BLOCK": 1024}, indices="*i64", places="*i32")
+check(gather._gather_kernel, tile, x="*bf16", indices="*i64", out="*bf16")
 check(
-    selection._scatter_kernel, {"UPDATE": True, **tile}, places="*i32",
+    gather._scatter_kernel, {"UPDATE": True, **tile}, places="*i32",
     **dict.fromkeys(("base", "updated", "update", "out"), "*bf16"),
 )
 weights = ("shift_of_sample", "weight", "read", "scores")
@@ -641,14 +641,14 @@ def test_all_kernels_at_real_size(dtype: torch.dtype):
     found, plain = errors(scorer(1536, 64, normalize=True), x, condition)
     assert found <= 2.0 * plain
     scores = normal(2, 4096).round(decimals=2)
-    indices, places = selection.select_top_k(scores, 2457)
+    indices, places = top_k.select_top_k(scores, 2457)
     expected = core.select_top_k(scores, 2457)
     assert torch.equal(indices, expected)
     assert torch.equal(places, expected_places(expected, 4096))
-    assert torch.equal(selection.places_of(indices, 4096), places)
-    gathered = selection.gather_tokens(x, indices)
+    assert torch.equal(gather.places_of(indices, 4096), places)
+    gathered = gather.gather_tokens(x, indices)
     assert torch.equal(gathered, core.gather_tokens(x, indices))
-    scattered = selection.scatter_tokens(x, places, -gathered)
+    scattered = gather.scatter_tokens(x, places, -gathered)
     assert torch.equal(scattered, core.scatter_tokens(x, indices, -gathered))
 
 

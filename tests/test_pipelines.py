@@ -245,12 +245,12 @@ def calls_of(model: Any) -> Iterator[list[dict[int, Tensor]]]:
     assert attachment is not None
     calls: list[dict[int, Tensor]] = []
     handle = model.register_forward_pre_hook(lambda module, args: calls.append({}))
-    attachment.observer = lambda block, chosen: calls[-1].update({block: chosen})
+    attachment.forwards.observer = lambda block, chosen: calls[-1].update({block: chosen})
     try:
         yield calls
     finally:
         handle.remove()
-        attachment.observer = None
+        attachment.forwards.observer = None
 
 
 def test_ratio_one_gives_the_same_images(made: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiva_dit.adapter import ShivaAdapter
-from shiva_dit.core.schedule import hand_made
+from shiva_dit.core.hand_made import hand_made
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.modules.router import ShivaRouter
 from shiva_dit.training import student

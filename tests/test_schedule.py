@@ -9,8 +9,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from shiva_dit.core.anchor import ratios_from_logits
+from shiva_dit.core.annealing import anneal
 from shiva_dit.core.keep_table import KeepTable, merged_bins, nearest_bin
-from shiva_dit.core.schedule import Schedule, anneal, ratios_from_logits
+from shiva_dit.core.schedule import Schedule
 
 # --- drawn schedules --------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ def kept(model: Any) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     attachment = attachment_of(model)
     assert attachment is not None
-    attachment.observer = lambda block, chosen: seen.append((block, chosen.shape[1]))
+    attachment.forwards.observer = lambda block, chosen: seen.append((block, chosen.shape[1]))
     return seen
 
 
@@ -164,7 +164,7 @@ def test_each_transformer_gets_an_adapter_of_its_own() -> None:
         attachment = attachment_of(model)
         assert attachment is not None
         assert attachment.counts.clock is not None  # the pipeline's scheduler tells both
-        attachment.observer = None
+        attachment.forwards.observer = None
     summary = shiva_dit.summary(pipe)
     assert summary.transformer_2 is not None
     assert summary.transformer_2.keep_ratio == 8 / 64
@@ -293,7 +293,7 @@ def test_times_that_are_equal_by_token_are_one_time(name: str) -> None:
     attachment = attachment_of(model)
     assert attachment is not None
     chosen: list[Any] = []
-    attachment.observer = lambda block, tokens: chosen.append(tokens)
+    attachment.forwards.observer = lambda block, tokens: chosen.append(tokens)
     with torch.no_grad():
         once = families.run(model, given)
         each = families.run(model, by_token(name, given))
@@ -314,7 +314,7 @@ def test_as_many_tokens_as_modulations_are_no_rows() -> None:
     attachment = attachment_of(model)
     assert attachment is not None
     chosen: list[Any] = []
-    attachment.observer = lambda block, tokens: chosen.append(tokens)
+    attachment.forwards.observer = lambda block, tokens: chosen.append(tokens)
     with torch.no_grad():
         found = families.run(model, given)
         assert {tokens.shape[1] for tokens in chosen} <= set(range(1, 6))
@@ -332,7 +332,7 @@ def test_one_time_for_all_samples_is_everyones(name: str) -> None:
     attachment = attachment_of(model)
     assert attachment is not None
     chosen: list[Any] = []
-    attachment.observer = lambda block, tokens: chosen.append(tokens)
+    attachment.forwards.observer = lambda block, tokens: chosen.append(tokens)
     with torch.no_grad():
         families.run(model, given)
         families.run(model, {**given, "timestep": given["timestep"][:1]})

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from shiva_dit import ownership
-from shiva_dit.adapter import CARD_FILE, CONFIG_FILE, LORA_FILE, WEIGHTS_FILE, ShivaAdapter
+from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.ownership import locked_folder, owned
 from shiva_dit.provenance import write_atomically, write_json
+from shiva_dit.saved_folder import CARD_FILE, CONFIG_FILE, LORA_FILE, WEIGHTS_FILE
 from shiva_dit.signals import Stopped, handled, stop, undisturbed
 from shiva_dit.training.checkpoint import (
     Checkpoint,

@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shiva_dit.adapter import ShivaAdapter, ShivaConfig
-    from shiva_dit.api import (
-        apply,
-        compile,
-        cuda_graphs,
-        disabled,
-        guided,
-        remove,
-        summary,
-        supported,
-    )
+    from shiva_dit.api.apply import apply
+    from shiva_dit.api.state import compile, cuda_graphs, disabled, guided, remove
+    from shiva_dit.api.summary import summary
+    from shiva_dit.api.supported import supported
     from shiva_dit.core.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -41,9 +35,11 @@ _HOMES = {
     "Schedule": "shiva_dit.core.schedule",
     "ShivaAdapter": "shiva_dit.adapter",
     "ShivaConfig": "shiva_dit.adapter",
+    "apply": "shiva_dit.api.apply",
+    "summary": "shiva_dit.api.summary",
+    "supported": "shiva_dit.api.supported",
     **dict.fromkeys(
-        ("apply", "compile", "cuda_graphs", "disabled", "guided", "remove", "summary", "supported"),
-        "shiva_dit.api",
+        ("compile", "cuda_graphs", "disabled", "guided", "remove"), "shiva_dit.api.state"
     ),
 }
 

@@ -11,7 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from shiva_dit import __version__
-from shiva_dit.api import supported
+from shiva_dit.api.supported import supported
 
 DISTRIBUTION = "shiva-dit"
 

@@ -6,7 +6,6 @@ other choices, in this block and the others, held as they are: two forwards and 
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +16,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from shiva_dit.api import disabled
+from shiva_dit.api.state import disabled
 from shiva_dit.config import LARGEST_SEED, check_types, whole_number
+from shiva_dit.core.agreement import sign_agreement, spearman
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.selection import select_top_k
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.attach import Attachment, GatedForward
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.features import record_blocks
+from shiva_dit.models.gating import GatedForward
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.paths import path_of
 
@@ -220,7 +221,7 @@ class _FlipTest:
             return gates[block]
 
         arguments = {n: v.expand(copies, *v.shape[1:]) for n, v in self.arguments.items()}
-        with self.attachment.gated(GatedForward(counts=counts or self.counts, gates=make)):
+        with self.attachment.forwards.gated(GatedForward(counts=counts or self.counts, gates=make)):
             output = self.attachment.model(**arguments, **self.shared)
         prediction = self.path.prediction(output)[:, : self.target.shape[1]]
         error = (prediction.float() - self.target.float()).square().flatten(1).mean(1)
@@ -343,34 +344,3 @@ def _budget(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | Non
         "median_of_estimate_over_truth": statistics.median(ratios) if ratios else None,
         "share_of_truths_below_0": statistics.fmean(float(true < 0) for _, true in pairs),
     }
-
-
-def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float | None:
-    """Rank correlation in [-1, 1]; equal values share their mean rank.
-
-    Returns:
-        None for fewer than three values, or where all of one side are equal.
-
-    >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 9.0]))
-    1.0
-    """
-    if len(x) < 3:
-        return None
-    a, b = (_ranks(values) for values in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float(a.square().sum() * b.square().sum()))
-    return float((a * b).sum()) / norm if norm else None
-
-
-def _ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - (counts - 1) / 2
-    return middle.double()[inverse]
-
-
-def sign_agreement(said: Float[Tensor, " n"], true: Float[Tensor, " n"]) -> float | None:
-    """Share of equal signs among values that are both not 0, in [0, 1]; None if there are none."""
-    both = (said != 0) & (true != 0)
-    if not bool(both.any()):
-        return None
-    return float((said[both].sign() == true[both].sign()).double().mean())

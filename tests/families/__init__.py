@@ -80,7 +80,7 @@ def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     full = model_spec(model).full_blocks(model)
     blocks = len(model_spec(model).blocks(model))
     all_tokens = Schedule.uniform(1.0, num_blocks=blocks, full_blocks=full)
-    attach(model, NormSelector(), all_tokens).always_select = True
+    attach(model, NormSelector(), all_tokens).forwards.always_select = True
     monkeypatch.setattr(seam, "select_with_places", permutation)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shiva_dit.benchmark.timing import interleaved
 from shiva_dit.core.selection import gather_tokens, scatter_tokens, select_top_k
-from shiva_dit.models.attach import Attachment
+from shiva_dit.models.attachment import Attachment
 
 PARTS = ("router", "selection", "gather", "scatter")
 
@@ -77,10 +77,10 @@ def _seen_by(
         return before(x, terms)
 
     hook.scores = watch
-    attachment.observer = lambda block, chosen: None  # who is watched isn't replayed
+    attachment.forwards.observer = lambda block, chosen: None  # who is watched isn't replayed
     try:
         with torch.compiler.set_stance("force_eager"):
             forward()
     finally:
-        hook.scores, attachment.observer = before, None
+        hook.scores, attachment.forwards.observer = before, None
     return seen[0]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shiva_dit import api
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.api import state
+from shiva_dit.api.apply import apply
 from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
 from shiva_dit.benchmark.operators import time_operators
 from shiva_dit.benchmark.parts import time_parts
@@ -23,7 +24,9 @@ from shiva_dit.benchmark.records import record_what
 from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
 from shiva_dit.provenance import provenance
 
@@ -70,7 +73,7 @@ def made_bench(
     if change is not None:
         change(model)
     adapter = _adapter(config, model, device)
-    api.apply(
+    apply(
         model,
         adapter,
         multiple=config.multiple,
@@ -82,7 +85,7 @@ def made_bench(
     try:
         yield Bench(config, load, grid, attachment)
     finally:
-        api.remove(model)
+        state.remove(model)
 
 
 def _adapter(config: BenchmarkConfig, model: Any, device: torch.device) -> ShivaAdapter:
@@ -131,15 +134,15 @@ class Bench:
         """Within: the model runs as this arm."""
         attachment = self.attachment
         if name == DENSE:
-            with api.disabled(self.model):
+            with state.disabled(self.model):
                 yield
             return
         attachment.counts.use(self.schedules[name])
-        attachment.always_select = name == FORCED
+        attachment.forwards.always_select = name == FORCED
         try:
             yield
         finally:
-            attachment.always_select = False
+            attachment.forwards.always_select = False
 
     def forwards(self, steps: list[float]) -> None:
         """One forward at each of these times."""
@@ -151,9 +154,9 @@ class Bench:
     def calls(self) -> dict[str, Callable[[], None]]:
         """A call per arm, of as many forwards as `times`; compiles as the config says."""
         if self.config.mode != "eager":
-            api.compile(self.model)
+            state.compile(self.model)
         if self.config.mode == "graphs":
-            api.cuda_graphs(self.model)
+            state.cuda_graphs(self.model)
 
         def call(name: str) -> None:
             with self.arm(name):
@@ -231,7 +234,9 @@ class Bench:
         if name not in (DENSE, FORCED):
             table = self._table(name)
             counts = [table.row(t) for t in self.times]
-            each = [self.attachment.flops(self.num_tokens, self.text_tokens, c) for c in counts]
+            each = [
+                pruned_flops(self.attachment, self.num_tokens, self.text_tokens, c) for c in counts
+            ]
             row["flops"] = round(sum(each) / len(each))
             row["keep_ratio"] = table.mean_keep_ratio_at(self.times)
             row["distinct_rows"] = len(set(counts))

@@ -7,11 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from shiva_dit.config import from_dict
+from shiva_dit.core.anchor import ratios_from_logits
 from shiva_dit.core.keep_table import (
     KeepTable,
     merged_bins,
@@ -291,118 +292,3 @@ class Schedule:
 
 def _met(table: KeepTable, wanted: float) -> bool:
     return abs(table.mean_keep_ratio - wanted) <= MEAN_TOLERANCE * wanted
-
-
-def anneal(start: float, end: float, progress: float) -> float:
-    """Temperature after a share of training: exponential from `start` to `end`.
-
-    Args:
-        start: Positive.
-        end: Positive.
-        progress: Share of the steps done; values outside [0, 1] mean the nearer end.
-
-    >>> round(anneal(0.2, 0.02, 0.5), 4)
-    0.0632
-    """
-    if min(start, end) <= 0:
-        raise ValueError(f"temperatures must be positive, got {start} and {end}.")
-    return start * (end / start) ** min(max(progress, 0.0), 1.0)
-
-
-def hand_made(
-    target: float,
-    *,
-    depth: float,
-    time: float,
-    form: Literal["linear", "step"],
-    num_blocks: int,
-    num_bins: int,
-    full_blocks: Sequence[int] = (0,),
-    law: TimeLaw = UNIFORM,
-) -> Schedule:
-    r"""A schedule that is not learned: logits that rise or fall with depth and time.
-
-    .. math:: r = \sigma(a\, u_l + b\, u_t + \text{anchor})
-
-    where u goes from -1 in the first prunable block (at t = 0) to 1 in the last (at t = 1), and
-    is only its sign with "step". The anchor makes the mean the target.
-
-    Args:
-        target: Mean keep ratio over the prunable blocks, in (0, 1].
-        depth: a; positive keeps more in late blocks.
-        time: b; positive keeps more in noise.
-        form: "linear", or "step": two levels, halves of depth and time.
-        num_blocks: L.
-        num_bins: Time bins.
-        full_blocks: Blocks that are never pruned.
-        law: Whose steps the mean is over; the uniform law by default.
-
-    >>> made = hand_made(0.5, depth=-9.0, time=0.0, form="step", num_blocks=5, num_bins=1)
-    >>> [round(ratio, 2) for ratio in made.ratios[0]]
-    [1.0, 1.0, 1.0, 0.0, 0.0]
-    """
-    prunable = [block for block in range(num_blocks) if block not in full_blocks]
-
-    def spread(count: int) -> torch.Tensor:
-        u = torch.linspace(-1.0, 1.0, count) if count > 1 else torch.zeros(1)
-        return u.sign() if form == "step" else u
-
-    logits = torch.zeros(num_bins, num_blocks)
-    logits[:, prunable] = depth * spread(len(prunable)) + time * spread(num_bins)[:, None]
-    ratios = ratios_from_logits(logits, target, full_blocks, law.weights(num_bins))
-    return Schedule(ratios=ratios, full_blocks=tuple(full_blocks), law=law)
-
-
-def ratios_from_logits(
-    logits: torch.Tensor,
-    target: float,
-    full_blocks: Sequence[int],
-    weights: Sequence[float] | None = None,
-) -> tuple[tuple[float, ...], ...]:
-    """Ratios sigmoid(logit + shift), the shift chosen so that their mean is the target exactly.
-
-    This is how one trained policy serves any budget: its shape stays, its anchor moves.
-
-    Args:
-        logits: Of shape (bins, blocks).
-        target: Mean keep ratio over the prunable blocks, in (0, 1].
-        full_blocks: Blocks whose ratio is 1.
-        weights: How much each bin counts for the mean; all alike by default.
-    """
-    if not 0.0 < target <= 1.0:
-        raise ValueError(f"target keep ratio must lie in (0, 1], got {target}.")
-    wide = logits.detach().double().cpu()
-    prunable = [block for block in range(wide.shape[1]) if block not in full_blocks]
-    ratios = torch.ones_like(wide)
-    if target < 1.0 and prunable:
-        shift = anchor_shift(wide, target, full_blocks, weights)
-        ratios[:, prunable] = torch.sigmoid(wide[:, prunable] + shift).clamp_min(1e-6)
-    return tuple(tuple(row) for row in ratios.tolist())
-
-
-def anchor_shift(
-    logits: torch.Tensor,
-    target: float,
-    full_blocks: Sequence[int],
-    weights: Sequence[float] | None = None,
-) -> float:
-    """What to add to logits of ratios so that the mean ratio is the target.
-
-    Args:
-        logits: Of shape (bins, blocks), with at least one block that may be pruned.
-        target: Mean keep ratio over the prunable blocks, in (0, 1).
-        full_blocks: Blocks that don't count.
-        weights: How much each bin counts for the mean; all alike by default.
-    """
-    wide = logits.detach().double().cpu()
-    chosen = wide[:, [block for block in range(wide.shape[1]) if block not in full_blocks]]
-    by_row = torch.tensor(weights or [1.0] * len(wide), dtype=torch.float64)
-    by_row = by_row / by_row.sum()
-    low, high = -40.0 - float(chosen.max()), 40.0 - float(chosen.min())
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if float(by_row @ torch.sigmoid(chosen + middle).mean(1)) < target:
-            low = middle
-        else:
-            high = middle
-    return high

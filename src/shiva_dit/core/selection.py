@@ -67,9 +67,9 @@ def select_with_places(
             f"If k came from a schedule, build it with Schedule.for_tokens({num_tokens})."
         )
     if kernels.should_use("select_top_k", scores):
-        from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
+        from shiva_dit.kernels import top_k  # noqa: PLC0415  (imports triton)
 
-        return selection.select_top_k(scores, k)
+        return top_k.select_top_k(scores, k)
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k], None
 
 
@@ -118,9 +118,9 @@ def gather_tokens(
              [4., 5.]]])
     """
     if kernels.should_use("gather_tokens", x):
-        from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
+        from shiva_dit.kernels import gather  # noqa: PLC0415  (imports triton)
 
-        return selection.gather_tokens(x, indices)
+        return gather.gather_tokens(x, indices)
     batch, num_tokens, width = x.shape
     if batch == 1:
         return x.index_select(1, indices[0])
@@ -147,11 +147,11 @@ def scatter_tokens(
     """
     batch, num_tokens, width = base.shape
     if kernels.should_use("scatter_tokens", base, updated):
-        from shiva_dit.kernels import selection  # noqa: PLC0415  (imports triton)
+        from shiva_dit.kernels import gather  # noqa: PLC0415  (imports triton)
 
         if places is None:
-            places = selection.places_of(indices, num_tokens)
-        return selection.scatter_tokens(base, places, updated)
+            places = gather.places_of(indices, num_tokens)
+        return gather.scatter_tokens(base, places, updated)
     updated = updated.to(base.dtype)
     if batch == 1:
         return base.index_copy(1, indices[0], updated)

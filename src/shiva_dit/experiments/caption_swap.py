@@ -15,9 +15,11 @@ from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.held_out import Captions, masks, noisy_arguments, recorded
 from shiva_dit.experiments.plots import draw_caption_swap
-from shiva_dit.models.attach import Attachment, attachment_of
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.provenance import provenance, write_json
-from shiva_dit.report import caption_rows, plain_rows
+from shiva_dit.report.estimators import caption_rows
+from shiva_dit.report.layout import plain_rows
 
 KINDS: tuple[Captions, ...] = ("true", "empty", "swapped")
 TIMES = (1.0, 0.7, 0.4)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from shiva_dit.config import check_seeds, check_types, from_dict, merged, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.tasks import load_task
-from shiva_dit.experiments.contest import (
+from shiva_dit.experiments.contestants import (
     Contestant,
     Diverged,
     Job,

@@ -16,7 +16,8 @@ from shiva_dit.inspection import FlipConfig, flips
 from shiva_dit.methods.random_tokens import RandomSelector
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.provenance import provenance, write_json
-from shiva_dit.report import flips_rows, plain_rows
+from shiva_dit.report.estimators import flips_rows
+from shiva_dit.report.layout import plain_rows
 
 
 def run_flips(

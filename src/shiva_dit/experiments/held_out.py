@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from shiva_dit.demo.task import DemoTask
-from shiva_dit.models.attach import Attachment
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.training.objective import interpolate
 
 NUM_TIMES = 16
@@ -99,12 +99,12 @@ def recorded(attachment: Attachment | None) -> Iterator[list[tuple[int, Tensor]]
     """Within: each pruned block's index and chosen tokens (B, k) are appended to the list."""
     chosen: list[tuple[int, Tensor]] = []
     if attachment is not None:
-        attachment.observer = lambda block, tokens: chosen.append((block, tokens))
+        attachment.forwards.observer = lambda block, tokens: chosen.append((block, tokens))
     try:
         yield chosen
     finally:
         if attachment is not None:
-            attachment.observer = None
+            attachment.forwards.observer = None
 
 
 def masks(chosen: list[tuple[int, Tensor]], num_tokens: int) -> list[Bool[Tensor, "B N"]]:

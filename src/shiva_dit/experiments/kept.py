@@ -11,20 +11,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shiva_dit
-from shiva_dit.adapter import CONFIG_FILE, ShivaAdapter
+from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
-from shiva_dit.models.attach import Attachment, attach, attachment_of
+from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import file_digest, write_atomically, write_json
+from shiva_dit.saved_folder import CONFIG_FILE
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.student import adapter_config
-from shiva_dit.training.trainer import Trained
+from shiva_dit.training.trained import Trained
 
 CONTROL_FILE = "control.json"
 CONTROL_WEIGHTS = "control.safetensors"
@@ -104,10 +106,8 @@ def put_trained_on(
         return None
     if isinstance(selector, RandomSelector):
         selector = RandomSelector(torch.Generator().manual_seed(seed))
-    options = (
-        {} if trained.adapter is None else {"select_every": trained.adapter.config.select_every}
-    )
-    return attach(model, selector, schedule, updates=trained.updates, **options)
+    every = 1 if trained.adapter is None else trained.adapter.config.select_every
+    return attach(model, selector, schedule, updates=trained.updates, select_every=every)
 
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:

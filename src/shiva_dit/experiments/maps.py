@@ -9,7 +9,7 @@ from torch import Tensor
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.experiments.held_out import masks, recorded
 from shiva_dit.experiments.scoring import NUM_STEPS, Sampler, sample
-from shiva_dit.models.attach import Attachment
+from shiva_dit.models.attachment import Attachment
 
 
 def kept_maps(

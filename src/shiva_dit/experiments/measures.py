@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shiva_dit.demo.judge import Judge
-from shiva_dit.experiments.contest import Outcome
+from shiva_dit.experiments.contestants import Outcome
 from shiva_dit.experiments.scoring import distance_between
 from shiva_dit.metrics import psnr
 

@@ -7,13 +7,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from shiva_dit.experiments.contest import (
-    Diverged,
-    Job,
-    Outcome,
-    compete_in_worker,
-    start_worker,
-)
+from shiva_dit.experiments.contestants import Diverged, Job, Outcome
+from shiva_dit.experiments.worker import compete_in_worker, start_worker
 from shiva_dit.signals import undisturbed
 
 

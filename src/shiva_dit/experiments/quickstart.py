@@ -13,13 +13,13 @@ from typing import Any
 from shiva_dit.config import check_seeds, check_types, load_recipe, to_dict
 from shiva_dit.demo.base import ASSETS, load_judge
 from shiva_dit.demo.digits import DigitsTask
-from shiva_dit.experiments.contest import (
+from shiva_dit.experiments.contest import compete
+from shiva_dit.experiments.contestants import (
     Contestant,
     Diverged,
     Job,
     Outcome,
     Settings,
-    compete,
     reference,
 )
 from shiva_dit.experiments.measures import row
@@ -28,7 +28,7 @@ from shiva_dit.experiments.pool import run_jobs
 from shiva_dit.experiments.scoring import NUM_STEPS, floors
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, write_json
-from shiva_dit.report import plain_table
+from shiva_dit.report.quickstart import plain_table
 from shiva_dit.training.recipe import Method, TrainConfig
 
 NAMES: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""How a function that launches Triton kernels becomes an operator of torch."""
+"""How a function that launches Triton kernels becomes an operator of torch, and what it reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton import knobs
 
 # Read once, as Triton does: a kernel is interpreted if this was set when it was defined.
@@ -33,3 +34,8 @@ def operator(name: str, outputs: Callable[..., Any]) -> Callable[[Callable[..., 
         return made
 
     return register
+
+
+def rows_together(x: Tensor) -> Tensor:
+    """Slices of a larger tensor stay where they are; only the last axis must be dense."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

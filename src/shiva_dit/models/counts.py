@@ -33,6 +33,7 @@ class Counts:
         multiple: k is a multiple of this; see `Schedule.for_tokens`.
         segments: At most so many different rows over time.
         select_every: So many prunable blocks in a row share their first one's scores.
+        clock: Knows times without reading them, and the steps of a run.
 
     Raises:
         ValueError: If the schedule is another model's, or a number lies outside its range.
@@ -46,6 +47,7 @@ class Counts:
         multiple: int | None = None,
         segments: int | None = None,
         select_every: int = 1,
+        clock: Clock | None = None,
     ) -> None:
         if multiple is not None and multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {multiple}.")
@@ -55,8 +57,7 @@ class Counts:
             raise ValueError(f"segments must be at least 1, got {segments}.")
         self.model, self.spec = model, model_spec(model)
         self.multiple, self.segments, self.select_every = multiple, segments, select_every
-        self.clock: Clock | None = None
-        """Knows times without reading them, and the steps of a run."""
+        self.clock = clock
         self.use(schedule)
 
     def use(self, schedule: Schedule) -> None:

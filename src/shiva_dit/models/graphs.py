@@ -123,7 +123,7 @@ class GraphRunner(Uncopied, ModelHook):
         own = [leaves[place] for place in places]
         tensors = [*own, *led]
         weights = self._fingerprint.value()
-        if torch.is_grad_enabled() or self.owner.is_watched or self._is_watched:
+        if torch.is_grad_enabled() or self.owner.forwards.is_watched or self._is_watched:
             return self._plain(forward, args, kwargs)
         values = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         layout = (str(tree), tuple(places), tuple(map(_shape, own)), _modes())
@@ -166,7 +166,7 @@ class GraphRunner(Uncopied, ModelHook):
             del self.known[min(bare, key=lambda key: self.known[key].visit)]
 
     def _plain(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self.owner.read_context(args, kwargs)
+        self.owner.forwards.read_context(args, kwargs)
         return forward(*args, **kwargs)
 
     def _capture(

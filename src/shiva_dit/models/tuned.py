@@ -6,7 +6,6 @@ top.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,25 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiva_dit.models.low_rank import Beside, LowRank, forward_with_low_rank, low_ranks
+from shiva_dit.models.low_rank import Beside, forward_with_low_rank
 from shiva_dit.models.neighbours import reaches
+from shiva_dit.models.placement import place_low_rank, place_whole
 from shiva_dit.models.places import (
-    PLAIN,
     Place,
     fused_into,
     kept_copies,
-    layer_at,
     links,
     moves_weights,
     odd_fused,
-    own_parameters,
     projections_are_fused,
     refuse_projections,
     wrappers,
 )
 from shiva_dit.models.undo import Undo
 from shiva_dit.models.watch import Watch
-from shiva_dit.models.weights import Merged, Whole, exchange_weight, settle_paths, what_changed
+from shiva_dit.models.weights import Merged, exchange_weight, settle_paths, what_changed
 from shiva_dit.models.written import Written, digests
 
 ADVICE = (
@@ -79,71 +76,13 @@ class TunedBackbone:
         self._merged, self.beside = [], []
         with _exactly(self.model):
             if self.is_low_rank:
-                self._read_low_rank()
+                self._merged, self.beside = place_low_rank(self.model, self.weights, self.merge)
             elif self.weights:
-                self._read_whole()
+                self._merged = place_whole(self.model, self.weights)
         for attention, path in self._attentions():
             refuse_projections(attention, path)
         self._refuse_fused_under_dora()
         self.enable(True)
-
-    # --- what goes where --------------------------------------------------------------------
-
-    def _read_low_rank(self) -> None:
-        copies = kept_copies(self.model)
-        merge = self.merge and copies is None
-        shared = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
-        for path, change in low_ranks(self.weights).items():
-            layer = layer_at(self.model, path)
-            if layer is None:
-                raise ValueError(f"the LoRA weights don't fit this model: it has no layer {path}.")
-            _check_shape(layer, change, path)
-            place = Place(layer, "weight", f"{path}.weight")
-            # Others do more with a weight, or one of several layers with the same one is meant.
-            is_plain = type(layer).forward is nn.Linear.forward
-            is_plain &= shared[id(place.parameter)] == 1
-            if merge and is_plain and _is_mergeable(place):
-                self._merged.append(Merged(place, change))
-                continue
-            if change.magnitude is not None and copies == "group offloading to disk":
-                raise ValueError(
-                    f"the weights of {path} are in files ({copies}), and a DoRA must read them: "
-                    "apply first, then offload."
-                )
-            self.beside.append(Beside(layer, change, path))
-
-    def _read_whole(self) -> None:
-        places, weights = own_parameters(self.model), self.weights
-        odd = sorted(
-            # IP-Adapters bring weights of their own, in the processors.
-            name
-            for name in places.keys() ^ weights.keys()
-            if ".processor." not in name
-        )
-        if odd:
-            raise ValueError(
-                f"the tuned backbone doesn't fit this model: {odd[:3]} differ. Apply to the model "
-                "that it was trained on, before its projections are fused or layers replaced."
-            )
-        copies = kept_copies(self.model)
-        for name in weights:
-            place = places[name]
-            parameter = place.parameter
-            assert parameter is not None
-            why = place.obstacle()
-            if why is None and copies is not None:
-                why = f"{name} is under {copies}, which keeps copies of it"
-            if why is not None:
-                raise ValueError(
-                    f"a tuned backbone replaces the model's weights, and {why}: apply to the plain "
-                    "model first, then quantise, shard or offload it."
-                )
-            if weights[name].shape != parameter.shape:
-                raise ValueError(
-                    f"the tuned backbone doesn't fit this model: {name} has shape "
-                    f"{tuple(weights[name].shape)}, the model's is {tuple(parameter.shape)}."
-                )
-            self._merged.append(Merged(place, Whole(weights[name])))
 
     def _touched(self) -> set[str]:
         """Paths of all layers that hold something of ours."""
@@ -375,18 +314,3 @@ def _exactly(model: nn.Module) -> Iterator[None]:
         for kind in {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}:
             modes.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def _check_shape(layer: nn.Module, change: LowRank, path: str) -> None:
-    width, out = change.a.shape[1], change.b.shape[0]
-    found = getattr(layer, "in_features", width), getattr(layer, "out_features", out)
-    if found != (width, out):
-        raise ValueError(
-            f"the LoRA weights don't fit this model: {path} maps {found[0]} to {found[1]} values, "
-            f"the LoRA {width} to {out}."
-        )
-
-
-def _is_mergeable(place: Place) -> bool:
-    """Whether a LoRA can be merged here without more rounding than the weight's own."""
-    return place.obstacle() is None and place.get().dtype in PLAIN

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shiva_dit.core.schedule import Schedule, ratios_from_logits
+from shiva_dit.core.anchor import ratios_from_logits
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.modules.context import TIME_FEATURES, time_features
 

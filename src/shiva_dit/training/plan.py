@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from shiva_dit.core.anchor import anchor_shift
 from shiva_dit.core.budget import BudgetController, logit_normal, stratified, stratified_ratios
 from shiva_dit.core.keep_table import nearest_bin
-from shiva_dit.core.schedule import Schedule, anchor_shift
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.selection import keep_count
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.recipe import StageName, TrainConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shiva_dit.adapter import MOST_BINS, BackboneKind, RejectedKind
+from shiva_dit.adapter.config import MOST_BINS, BackboneKind, RejectedKind
 from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.budget import BudgetConfig
 from shiva_dit.core.estimators import EstimatorConfig
@@ -50,7 +50,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShapeConfig:
-    """A schedule by hand (`shiva_dit.core.schedule.hand_made`), where none is learned."""
+    """A schedule by hand (`shiva_dit.core.hand_made.hand_made`), where none is learned."""
 
     depth: float = 0.0
     """How the logit of the ratio goes with depth, from -depth in the first prunable block to

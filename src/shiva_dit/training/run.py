@@ -15,9 +15,10 @@ from shiva_dit.provenance import provenance, read_json, write_json
 from shiva_dit.saved_folder import check_place, weights_files
 from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
+from shiva_dit.training.log import LOG_FILE
 from shiva_dit.training.origin import check_recipe
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.trainer import CHECKPOINTS, LOG_FILE, Trainer
+from shiva_dit.training.trainer import CHECKPOINTS, Trainer
 
 RUN_FILE = "run.json"
 """What a run began with: its recipe, backbone and data."""

@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiva_dit.adapter import ShivaAdapter, ShivaConfig, lora_metadata
-from shiva_dit.core.schedule import Schedule, anneal, hand_made
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.adapter.config import lora_metadata
+from shiva_dit.core.annealing import anneal
+from shiva_dit.core.hand_made import hand_made
+from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
-from shiva_dit.models.attach import GatedForward, attach, attachment_of
+from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.features import BlockFeatures, record_blocks
+from shiva_dit.models.gating import GatedForward
 from shiva_dit.training.data import Batch
 from shiva_dit.training.objective import (
     denoising_loss,
@@ -129,7 +133,7 @@ class Student:
         teacher, taught = self.teach(arguments) if self.needs_teacher else (BlockFeatures(), None)
         forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
         with (
-            self.attachment.gated(forward),
+            self.attachment.forwards.gated(forward),
             record_blocks(
                 self.model, inputs=(), outputs=self.distilled, num_tokens=self.num_tokens
             ) as student,

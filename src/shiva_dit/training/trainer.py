@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from shiva_dit.adapter import ShivaAdapter, lora_metadata
+from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM
-from shiva_dit.methods.base import Selector
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.target import unwrapped
-from shiva_dit.modules.updates import RejectedUpdates
-from shiva_dit.provenance import provenance, read_text, write_atomically
+from shiva_dit.provenance import provenance
 from shiva_dit.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -41,41 +35,16 @@ from shiva_dit.training.data import (
 )
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
+from shiva_dit.training.log import LOG_FILE, open_log
 from shiva_dit.training.optimization import Optimization
 from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.student import Student
+from shiva_dit.training.trained import Trained
 
-LOG_FILE, CHECKPOINTS = "log.jsonl", "checkpoints"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """What a run gives: put it on a model with `attach` and `TunedBackbone`."""
-
-    selector: Selector | None
-    """None for the dense control."""
-    schedule: Schedule
-    backbone_weights: dict[str, Tensor]
-    lora: dict[str, Any] | None
-    """PEFT's settings, where these are a LoRA's."""
-    adapter: ShivaAdapter | None
-    """Ours only."""
-    updates: RejectedUpdates | None
-    """What rejected tokens get; None: nothing."""
-
-    def at(self, keep_ratio: float) -> Schedule:
-        """The learned schedule with its anchor moved to another mean ratio in (0, 1].
-
-        Raises:
-            ValueError: For controls, which have none.
-        """
-        if self.adapter is None:
-            raise ValueError("a control has no schedule that could be moved to another ratio.")
-        law = self.adapter.schedule.law
-        return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins, law)
+CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
@@ -236,7 +205,7 @@ class Trainer:
             position=position,
         )
         deferred = deferred_interrupt() if saves_on_signals else nullcontext([])
-        with bar, self._log() as log, deferred as interrupted:
+        with bar, open_log(self.config.out / LOG_FILE, self.step) as log, deferred as interrupted:
             while self.step < total:
                 stage = self.config.stage_at(self.step)[0]
                 values = self.train_step()
@@ -246,32 +215,12 @@ class Trainer:
                     shown["distill"] = f"{values['distill']:.4f}"
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
-                self._write_line(log, {"step": self.step, "stage": stage, **values})
+                log.write({"step": self.step, "stage": stage, **values})
                 if interrupted and self.step < total:
                     raise TrainingInterrupted(self.save(), interrupted[0])
                 if self.step % self.config.checkpoint_every == 0 or self.step == total:
                     self.save()
         return self.result()
-
-    @contextmanager
-    def _log(self) -> Iterator[Any]:
-        """The run's log, one JSON line per step; lines after the resumed step are dropped."""
-        path = self.config.out / LOG_FILE
-        kept = ""
-        if path.exists():
-            for number, line in enumerate(_lines(path), start=1):
-                if line.endswith("\n") and _step_of(line, number, path) <= self.step:
-                    kept += line
-        write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
-        with path.open("a", encoding="utf-8", buffering=1) as log:
-            yield log
-
-    def _write_line(self, log: Any, values: dict[str, Any]) -> None:
-        try:
-            log.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk, which names no file by itself
-            path = str(self.config.out / LOG_FILE)
-            raise OSError(error.errno, f"can't be written: {error.strerror}", path) from error
 
     def result(self) -> Trained:
         """What was trained so far, by its moving average. The run can go on afterwards.
@@ -372,24 +321,3 @@ class Trainer:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
         self.last_good = path
         return path
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a log."""
-    try:
-        return read_text(path).splitlines(True)
-    except (ValueError, IsADirectoryError) as error:
-        raise ValueError(
-            f"{path} is not a run's log ({error}). Training doesn't need the log: move it away."
-        ) from error
-
-
-def _step_of(line: str, number: int, path: Path) -> int:
-    """The step of a log's line."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"{path}, line {number}, is not a line of a run's log ({error!r}). Training doesn't "
-            "need the log: mend it or move it away."
-        ) from error

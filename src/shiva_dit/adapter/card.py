@@ -1,0 +1,31 @@
+"""The README.md of an adapter's folder."""
+
+from __future__ import annotations
+
+from shiva_dit.adapter.module import AdapterModule
+from shiva_dit.saved_folder import CARD_START, CONFIG_FILE
+
+
+def model_card(adapter: AdapterModule) -> str:
+    """The folder's README.md: front matter for the Hub, use, and what is known of the adapter."""
+    config = adapter.config
+    base = f"base_model: {config.base_model}\n" if config.base_model else ""
+    return f"""{CARD_START}{base}tags:
+- shiva-dit
+- token-pruning
+---
+
+# Shiva adapter for {config.base_model or config.base_model_class}
+
+Each block of the transformer runs on a learned part of the image tokens: {config.keep_ratio:.0%}
+on average over the sampler's steps and the blocks that are pruned. Trained for the density of
+{adapter.schedule.law.name} steps. Backbone in training: {config.backbone}.
+
+```python
+import shiva_dit
+
+shiva_dit.apply(pipe, "this/repository")
+```
+
+The schedule and the way it was trained are in `{CONFIG_FILE}`.
+"""

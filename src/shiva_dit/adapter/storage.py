@@ -1,0 +1,244 @@
+"""An adapter's folder: `config.json` and safetensors, strict and versioned."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shiva_dit.adapter.config import ShivaConfig, lora_metadata
+from shiva_dit.adapter.module import AdapterModule
+from shiva_dit.config import from_dict, to_dict
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.models.backbone import first_not_finite
+from shiva_dit.modules.context import check_groups
+from shiva_dit.ownership import locked_folder
+from shiva_dit.provenance import data_digest, load_tensors
+from shiva_dit.saved_folder import (
+    BACKBONE_FILE,
+    CLASS_NAME,
+    CONFIG_FILE,
+    LORA_FILE,
+    WEIGHTS_FILE,
+    Header,
+    commit,
+    plain_config,
+    read_header,
+    weights_file,
+)
+
+A = TypeVar("A", bound=AdapterModule)
+
+FORMAT_VERSION = 1
+TUNED_DTYPES = ("F16", "BF16", "F32", "F64")
+"""What a tuned backbone may be saved in, in safetensors' words."""
+_GROUP = re.compile(r"\.groups\.(\d{1,9})\.")
+
+
+def write(adapter: AdapterModule, folder: Path, card: str) -> None:
+    """Write an adapter into a folder (`ShivaAdapter.save_pretrained`).
+
+    Args:
+        adapter: What is saved.
+        folder: Made if it isn't there.
+        card: The folder's README.md.
+    """
+    kind = adapter.config.backbone
+    if bool(adapter.backbone_weights) != (kind != "frozen"):
+        raise ValueError(
+            f"the config says backbone = {kind!r}, the adapter holds "
+            f"{len(adapter.backbone_weights)} tensors of a tuned backbone: set "
+            "adapter.backbone_weights, or the config's backbone, before saving."
+        )
+    data = {
+        "_class_name": CLASS_NAME,
+        "format_version": FORMAT_VERSION,
+        "config": to_dict(adapter.config),
+        "schedule": json.loads(adapter.schedule.to_json()),
+        "training": adapter.training_record,
+    }
+    data_digest(data)  # what can't be written is refused before anything is
+    files = {WEIGHTS_FILE: adapter.state_dict()}
+    if adapter.backbone_weights:
+        name = BACKBONE_FILE if kind == "full" else LORA_FILE
+        files[name] = adapter.backbone_weights
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder):
+        writers = {name: _writer(adapter.config, name, state) for name, state in files.items()}
+        commit(folder, data, writers, card)
+
+
+def _writer(config: ShivaConfig, name: str, state: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """What writes a weights file, the same to the byte each time."""
+
+    def write_file(path: Path) -> None:
+        tensors = {key: state[key].detach().cpu().contiguous() for key in sorted(state)}
+        # One entry each: safetensors writes several in an order that changes by chance.
+        metadata = {"format": "pt"}
+        if name == LORA_FILE:
+            metadata = {"lora_adapter_metadata": _lora_file_metadata(config, tensors)}
+        save_file(tensors, path, metadata=metadata)
+
+    return write_file
+
+
+def read(folder: Path, kind: type[A]) -> A:
+    """An adapter from a folder, everything checked (`ShivaAdapter.from_pretrained`)."""
+    with locked_folder(folder, shared=True):
+        return _read(folder, kind, _read_config(folder))
+
+
+def _read(folder: Path, kind: type[A], data: Mapping[str, Any]) -> A:
+    """The adapter that a folder's checked config describes."""
+    where = str(folder / CONFIG_FILE)
+    config = from_dict(ShivaConfig, data["config"], where=where)
+    schedule = _read_schedule(data["schedule"], config, where)
+    path = weights_file(folder, WEIGHTS_FILE, data["files"])
+    header = read_header(path)
+    try:
+        _check_sizes(config, header, folder / WEIGHTS_FILE)
+        with torch.device("meta"):  # nothing is allocated for sizes that no file has
+            adapter = kind(config, schedule)
+    except (ValueError, RuntimeError) as error:  # torch: a tensor of more than 2^63 bytes
+        raise ValueError(f"{where}: {error}") from error
+    tuned = None
+    if config.backbone != "frozen":
+        name = BACKBONE_FILE if config.backbone == "full" else LORA_FILE
+        tuned = weights_file(folder, name, data["files"])
+        _check_tuned(config, read_header(tuned), folder / name)
+    _load_strictly(adapter, load_tensors(path), folder)
+    if tuned is not None:
+        adapter.backbone_weights = load_tensors(tuned)
+        broken = first_not_finite(adapter.backbone_weights)
+        if broken is not None:
+            raise ValueError(f"{tuned}: {broken} holds values that are not finite.")
+    adapter.training_record = data["training"]
+    return adapter.eval()
+
+
+def _lora_file_metadata(config: ShivaConfig, weights: Mapping[str, Tensor]) -> str:
+    """What diffusers' `load_lora_weights` reads: PEFT's settings, under the component's name."""
+    layers = sorted({name.split(".lora_")[0] for name in weights})
+    component = layers[0].partition(".")[0]
+    settings = {
+        **lora_metadata(config),
+        "target_modules": [layer.removeprefix(f"{component}.") for layer in layers],
+    }
+    return json.dumps({f"{component}.{k}": v for k, v in settings.items()}, sort_keys=True)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    data = plain_config(folder)
+    if data is None:
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}: it is not an adapter's folder.")
+    found = data.get("_class_name") if isinstance(data, dict) else None
+    if found != CLASS_NAME:
+        raise ValueError(f"{path} describes {found or 'something else'}, not a {CLASS_NAME}.")
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this shiva-dit reads {FORMAT_VERSION}: "
+            "upgrade shiva-dit, or train the adapter again."
+        )
+    for key in ("config", "schedule", "files", "training"):
+        if not isinstance(data.get(key), dict):
+            raise ValueError(f"{path} is damaged: {key!r} is missing.")
+    if data.pop("digest", None) != data_digest(data):
+        raise ValueError(
+            f"{path} was altered after it was written (its digest differs). For other ratios pass "
+            "schedule= or keep_ratio= to shiva_dit.apply; for anything else save the adapter again."
+        )
+    return data
+
+
+def _read_schedule(data: dict[str, Any], config: ShivaConfig, where: str) -> Schedule:
+    full = data.get("full_blocks")
+    if isinstance(full, list) and len(full) > config.num_blocks:
+        raise ValueError(f"{where}: full_blocks of the schedule are more than there are blocks.")
+    try:
+        schedule = Schedule.from_json(json.dumps(data))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    for name in ("num_blocks", "full_blocks"):
+        ours, theirs = getattr(config, name), getattr(schedule, name)
+        if ours != theirs:
+            raise ValueError(f"{where}: {name} is {ours}, in the schedule {theirs}.")
+    return schedule
+
+
+def _check_sizes(config: ShivaConfig, header: Header, path: Path) -> None:
+    """Compare all names and shapes of a file with what the config asks for, building one group.
+
+    Groups are alike: the cost is the file's, however many the config asks for.
+    """
+    check_groups(config.num_blocks, config.num_groups)
+    with torch.device("meta"):
+        single = AdapterModule(replace(config, num_groups=1)).state_dict()
+
+    def asked() -> Iterator[str]:
+        yield from (name for name in single if not _GROUP.search(name))
+        for group in range(config.num_groups):
+            for name in single:
+                if _GROUP.search(name):
+                    yield _GROUP.sub(f".groups.{group}.", name)
+
+    def unknown(name: str) -> bool:
+        found = _GROUP.search(name)
+        too_high = found is not None and int(found[1]) >= config.num_groups
+        return too_high or _GROUP.sub(".groups.0.", name) not in single
+
+    missing = list(islice((name for name in asked() if name not in header), 3))
+    unexpected = list(islice((name for name in sorted(header) if unknown(name)), 3))
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} doesn't fit its config: missing {missing}, unexpected {unexpected}."
+        )
+    for name, (_, shape) in header.items():
+        expected = tuple(single[_GROUP.sub(".groups.0.", name)].shape)
+        if shape != expected:
+            raise ValueError(f"{path}: {name} has shape {shape}, the config asks for {expected}.")
+
+
+def _check_tuned(config: ShivaConfig, header: Header, path: Path) -> None:
+    """What a tuned backbone's file can't be, whatever the model."""
+    if not header:
+        raise ValueError(f"{path} holds no tensor, the config says {config.backbone!r}.")
+    for name, (dtype, shape) in header.items():
+        if dtype not in TUNED_DTYPES:
+            raise ValueError(
+                f"{path}: {name} is {dtype}, a tuned backbone's weights are one of "
+                f"{', '.join(TUNED_DTYPES)}."
+            )
+        if config.backbone == "full":
+            continue
+        axis = {"lora_A": 0, "lora_B": 1}.get(name.split(".")[-2] if "." in name else "")
+        if axis is not None and (len(shape) < 2 or shape[axis] != config.lora_rank):
+            raise ValueError(
+                f"{path}: {name} has shape {shape}, the config says lora_rank = {config.lora_rank}."
+            )
+
+
+def _load_strictly(adapter: AdapterModule, state: dict[str, Tensor], folder: Path) -> None:
+    """Give an adapter its weights, whose names and shapes have been checked."""
+    own = adapter.state_dict()
+    for name, value in state.items():
+        if value.dtype != own[name].dtype:
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE}: {name} is {value.dtype}, "
+                f"an adapter is {own[name].dtype}."
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite.")
+    # Tensors of a file begin anywhere in its memory, and kernels round by how theirs is aligned: in
+    # memory of their own they give what the saved adapter gave, to the bit.
+    adapter.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    adapter.requires_grad_(True)

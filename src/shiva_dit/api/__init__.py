@@ -1,0 +1,1 @@
+"""What `import shiva_dit` offers beside adapters and schedules."""

@@ -1,0 +1,133 @@
+"""An adapter that is on: taken off, off for a while, guided, compiled, replayed by graphs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from shiva_dit.api.attached import all_attached, attachments
+from shiva_dit.models.attach import detach_all, paused
+from shiva_dit.models.graphs import CudaRecorder
+from shiva_dit.models.guidance import Pass
+from shiva_dit.models.target import transformers_of
+
+T = TypeVar("T")
+
+RECOMPILE_LIMIT = 64
+"""Graphs that `compile` allows; torch's own 8 are soon used up by batch sizes."""
+
+
+def remove(target: T) -> T:
+    """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing.
+
+    LoRAs of your own stay as they are, fused ones included. A forward that runs in another thread
+    is waited for.
+
+    Raises:
+        RuntimeError: If the model's own weights can't be given back, since those of the adapter
+            were quantised, sharded or changed while they stood in their place; or from inside a
+            forward. Nothing has changed then.
+    """
+    detach_all(attachments(target))
+    return target
+
+
+@contextmanager
+def disabled(target: Any) -> Iterator[None]:
+    """Within: the dense model, its own weights included, for comparison.
+
+    Those that overlap, in several threads or tasks, last until the last one ends; an adapter that
+    is applied within comes on then. A forward that runs in another thread is waited for.
+
+    Raises:
+        ValueError: If no adapter is attached.
+        RuntimeError: As `remove`.
+    """
+    all_attached(target)
+    with ExitStack() as stack:
+        for model in transformers_of(target):
+            stack.enter_context(paused(model))
+        yield
+
+
+@contextmanager
+def guided(target: Any, passes: str) -> Iterator[None]:
+    """Within: every call is this pass of guidance; for loops of your own, or to overrule.
+
+    diffusers' pipelines need none of this: how their calls are guided is read from them. It holds
+    for the thread (or the task of asyncio) that says it and no other; two calls in turn that share
+    their tokens must be made by one thread.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached.
+        passes: "cond": the conditional pass of two, one call after the other; "uncond": the other
+            one, which follows it and keeps its tokens; "both": both in one batch, as two halves
+            in either order, which keep the tokens that either wants; "alone": every sample
+            chooses for itself.
+
+    Raises:
+        ValueError: If no adapter is attached, or for another word.
+    """
+    known = [which.value for which in Pass]
+    if passes not in known:
+        raise ValueError(f"passes must be one of {', '.join(known)}; got {passes!r}.")
+    with ExitStack() as stack:
+        for attachment in all_attached(target):
+            stack.enter_context(attachment.passes.told(Pass(passes)))
+        yield
+
+
+def compile(target: T, **options: Any) -> T:
+    """Compile every block by itself (`fullgraph=True`): a few graphs, whatever the depth.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached.
+        **options: For `torch.compile`, such as `mode` or `backend`.
+
+    Raises:
+        ValueError: If no adapter is attached: apply first, then compile. If FirstBlockCache or
+            MagCache is on: diffusers keeps these out of the compiler.
+    """
+    defaults: dict[str, Any] = {"fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        # All blocks count as one for dynamo: dense and pruned, guided and not, each batch size.
+        defaults["recompile_limit"] = RECOMPILE_LIMIT
+    for attachment in all_attached(target):
+        attachment.compile(**{**defaults, **options})
+    return target
+
+
+def cuda_graphs(target: T, *, limit: int = 128) -> T:
+    """Capture forwards as CUDA graphs and replay them: launching kernels then costs nothing.
+
+    One graph for each different row of token counts, shape of the arguments and set of weights, or
+    two where the passes of guidance run in turn; what comes for the first time (the first image)
+    runs as usual, and so do training and whatever watches the blocks. All graphs share one pool of
+    memory. `apply(..., segments=, multiple=)` makes rows few. Compile first, if at all. Until
+    `remove`.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached, on a CUDA device.
+        limit: Rows, shapes and weights at most that have graphs: the 64 rows of a learned schedule
+            for two shapes by default. If more of them come in turn, what is beyond runs as usual,
+            and a warning says how much; one that no longer comes makes room.
+
+    Raises:
+        ValueError: If no adapter is attached, the model isn't on a CUDA device, or something on
+            it (offloading, caches) does what a replay would pass over.
+    """
+    found = all_attached(target)
+    for attachment in found:
+        device = next(attachment.model.parameters()).device
+        if device.type != "cuda":
+            raise ValueError(
+                f"CUDA graphs need the model on a CUDA device, it is on {device}: move it there "
+                "first."
+            )
+    for attachment in found:
+        attachment.use_graphs(CudaRecorder(), limit)
+    return target

@@ -1,0 +1,3 @@
+"""The command line, by groups of commands."""
+
+from shiva_dit.cli.command_line import main as main

@@ -1,0 +1,148 @@
+"""Training: adapters, what they are trained on, and the demo tasks' backbones."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shiva_dit.cli.errors import is_torchs_memory_error
+from shiva_dit.cli.options import Command, path, positive, program, use_threads
+
+
+def add_commands(command: Command) -> None:
+    """train, encode, train-base."""
+    add = command("train", _train, "train an adapter by a recipe")
+    add("recipe", type=path, help="a TOML file, such as recipes/digits.toml")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--threads", type=positive, help="threads; all cores by default, results depend on it")
+    add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("--base", type=path, help="folder of the task's backbone; the shipped one by default")
+    add("--data", type=path, help="pictures that `encode` made, instead of the recipe's task")
+    add("--pipeline", help="folder or Hub id of the pipeline whose transformer learns from --data")
+
+    add = command(
+        "encode", _encode, "encode a folder of pictures and captions for training", goes_on=True
+    )
+    add("images", type=path, help="pictures, each with a text file of the same name")
+    add("--pipeline", required=True, help="folder or Hub id of a Stable Diffusion 3 pipeline")
+    add("--out", type=path, required=True, help="folder to fill, or to go on in")
+    add("--size", type=positive, default=1024, help="side of the pictures in pixels")
+    add("--device", default="cpu", help="where the encoders run, such as cuda")
+
+    add = command("train-base", _train_base, "train a demo task's backbone and its judge")
+    add("--recipe", type=path, help="such as recipes/scenes-base.toml; the digits' by default")
+    add("--out", type=path, required=True, help="folder for weights and record")
+    add("--threads", type=positive, default=1, help="threads; results depend on it")
+    add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+
+
+def _train(options: argparse.Namespace) -> int:
+    use_threads(options.threads)
+    from shiva_dit.config import load_recipe
+    from shiva_dit.demo.base import usable_device
+    from shiva_dit.ownership import check_folder
+    from shiva_dit.training.interrupt import TrainingInterrupted
+    from shiva_dit.training.recipe import TrainConfig
+    from shiva_dit.training.run import train
+
+    recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
+    words = [program(), "train", str(options.recipe), *options.overrides, "--resume"]
+    if options.threads is not None:
+        words += ["--threads", str(options.threads)]
+    words += ["--device", options.device] if options.device != "cpu" else []
+    words += ["--base", str(options.base)] if options.base is not None else []
+    words += ["--data", str(options.data)] if options.data is not None else []
+    words += ["--pipeline", options.pipeline] if options.pipeline is not None else []
+    again = shlex.join(words)
+    if (options.data is None) != (options.pipeline is None):
+        raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
+    device = usable_device(options.device)
+    check_folder(recipe.out)
+    made = _demo(recipe.task, options.base) if options.data is None else _own(options)
+    model, data, scheduler = made
+    model.to(device)
+    try:
+        print(train(recipe, model, data, resume=options.resume, scheduler=scheduler))
+    except TrainingInterrupted as stop:
+        print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
+        return 128 + stop.number
+    return 0
+
+
+def _demo(name: str | None, base: Path | None) -> tuple[Any, Any, Any]:
+    """A demo task's backbone, data and scheduler."""
+    from shiva_dit.demo.base import ASSETS, load_backbone
+    from shiva_dit.demo.tasks import load_task
+
+    if name is None:
+        raise ValueError("the recipe names no task: set task=..., or give --data and --pipeline.")
+    task = load_task(name)
+    return load_backbone(task, base or ASSETS), task, task.scheduler()
+
+
+def _own(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """A pipeline's transformer, data that `encode` made, and how the pipeline takes its steps."""
+    from diffusers import AutoModel
+
+    from shiva_dit.models.sampling import Sampler
+    from shiva_dit.training.folder import FolderData
+
+    data = FolderData(options.data)
+    model = _loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
+    return model, data, _loaded(options.pipeline, Sampler.saved)
+
+
+def _loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
+    """What a library loads from a folder or the Hub; what it raises on a damaged one, translated.
+
+    Raises:
+        ValueError: If it can't be loaded; names the source.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return load(source, **arguments)
+    except (SafetensorError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        if is_torchs_memory_error(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source} is no whole pipeline, it can't be loaded ({reason})") from error
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from diffusers import DiffusionPipeline
+
+    from shiva_dit.demo.base import usable_device
+    from shiva_dit.ownership import check_folder
+    from shiva_dit.training.folder import encode_folder
+
+    device = usable_device(options.device)
+    check_folder(options.out)
+    pipe = _loaded(options.pipeline, DiffusionPipeline.from_pretrained, transformer=None)
+    pipe.to(device)
+    print(encode_folder(pipe, options.images, options.out, size=options.size))
+    return 0
+
+
+def _train_base(options: argparse.Namespace) -> int:
+    use_threads(options.threads)
+    from shiva_dit.config import from_dict, load_recipe, with_overrides
+    from shiva_dit.demo.base import BaseTraining, train_base
+    from shiva_dit.demo.tasks import load_task
+
+    if options.recipe is None:
+        config = from_dict(BaseTraining, with_overrides({}, options.overrides))
+    else:
+        config = load_recipe(BaseTraining, options.recipe, options.overrides)
+    record = train_base(load_task(config.task), config, options.out, options.device)
+    print(
+        f"{options.out}: judge right on {record['judge_accuracy_on_held_out']['all']:.1%} of "
+        "unseen reals"
+    )
+    return 0

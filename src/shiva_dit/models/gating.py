@@ -1,0 +1,56 @@
+"""What training adds to forwards: counts of its own, and gates on what blocks select."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.models.block_hook import BlockHook
+from shiva_dit.models.neighbours import unhook
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatedForward:
+    """One training forward: how many tokens, and the gates of each pruned block."""
+
+    counts: Sequence[int]
+    """k of every block; N where the block is not pruned."""
+    gates: Callable[[int], SelectionGates | None]
+    """Makes the gates of a block; None trains nothing there."""
+
+    def made(self, prunable: Sequence[bool]) -> dict[int, SelectionGates]:
+        """The gates of all blocks that have any.
+
+        In training a block that happens to keep all its tokens is judged too (Eq. 24).
+
+        Args:
+            prunable: Of each block, whether it may be pruned.
+        """
+        made = {block: self.gates(block) for block, may in enumerate(prunable) if may}
+        return {block: gate for block, gate in made.items() if gate is not None}
+
+
+def gate_values(blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]) -> None:
+    """Let the blocks' value projections pass through the gates of each forward (KV gate)."""
+    for layer, hook in _value_layers(blocks, hooks):
+        layer.register_forward_hook(hook.gate_value)
+
+
+def ungate_values(blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]) -> None:
+    """Take back what `gate_values` did, or as much of it as was done."""
+    for layer, hook in _value_layers(blocks, hooks):
+        unhook(layer, hook.gate_value)
+
+
+def _value_layers(
+    blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]
+) -> Iterator[tuple[nn.Module, BlockHook]]:
+    for block, hook in zip(blocks, hooks, strict=True):
+        for name in hook.spec.value_modules:
+            parent, _, leaf = name.rpartition(".")
+            owner = getattr(block, parent, None)
+            if owner is not None:
+                yield getattr(owner, leaf), hook

@@ -1,0 +1,21 @@
+"""Tables of models: those that are served, and those that can't be."""
+
+from __future__ import annotations
+
+from shiva_dit.api.supported import supported
+from shiva_dit.models.families.refused import REFUSED
+from shiva_dit.report.layout import markdown_rows
+
+
+def models_table() -> str:
+    """The supported models, as Markdown."""
+    rows = [["model", "class", "guidance", "context of the router", "learned by"]]
+    for model in supported():
+        name = f"`{model.model_class}`"
+        rows.append([model.name, name, model.guidance, model.context, model.learned_by])
+    return markdown_rows(rows)
+
+
+def refused_table() -> str:
+    """Models that can't be served, and why, as Markdown."""
+    return markdown_rows([["class", "why not"], *([f"`{n}`", w] for n, w in REFUSED.items())])
