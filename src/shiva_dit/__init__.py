@@ -21,13 +21,17 @@ if TYPE_CHECKING:
         supported,
     )
     from shiva_dit.core.schedule import Schedule
+    from shiva_dit.methods.tomesd import ToMeSD
+    from shiva_dit.models.reducing import attach_reducer
 
 __version__ = "0.1.0"
 __all__ = [
     "Schedule",
     "ShivaAdapter",
     "ShivaConfig",
+    "ToMeSD",
     "apply",
+    "attach_reducer",
     "compile",
     "cuda_graphs",
     "disabled",
@@ -41,6 +45,8 @@ _HOMES = {
     "Schedule": "shiva_dit.core.schedule",
     "ShivaAdapter": "shiva_dit.adapter",
     "ShivaConfig": "shiva_dit.adapter",
+    "ToMeSD": "shiva_dit.methods.tomesd",
+    "attach_reducer": "shiva_dit.models.reducing",
     **dict.fromkeys(
         ("apply", "compile", "cuda_graphs", "disabled", "guided", "remove", "summary", "supported"),
         "shiva_dit.api",

@@ -111,8 +111,9 @@ class LinearPlan(Plan):
 
 @dataclass(frozen=True, slots=True)
 class RaggedPlan(Plan):
-    """Each sample keeps a number of its own. For modules that see tokens one by one alone: the
-    kept ones of all samples stand in one row. How many they are is read from the device.
+    """Each sample keeps a number of its own, around modules that see tokens one by one.
+
+    The kept ones of all samples stand in one row. How many they are is read from the device.
 
     >>> plan = RaggedPlan(torch.tensor([[True, False], [True, True]]))
     >>> x = torch.ones(2, 2, 1)

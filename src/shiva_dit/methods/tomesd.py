@@ -97,7 +97,7 @@ class ToMeSD(Reducer):
         """A token of each cell, by mixed bits of seed, block, time and cell."""
         bits = torch.arange(number, device=device)
         time = torch.zeros((), device=device) if where.time is None else where.time
-        for key in (self.seed, where.block, time.float().view(torch.int32).long()):
+        for key in (self.seed, where.block, time.view(torch.int32).long()):
             bits = (bits + key) * MIX[0]
             bits = (bits ^ (bits >> 30)) * MIX[1]
             bits = (bits ^ (bits >> 27)) * MIX[2]
@@ -127,14 +127,14 @@ def merged(
     """The sources most alike to a destination, merged into it; the others stay alone.
 
     Raises:
-        ValueError: If there are fewer sources than shall be merged.
+        ValueError: If there are too few sources, or no destinations.
     """
     batch, num_tokens, _ = x.shape
     others = num_tokens - len(destinations)
-    if num_merged > others:
+    if num_merged > others or not len(destinations):
         raise ValueError(
-            f"{num_merged} tokens shall be merged, and {others} of {num_tokens} are no "
-            "destinations: raise keep_ratio, or take larger cells."
+            f"{num_merged} of {num_tokens} tokens can't be merged into {len(destinations)} of "
+            "them: take other cells, or keep more."
         )
     is_source = torch.ones(num_tokens, dtype=torch.int8, device=x.device)
     sources = is_source.index_fill(0, destinations, 0).argsort(descending=True, stable=True)

@@ -25,7 +25,7 @@ from shiva_dit.models.counted import recipe
 from shiva_dit.models.families import block_spec, model_spec
 from shiva_dit.models.neighbours import REDUCER, refuse_neighbours, unhook, unregister
 from shiva_dit.models.skeleton import Skeleton
-from shiva_dit.models.spec import SitePlace, bind, given
+from shiva_dit.models.spec import SitePlace, bind, given, grid_of
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo
 
@@ -51,7 +51,10 @@ class Reduction(Uncopied):
         self.running: _Forward | None = None
         self._undo = Undo()
         _refuse(model, reducer)
-        self._modules = list(_places(self.spec.blocks(model), reducer.sites))
+        self._hooks = [
+            (module, SiteHook(self, block, site, place))
+            for module, block, site, place in _places(self.spec.blocks(model), reducer.sites)
+        ]
 
     def put_on(self) -> None:
         """Put the hooks on: all of them or, if something fails, none.
@@ -75,7 +78,7 @@ class Reduction(Uncopied):
     def _put_hooks_on(self) -> None:
         model = self.model
         self._undo.add(partial(_forget_registries, model))
-        for module, hook in ((m, SiteHook(self, b, s, p)) for m, b, s, p in self._modules):
+        for module, hook in self._hooks:
             self._undo.add(partial(unregister, module, REDUCER))
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, REDUCER)
         self._undo.add(partial(unhook, model, self._before_model))
@@ -125,10 +128,8 @@ class Reduction(Uncopied):
             )
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
-        high, wide = examples.patches(model, 2)
         time = torch.as_tensor(given(model, arguments, self.spec.timestep), device=sample.device)
-        grid = sample.shape[-2] // high, sample.shape[-1] // wide
-        self.running = _Forward(grid, time.flatten()[0])
+        self.running = _Forward(grid_of(model, sample), time.flatten()[0].float())
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args, output
@@ -149,7 +150,8 @@ class SiteHook(Uncopied, ModelHook):
 
     def __init__(self, owner: Reduction, block: int, site: Site, place: SitePlace) -> None:
         super().__init__()
-        self.owner, self.block, self.site, self.place = owner, block, site, place
+        self.owner, self.block, self.place = owner, block, place
+        self.site: Site = site
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module within the plan; the module itself where there is none."""
@@ -178,7 +180,8 @@ class SiteHook(Uncopied, ModelHook):
             kwargs = {**kwargs, "hidden_states": less}
         else:
             args = (less, *args[1:])
-        output, place = run(*args, **kwargs), self.place.output
+        output: Any = run(*args, **kwargs)
+        place = self.place.output
         y: Tensor = output if place is None else output[place]
         if self.site == "block":
             rest = x
@@ -210,15 +213,12 @@ def _places(
 ) -> Iterator[tuple[nn.Module, int, Site, SitePlace]]:
     """The modules around which a reducer works, in all blocks."""
     for index, block in enumerate(blocks):
-        spec = block_spec(block)
+        spec, modules = block_spec(block), dict(block.named_modules())
         whole = (SitePlace("", output=spec.output),)
         for site in sites:
             for place in whole if site == "block" else spec.sites[site]:
-                parent, _, leaf = place.module.rpartition(".")
-                if not place.module:
-                    yield block, index, site, place
-                elif getattr(block.get_submodule(parent), leaf, None) is not None:
-                    yield block.get_submodule(place.module), index, site, place
+                if place.module in modules:
+                    yield modules[place.module], index, site, place
 
 
 def _refuse(model: nn.Module, reducer: Reducer) -> None:
@@ -243,8 +243,9 @@ def _refuse(model: nn.Module, reducer: Reducer) -> None:
             f"a reducer works around whole blocks or around parts of them, got {reducer.sites}."
         )
     for name, kind in kinds.items():
-        for site in set(reducer.sites) - {"block", *kind.sites}:
-            raise ValueError(f"{name} has no {site}: it has {', '.join(sorted(kind.sites))}.")
+        missing = [site for site in reducer.sites if site != "block" and site not in kind.sites]
+        if missing:
+            raise ValueError(f"{name} has no {missing[0]}: it has {', '.join(sorted(kind.sites))}.")
     if not list(_places(spec.blocks(model), reducer.sites)):
         raise ValueError(f"{type(model).__name__} has no module at {', '.join(reducer.sites)}.")
 

@@ -149,6 +149,21 @@ def count_tokens(model: Any, sample: Shaped[Tensor, "B ..."]) -> int:
     return math.prod(s // p for s, p in zip(sides, patches(model, len(sides)), strict=True))
 
 
+def grid_of(model: Any, sample: Shaped[Tensor, "B ..."]) -> tuple[int, int]:
+    """Height and width of an image in tokens, by the config's patches.
+
+    Raises:
+        ValueError: If the latents are not those of an image, (B, C, H, W).
+    """
+    if sample.ndim != 4:
+        raise ValueError(
+            f"{type(model).__name__}'s latents are {tuple(sample.shape)}: only those of images, "
+            "(B, C, H, W), say how high and wide the grid of tokens is."
+        )
+    high, wide = patches(model, 2)
+    return sample.shape[2] // high, sample.shape[3] // wide
+
+
 def own_square(model: Any) -> int | None:
     """Image tokens of the square latents that a model's config states, if it does."""
     side = model.config.get("sample_size")

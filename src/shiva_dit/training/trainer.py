@@ -20,7 +20,7 @@ from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM
-from shiva_dit.methods.base import Selector
+from shiva_dit.methods.base import Reducer
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
@@ -53,9 +53,9 @@ LOG_FILE, CHECKPOINTS = "log.jsonl", "checkpoints"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What a run gives: put it on a model with `attach` and `TunedBackbone`."""
+    """What a run gives: put it on a model with `attach`, `attach_reducer` and `TunedBackbone`."""
 
-    selector: Selector | None
+    reducer: Reducer | None
     """None for the dense control."""
     schedule: Schedule
     backbone_weights: dict[str, Tensor]
@@ -283,9 +283,7 @@ class Trainer:
         with self.optimization.averaged():
             weights = backbone_weights(student.model, self.config.backbone)
             adapter = copy.deepcopy(student.adapter).cpu().eval()
-            selector = (
-                copy.deepcopy(student.selector) if student.learns_scores else student.selector
-            )
+            reducer = copy.deepcopy(student.reducer) if student.learns_scores else student.reducer
         if self.config.learns_policy:
             adapter.schedule = adapter.policy.schedule(
                 self.config.keep_ratio, self.config.policy.num_bins, adapter.schedule.law
@@ -306,7 +304,7 @@ class Trainer:
         }
         ours = self.config.method == "shiva"
         return Trained(
-            selector=adapter.selector() if ours else selector,
+            reducer=adapter.selector() if ours else reducer,
             schedule=adapter.schedule,
             backbone_weights=adapter.backbone_weights,
             lora=lora_metadata(adapter.config)
