@@ -15,13 +15,21 @@ from shiva_dit.demo.base import load_backbone
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.compare import Comparison, run_comparison
 from shiva_dit.experiments.contest import compete, noise_seed
-from shiva_dit.experiments.contestants import Diverged, Job, Outcome, Settings, saved_settings
+from shiva_dit.experiments.contestants import (
+    Contestant,
+    Diverged,
+    Job,
+    Outcome,
+    Settings,
+    saved_settings,
+)
 from shiva_dit.experiments.kept import put_on
 from shiva_dit.experiments.merging import merge_records
 from shiva_dit.experiments.plots import draw_comparison, draw_schedules
 from shiva_dit.experiments.scoring import sample
 from shiva_dit.provenance import file_digest
 from shiva_dit.report.comparison import comparison_rows, comparison_table
+from shiva_dit.training.recipe import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("compare-*.toml"))
@@ -323,3 +331,21 @@ def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(
     assert again["rows"] == record["rows"]
     run_comparison(comparison, tmp_path, workers=1, retry_failed=True)
     assert [job.contestants[0].name for job in jobs] == ["broken"]
+
+
+def test_merging_competes_like_any_method() -> None:
+    """Its share and its FLOPs are those of what runs, the matching included."""
+    recipe = TrainConfig(method="tomesd", backbone="frozen", keep_ratio=0.5)
+    dense = Contestant(name="dense", recipe=TrainConfig(method="dense", backbone="frozen"))
+    merging = Contestant(name="merging", recipe=recipe, draws_maps=True)
+    made = {}
+    for contestant in (dense, merging):
+        job = Job(settings=Settings(count=20, num_steps=2), contestants=(contestant,), seed=0)
+        (made[contestant.name],) = compete(job)
+    found, bare = made["merging"], made["dense"]
+    assert isinstance(found, Outcome)
+    assert isinstance(bare, Outcome)
+    assert (found.keep_ratio, found.parameters, found.maps) == (0.5, 0, None)
+    assert found.held_out.ink_kept is None
+    assert bare.held_out.error == 0.0 < found.held_out.error
+    assert 0.5 * bare.flops < found.flops < bare.flops

@@ -16,6 +16,7 @@ from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.estimators import RejectedUpdate
 from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.registry import METHODS
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.features import record_blocks
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
@@ -47,6 +48,8 @@ from shiva_dit.training.recipe import (
 from shiva_dit.training.run import train
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
+
+TUNABLE = [name for name, method in METHODS.items() if method.tunes and name != "shiva"]
 
 
 class TinyData:
@@ -618,7 +621,7 @@ def test_tuning_all_of_a_model_in_16_bits_is_refused(tmp_path: Path, dtype: torc
     assert tiny.footprint(model) == before
 
 
-@pytest.mark.parametrize("method", ["random", "norm", "centre", "fixed_map"])
+@pytest.mark.parametrize("method", [name for name in TUNABLE if name != "dense"])
 def test_controls_learn_what_rejected_tokens_get_too(tmp_path: Path, method: Any) -> None:
     config = recipe(tmp_path, method=method, rejected="low_rank", backbone="frozen")
     trainer = Trainer(config, tiny.sd3(), TinyData())
@@ -630,7 +633,7 @@ def test_controls_learn_what_rejected_tokens_get_too(tmp_path: Path, method: Any
     assert trained.updates.group(1).up.weight.abs().max() > 0
 
 
-@pytest.mark.parametrize("method", ["random", "norm", "centre", "fixed_map", "dense"])
+@pytest.mark.parametrize("method", TUNABLE)
 def test_controls_train_their_backbone_for_all_steps(tmp_path: Path, method: Any) -> None:
     trainer = Trainer(recipe(tmp_path, method=method), tiny.sd3(), TinyData())
     before = values(trainer)
@@ -639,17 +642,17 @@ def test_controls_train_their_backbone_for_all_steps(tmp_path: Path, method: Any
     assert changed(before, trainer) == expected
     assert trainer.step == 6
     assert trained.adapter is None
-    assert (trained.selector is None) == (method == "dense")
+    assert (trained.reducer is None) == (method == "dense")
 
 
-@pytest.mark.parametrize("method", ["random", "norm", "centre", "dense"])
+@pytest.mark.parametrize("method", [n for n, method in METHODS.items() if not method.learns])
 def test_a_control_with_nothing_to_train_is_there_as_it_is(tmp_path: Path, method: Any) -> None:
     trainer = Trainer(recipe(tmp_path, method=method, backbone="frozen"), tiny.sd3(), TinyData())
     with pytest.raises(ValueError, match=f"{method}.* with a frozen backbone has nothing to train"):
         trainer.run(show_progress=False)
     trained = trainer.result()
     assert trained.backbone_weights == {}
-    assert (trained.selector is None) == (method == "dense")
+    assert (trained.reducer is None) == (method == "dense")
     assert trained.schedule.mean_keep_ratio == pytest.approx(0.5)
 
 

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from shiva_dit.api.summary import summary
     from shiva_dit.api.supported import supported
     from shiva_dit.core.schedule import Schedule
+    from shiva_dit.methods.tomesd import ToMeSD
+    from shiva_dit.models.reducing import attach_reducer
 
 __version__ = "0.1.0"
 __all__ = [
     "Schedule",
     "ShivaAdapter",
     "ShivaConfig",
+    "ToMeSD",
     "apply",
+    "attach_reducer",
     "compile",
     "cuda_graphs",
     "disabled",
@@ -35,7 +39,9 @@ _HOMES = {
     "Schedule": "shiva_dit.core.schedule",
     "ShivaAdapter": "shiva_dit.adapter",
     "ShivaConfig": "shiva_dit.adapter",
+    "ToMeSD": "shiva_dit.methods.tomesd",
     "apply": "shiva_dit.api.apply",
+    "attach_reducer": "shiva_dit.models.reducing",
     "summary": "shiva_dit.api.summary",
     "supported": "shiva_dit.api.supported",
     **dict.fromkeys(

@@ -28,6 +28,8 @@ from shiva_dit.experiments.scoring import (
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
+from shiva_dit.models.reducing import Reduction
+from shiva_dit.models.spec import grid_of
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trained import Trained
 from shiva_dit.training.trainer import Trainer
@@ -112,7 +114,7 @@ def _judged(
     seed: int,
     task: DemoTask,
     backbone: Any,
-    attachment: Attachment | None,
+    attachment: Attachment | Reduction | None,
     found: HeldOut | None,
 ) -> Outcome:
     """Sample and judge; the noise is the same for all contestants of a seed."""
@@ -137,17 +139,20 @@ def _judged(
         parts.append(images)
         seconds += cpu_s
     images = torch.cat(parts)
-    found = found or held_out(task, settings.backbone(task), backbone, attachment)
+    selects = attachment if isinstance(attachment, Attachment) else None
+    found = found or held_out(task, settings.backbone(task), backbone, selects)
     if not (float(images.abs().max()) < LARGEST and math.isfinite(found.error)):
         raise FloatingPointError("its pictures, or its predictions, are not finite")
     keep_ratio, maps = 1.0, None
-    if attachment is not None:
+    if isinstance(attachment, Reduction):
+        keep_ratio = attachment.reducer.count(task.num_tokens) / task.num_tokens
+    if selects is not None:
         run = tuple(sampler_times(num_steps, sampler))
-        keep_ratio = attachment.counts.table(task.num_tokens, run).mean_keep_ratio
+        keep_ratio = selects.counts.table(task.num_tokens, run).mean_keep_ratio
         if contestant.draws_maps:
             maps = kept_maps(
                 task,
-                attachment,
+                selects,
                 10,
                 seed=noise_seed(seed),
                 num_steps=num_steps,
@@ -178,7 +183,7 @@ def _place() -> int:
 def flops_per_image(
     task: DemoTask,
     backbone: Any,
-    attachment: Attachment | None,
+    attachment: Attachment | Reduction | None,
     num_steps: int,
     sampler: Sampler = "euler",
 ) -> float:
@@ -186,6 +191,9 @@ def flops_per_image(
     size = task.num_tokens, task.captions.max_words
     if attachment is None:
         return float(num_steps * model_flops(backbone, *size).dense())
+    if isinstance(attachment, Reduction):
+        grid = grid_of(backbone, task.held_out_images)
+        return float(num_steps * attachment.flops(*grid, task.captions.max_words))
     run = tuple(sampler_times(num_steps, sampler))
     table = attachment.counts.table(task.num_tokens, run)
     return float(sum(pruned_flops(attachment, *size, table.row(t)) for t in run))

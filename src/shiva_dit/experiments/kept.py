@@ -14,12 +14,12 @@ import shiva_dit
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.methods.base import Selector
-from shiva_dit.methods.fixed_map import FixedMapSelector
-from shiva_dit.methods.norm import NormSelector
-from shiva_dit.methods.random_tokens import RandomSelector
+from shiva_dit.methods.base import Reducer, Selector
+from shiva_dit.methods.registry import METHODS, Making
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import file_digest, write_atomically, write_json
@@ -48,7 +48,7 @@ def keep(trained: Trained, recipe: TrainConfig, folder: Path) -> dict[str, str]:
         trained.adapter.save_pretrained(folder)
     else:
         tensors = {f"backbone.{name}": value for name, value in trained.backbone_weights.items()}
-        for part, module in (("selector", trained.selector), ("updates", trained.updates)):
+        for part, module in (("selector", trained.reducer), ("updates", trained.updates)):
             state = {} if module is None else module.state_dict()
             tensors |= {f"{part}.{name}": value for name, value in state.items()}
         held = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -62,7 +62,7 @@ def keep(trained: Trained, recipe: TrainConfig, folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def put_on(folder: Path, model: Any, *, seed: int = 0) -> Attachment | None:
+def put_on(folder: Path, model: Any, *, seed: int = 0) -> Attachment | Reduction | None:
     """Put what a comparison kept on a model of the kind that it was trained on.
 
     Args:
@@ -85,7 +85,7 @@ def put_on(folder: Path, model: Any, *, seed: int = 0) -> Attachment | None:
     recipe = from_dict(TrainConfig, plain["recipe"], str(folder / CONTROL_FILE))
     tensors = load_file(folder / CONTROL_WEIGHTS)
     trained = Trained(
-        selector=_selector(recipe, _part(tensors, "selector")),
+        reducer=_reducer(recipe, model, _part(tensors, "selector")),
         schedule=Schedule.from_json(json.dumps(plain["schedule"])),
         backbone_weights=_part(tensors, "backbone"),
         lora=plain["lora"],
@@ -97,17 +97,17 @@ def put_on(folder: Path, model: Any, *, seed: int = 0) -> Attachment | None:
 
 def put_trained_on(
     trained: Trained, schedule: Schedule, model: Any, *, seed: int
-) -> Attachment | None:
-    """Weights and hooks of what was trained on a model; random selections start from a seed."""
+) -> Attachment | Reduction | None:
+    """Weights and hooks of what was trained on a model; choices of chance start from a seed."""
     if trained.backbone_weights:
         TunedBackbone(model, trained.backbone_weights, trained.lora).put_on()
-    selector = trained.selector
-    if selector is None:
+    if trained.reducer is None:
         return None
-    if isinstance(selector, RandomSelector):
-        selector = RandomSelector(torch.Generator().manual_seed(seed))
+    reducer = trained.reducer.seeded(seed)
+    if not isinstance(reducer, Selector):
+        return attach_reducer(model, reducer)
     every = 1 if trained.adapter is None else trained.adapter.config.select_every
-    return attach(model, selector, schedule, updates=trained.updates, select_every=every)
+    return attach(model, reducer, schedule, updates=trained.updates, select_every=every)
 
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -115,14 +115,24 @@ def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
 
 
-def _selector(recipe: TrainConfig, state: dict[str, Tensor]) -> Selector | None:
-    if recipe.method == "dense":
-        return None
-    if recipe.method == "random":
-        return RandomSelector(torch.Generator())
-    if recipe.method == "norm":
-        return NormSelector()
-    return FixedMapSelector(state["maps"])
+def _reducer(recipe: TrainConfig, model: Any, state: dict[str, Tensor]) -> Reducer | None:
+    making = Making(
+        num_blocks=len(model_spec(model).blocks(model)),
+        grid=lambda: _own_grid(model),
+        keep_ratio=recipe.keep_ratio,
+        router=None,  # ours is an adapter
+        generator=torch.Generator(),
+    )
+    reducer = METHODS[recipe.method].make(making)
+    if reducer is not None:
+        reducer.load_state_dict(state)
+    return reducer
+
+
+def _own_grid(model: Any) -> tuple[int, int]:
+    """That of the square images that the model's config states."""
+    side = model.config.sample_size // model.config.patch_size
+    return side, side
 
 
 def _updates(recipe: TrainConfig, model: Any, state: dict[str, Tensor]) -> RejectedUpdates | None:

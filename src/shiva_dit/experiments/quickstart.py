@@ -29,7 +29,7 @@ from shiva_dit.experiments.scoring import NUM_STEPS, floors
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, write_json
 from shiva_dit.report.quickstart import plain_table
-from shiva_dit.training.recipe import Method, TrainConfig
+from shiva_dit.training.recipe import TrainConfig
 
 NAMES: dict[str, str] = {
     "dense": "unpruned",
@@ -49,7 +49,7 @@ NAMES: dict[str, str] = {
 FEW = ("dense", "reference", "random", "random_tuned", "shiva", "shiva_unipc", "fewer_steps_unipc")
 """What runs unless all controls are asked for."""
 FEWER_STEPS = ("fewer_steps", "fewer_steps_unipc")
-CONTROLS: dict[str, Method] = {
+CONTROLS: dict[str, str] = {
     "random_tuned": "random",
     "centre_tuned": "centre",
     "fixed_map_tuned": "fixed_map",

@@ -1,22 +1,74 @@
-"""What a token-selection method is: something that scores the tokens of a block."""
+"""What a method is: something that plans which tokens run, at some site of every block."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shiva_dit.core.selection import select_with_places
+from shiva_dit.methods.plans import GatherPlan, Plan
 
-class Selector(nn.Module, ABC):
-    """Scores tokens; the k best run through the block, the others pass it by.
+Site = Literal["block", "attention", "cross_attention", "feed_forward", "heads", "hidden"]
+"""What a plan lies around: the whole block, a part of it, or the last layer of attention ("heads")
+or of the feed-forward ("hidden"), whose inputs have the heads' or the hidden channels."""
 
-    A selector keeps no state between forwards, so that requests cannot disturb each other.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Where:
+    """Where and when a plan is asked for."""
+
+    site: Site
+    block: int
+    """Its index."""
+    grid: tuple[int, int] | None = None
+    """Height and width of the image in tokens."""
+    time: Float[Tensor, ""] | None = None
+    """The model's timestep, of the first sample, on the device of the tokens."""
+    earlier: Plan | None = None
+    """What was planned before in the same block and forward, if anything."""
+    k: int | None = None
+    """How many tokens shall run, where a schedule says it (selectors)."""
+    terms: Any = None
+    """What `Selector.terms` gave for the block."""
+
+
+class Reducer(nn.Module, ABC):
+    """Makes a module run on fewer tokens, or on less of them.
+
+    It keeps no state between forwards, so that requests cannot disturb each other.
     """
+
+    sites: tuple[Site, ...] = ("block",)
+    """Where it works, in every block."""
+
+    @abstractmethod
+    def plan(self, x: Float[Tensor, "B N D"], where: Where) -> Plan | None:
+        """What happens around one module in one forward; None leaves the module as it is.
+
+        Args:
+            x: What the module is called with.
+            where: Which module it is.
+        """
+
+    def count(self, num_tokens: int) -> int:
+        """Tokens that its modules run on, of N; where a schedule says it, or it varies: N."""
+        return num_tokens
+
+    def seeded(self, seed: int) -> Reducer:
+        """The same with choices of chance that start from a seed; itself where there are none."""
+        del seed
+        return self
+
+
+class Selector(Reducer):
+    """Scores tokens; the k best run through the block, the others pass it by."""
 
     learns_from_gates: bool = False
     """Whether training gives its scores a gradient (`shiva_dit.methods.gates`)."""
@@ -59,6 +111,11 @@ class Selector(nn.Module, ABC):
             terms: What `terms` gave for this block, or None.
             block: Its index.
         """
+
+    def plan(self, x: Float[Tensor, "B N D"], where: Where) -> GatherPlan:
+        """The k best by `scores`."""
+        k = x.shape[1] if where.k is None else where.k
+        return GatherPlan(*select_with_places(self.scores(x, where.terms, where.block), k))
 
     def scorer(self, block: int) -> Callable[[Tensor, Any], Tensor]:
         """`scores` of one block, made once when the selector is attached.

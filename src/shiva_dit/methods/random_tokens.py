@@ -25,3 +25,7 @@ class RandomSelector(Selector):
         del terms, block
         draws = torch.rand(x.shape[:2], generator=self.generator, device=self.generator.device)
         return draws.to(x.device)
+
+    def seeded(self, seed: int) -> RandomSelector:
+        """Another one, with a generator of its own."""
+        return RandomSelector(torch.Generator().manual_seed(seed))

@@ -10,14 +10,10 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from shiva_dit.core.selection import (
-    gather_tokens,
-    scatter_tokens,
-    select_with_places,
-    share_between_halves,
-)
+from shiva_dit.core.selection import select_with_places, share_between_halves
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.methods.plans import GatherPlan
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.guidance import Passes
 from shiva_dit.models.rows import apart, together
@@ -128,14 +124,15 @@ class BlockHook(Uncopied, ModelHook):
         tokens = kwargs[self.spec.hidden] if by_name else args[self.place]
         where = self.spec.text
         text, x = apart(tokens, state.num_tokens, where)  # (B, T, D) or None, (B, N, D)
-        chosen, places = self._choose(x, state)
+        plan = self._choose(x, state)
+        chosen = plan.chosen
         update = None if self.update is None else self.update(x, state.update_condition)
         gates = state.gates
         if gates is not None:
             x = gates.enter(x)
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
-        before = gather_tokens(x, chosen)  # (B, k, D)
+        before = plan.reduce(x)  # (B, k, D)
         changed = {self.spec.hidden: (self.place, together(text, before, where))}
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
@@ -151,23 +148,23 @@ class BlockHook(Uncopied, ModelHook):
         after = output if place is None else output[place]
         text, after = apart(after, before.shape[1], where)
         rest = x if update is None else x + update
-        new = scatter_tokens(rest, chosen, after, places)  # (B, N, D)
+        new = plan.restore(after, rest)  # (B, N, D)
         if gates is not None:
             new = gates.leave(x, new, update)
         new = together(text, new, where)
         return new if place is None else (*output[:place], new, *output[place + 1 :])
 
-    def _choose(self, x: Tensor, state: BlockState) -> tuple[Tensor, Tensor | None]:
-        """The tokens that run, (B, k), by the scores or another pass's; their places if known."""
+    def _choose(self, x: Tensor, state: BlockState) -> GatherPlan:
+        """The tokens that run, by the scores or another pass's."""
         if state.chosen is not None:
-            return state.chosen, None
+            return GatherPlan(state.chosen)
         scores = self._score(x, state)
         if state.gates is not None:
-            return state.gates.choose(scores, state.k), None
-        chosen, places = select_with_places(scores, state.k)
+            return GatherPlan(state.gates.choose(scores, state.k))
+        plan = GatherPlan(*select_with_places(scores, state.k))
         if state.leads:
-            state.chosen = chosen
-        return chosen, places
+            state.chosen = plan.chosen
+        return plan
 
     def _score(self, x: Tensor, state: BlockState) -> Tensor:
         """Scores of all tokens, (B, N); the block's before, where that has run and they share."""

@@ -23,6 +23,10 @@ REFUSED = {
 """Hooks inside blocks, by the beginning of their names, that take a row for a place in the image:
 what they keep from one step would be laid on other tokens in the next."""
 
+REDUCER = "shiva_dit_reducer"
+"""Name of a reducer's hooks (`attach_reducer`)."""
+_REFUSED = {**REFUSED, REDUCER: REDUCER}
+
 BLOCK_CACHES = {"fbc": "FirstBlockCache", "mag_cache": "MagCache"}
 """Caches of whole blocks, likewise: diffusers keeps parts of them out of the compiler."""
 
@@ -150,7 +154,12 @@ def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:
             "its part alone: this is not supported. Load the model without it, or use tensor "
             "parallelism."
         )
-    for known in _found(REFUSED, modules):
+    for known in _found(_REFUSED, modules):
+        if known == REDUCER:
+            raise ValueError(
+                "the model has a reducer on, and nothing else that takes tokens away can go along "
+                "with it: call detach() on what attach_reducer returned first."
+            )
         raise ValueError(
             f"{known} keeps what attention gave from step to step, row by row, and with an adapter "
             "a row is another token each time: call disable_cache() first. FirstBlockCache and "

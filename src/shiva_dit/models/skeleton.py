@@ -115,12 +115,15 @@ class Skeleton:
             example: Which one, from 1.
             text_tokens: T.
         """
+        frames, height, width = self.spec.sizes(self.model, example)
+        return self.run_at(Size(frames=frames, height=height, width=width, text=text_tokens))
+
+    def run_at(self, size: Size) -> Run:
+        """One forward of one sample of a size."""
         spec, model = self.spec, self.model
         seen = self._seen = _Seen(
             rows=dict.fromkeys(self._linears, 0), blocks=[0] * len(self._blocks)
         )
-        frames, height, width = spec.sizes(model, example)
-        size = Size(frames=frames, height=height, width=width, text=text_tokens)
         with _undisturbed(), torch.no_grad():
             time = spec.timestep_at(torch.full((size.batch,), 0.5))
             inputs = {**spec.example(model, size), spec.timestep: time}

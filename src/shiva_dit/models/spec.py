@@ -12,11 +12,22 @@ from typing import Any, Literal
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from shiva_dit.methods.base import Site
 from shiva_dit.models.examples import Input, Size, patches
 from shiva_dit.models.rows import Text
 
 TakeRows = Callable[[Any, Tensor, int], Any]
 """An argument, the chosen tokens (B, k) and N, to the argument for these tokens (`Rows`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlace:
+    """A module of a block that reducers can work around: it takes the image tokens first."""
+
+    module: str
+    """Its path in the block; absent ones are skipped."""
+    output: int | None = None
+    """Place of the image tokens in the returned tuple; None if the tensor itself is returned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +51,9 @@ class BlockSpec:
     after them."""
     rows: Mapping[str, TakeRows] = field(default_factory=dict)
     """Arguments that hold something per image token, and how the chosen rows are taken."""
+    sites: Mapping[Site, tuple[SitePlace, ...]] = field(default_factory=dict)
+    """Where reducers can work (`attach_reducer`): where no token has a place of its own in
+    attention (rotary embeddings) and no other tokens stand among the image's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +147,21 @@ def count_tokens(model: Any, sample: Shaped[Tensor, "B ..."]) -> int:
         return sample.shape[1]
     sides = sample.shape[2:]
     return math.prod(s // p for s, p in zip(sides, patches(model, len(sides)), strict=True))
+
+
+def grid_of(model: Any, sample: Shaped[Tensor, "B ..."]) -> tuple[int, int]:
+    """Height and width of an image in tokens, by the config's patches.
+
+    Raises:
+        ValueError: If the latents are not those of an image, (B, C, H, W).
+    """
+    if sample.ndim != 4:
+        raise ValueError(
+            f"{type(model).__name__}'s latents are {tuple(sample.shape)}: only those of images, "
+            "(B, C, H, W), say how high and wide the grid of tokens is."
+        )
+    high, wide = patches(model, 2)
+    return sample.shape[2] // high, sample.shape[3] // wide
 
 
 def own_square(model: Any) -> int | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shiva_dit.adapter.config import MOST_BINS, BackboneKind, RejectedKind
 from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.budget import BudgetConfig
 from shiva_dit.core.estimators import EstimatorConfig
+from shiva_dit.methods.registry import METHODS
 
-Method = Literal["shiva", "random", "norm", "centre", "fixed_map", "dense"]
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[*METHODS]
 StageName = Literal["warmup", "policy", "joint"]
 
 
@@ -186,9 +190,10 @@ class TrainConfig:
     """Folder for checkpoints, log and adapter."""
     seed: int = 0
     """Of initial weights, data order and noise; in [0, 2^32)."""
-    method: Method = "shiva"
-    """What selects tokens: ours, or a control: "random", "norm", "centre" (a fixed map of the
-    middle), "fixed_map" (a learned one), "dense" (no pruning)."""
+    method: MethodName = "shiva"
+    """What runs on fewer tokens: ours, or one of `methods/registry.py`: "random", "norm", "centre"
+    (a fixed map of the middle), "fixed_map" (a learned one), "tomesd" (Token Merging, without
+    training), "dense" (no pruning)."""
     keep_ratio: float = 0.6
     """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1)."""
     backbone: BackboneKind = "dora"
@@ -272,6 +277,12 @@ class TrainConfig:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}.")
 
     def _check_combination(self) -> None:
+        tuned = self.backbone != "frozen" or self.rejected != "identity"
+        if tuned and not METHODS[self.method].tunes:
+            raise ValueError(
+                f'method = "{self.method}" runs without training: set backbone = "frozen" and '
+                'rejected = "identity".'
+            )
         if self.learns_policy and self.time_sampling != "uniform":
             raise ValueError(
                 'a learned policy needs time_sampling = "uniform": its losses are an integral over '
@@ -287,7 +298,7 @@ class TrainConfig:
     @property
     def trains_nothing(self) -> bool:
         """Whether there is nothing to train: some controls with a frozen backbone."""
-        fixed = self.method in ("random", "norm", "centre") and self.rejected == "identity"
+        fixed = not METHODS[self.method].learns and self.rejected == "identity"
         return self.backbone == "frozen" and (fixed or self.method == "dense")
 
     @property

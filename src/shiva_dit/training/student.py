@@ -16,15 +16,14 @@ from shiva_dit.core.annealing import anneal
 from shiva_dit.core.hand_made import hand_made
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
-from shiva_dit.methods.base import Selector
-from shiva_dit.methods.fixed_map import FixedMapSelector
+from shiva_dit.methods.base import Reducer, Selector
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.methods.norm import NormSelector
-from shiva_dit.methods.random_tokens import RandomSelector
+from shiva_dit.methods.registry import METHODS, Making
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.models.gating import GatedForward
+from shiva_dit.models.spec import grid_of
 from shiva_dit.training.data import Batch
 from shiva_dit.training.objective import (
     denoising_loss,
@@ -84,7 +83,8 @@ class Student:
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        self.selector = self._selector(sample)
+        self.reducer = self._reducer(sample)
+        self.selector = self.reducer if isinstance(self.reducer, Selector) else None
         self.updates = None if self.selector is None else self.adapter.updates
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
         self.attachment = attach(
@@ -100,21 +100,17 @@ class Student:
         every = range(config.loss.distill_every - 1, last, config.loss.distill_every)
         self.distilled = (*every, last)
 
-    def _selector(self, sample: Batch) -> Selector | None:
-        """What the recipe's method selects by; None for the dense control."""
-        method = self.config.method
-        if method == "shiva":
-            return self.adapter.selector()
-        if method == "random":
-            return RandomSelector(self.generator)
-        if method == "norm":
-            return NormSelector()
-        if method == "dense":
-            return None
-        height, width = (s // self.model.config.patch_size for s in sample.latents.shape[-2:])
-        blocks = self.adapter.config.num_blocks
-        centre = FixedMapSelector.centre(blocks, height, width, learned=method == "fixed_map")
-        return centre.to(self.device)
+    def _reducer(self, sample: Batch) -> Reducer | None:
+        """What the recipe's method runs on; None for the dense control."""
+        making = Making(
+            num_blocks=self.adapter.config.num_blocks,
+            grid=lambda: grid_of(self.model, sample.latents),
+            keep_ratio=self.config.keep_ratio,
+            router=self.adapter.router,
+            generator=self.generator,
+        )
+        reducer = METHODS[self.config.method].make(making)
+        return None if reducer is None else reducer.to(self.device)
 
     def loss(self, part: Part, batch: Batch, progress: float) -> tuple[Tensor, float | None]:
         """Loss of one micro-batch, and the squared error of its prediction to the teacher's.

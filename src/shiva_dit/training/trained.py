@@ -9,15 +9,15 @@ from torch import Tensor
 
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.methods.base import Selector
+from shiva_dit.methods.base import Reducer
 from shiva_dit.modules.updates import RejectedUpdates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What a run gives: put it on a model with `attach` and `TunedBackbone`."""
+    """What a run gives: put it on a model with `attach`, `attach_reducer` and `TunedBackbone`."""
 
-    selector: Selector | None
+    reducer: Reducer | None
     """None for the dense control."""
     schedule: Schedule
     backbone_weights: dict[str, Tensor]

@@ -232,9 +232,7 @@ class Trainer:
         with self.optimization.averaged():
             weights = backbone_weights(student.model, self.config.backbone)
             adapter = copy.deepcopy(student.adapter).cpu().eval()
-            selector = (
-                copy.deepcopy(student.selector) if student.learns_scores else student.selector
-            )
+            reducer = copy.deepcopy(student.reducer) if student.learns_scores else student.reducer
         if self.config.learns_policy:
             adapter.schedule = adapter.policy.schedule(
                 self.config.keep_ratio, self.config.policy.num_bins, adapter.schedule.law
@@ -255,7 +253,7 @@ class Trainer:
         }
         ours = self.config.method == "shiva"
         return Trained(
-            selector=adapter.selector() if ours else selector,
+            reducer=adapter.selector() if ours else reducer,
             schedule=adapter.schedule,
             backbone_weights=adapter.backbone_weights,
             lora=lora_metadata(adapter.config)

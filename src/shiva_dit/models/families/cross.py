@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
 from shiva_dit.models.rows import TABLE, Rows
-from shiva_dit.models.spec import BlockSpec, ModelSpec, given, mean_text, text_mean
+from shiva_dit.models.spec import BlockSpec, ModelSpec, SitePlace, given, mean_text, text_mean
 
 
 def _class_embedding(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
@@ -89,6 +89,13 @@ BLOCKS = (
         block_class="BasicTransformerBlock",
         value_modules=("attn1.to_v",),
         rows={"attention_mask": Rows(axis=-1)},
+        sites={
+            "attention": (SitePlace("attn1"),),
+            "cross_attention": (SitePlace("attn2"),),
+            "feed_forward": (SitePlace("ff"),),
+            "heads": (SitePlace("attn1.to_out.0"),),
+            "hidden": (SitePlace("ff.net.2"),),
+        },
     ),
     BlockSpec(
         block_class="HunyuanDiTBlock",

@@ -12,7 +12,7 @@ from torch import Tensor
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
 from shiva_dit.models.rows import TABLE, Rows
-from shiva_dit.models.spec import BlockSpec, ModelSpec, pooled_text, text_mean
+from shiva_dit.models.spec import BlockSpec, ModelSpec, SitePlace, pooled_text, text_mean
 
 
 def _image_of_pair(
@@ -42,6 +42,12 @@ BLOCKS = (
         block_class="JointTransformerBlock",
         output=1,
         value_modules=("attn.to_v", "attn2.to_v"),
+        sites={
+            "attention": (SitePlace("attn", output=0), SitePlace("attn2")),
+            "feed_forward": (SitePlace("ff"),),
+            "heads": (SitePlace("attn.to_out.0"), SitePlace("attn2.to_out.0")),
+            "hidden": (SitePlace("ff.net.2"),),
+        },
     ),
     BlockSpec(block_class="AuraFlowJointTransformerBlock", output=1, value_modules=("attn.to_v",)),
     BlockSpec(
