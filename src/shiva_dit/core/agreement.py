@@ -14,6 +14,7 @@ def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float | None:
     Returns:
         None for fewer than three values, or where all of one side are equal.
 
+    >>> import torch
     >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 9.0]))
     1.0
     """
