@@ -381,7 +381,7 @@ KINDS = "alone", "beside"
 
 def test_beside_compile_one_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(run.api, "compile", compiled.append)
+    monkeypatch.setattr(run.state, "compile", compiled.append)
     config = BenchmarkConfig(**SMALL | {"mode": "compiled"}, keep=(0.5,), beside="compile")
     record = run_pair(config)
     assert len(compiled) == 1

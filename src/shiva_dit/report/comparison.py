@@ -63,7 +63,7 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
     """All that a table may show of a comparison's arm, by column."""
 
     def to_unpruned(measured: str, form: str, scale: float = 1.0) -> str:
-        values = row.get(f"{measured}by_seed")
+        values = row.get(f"{measured}_by_seed")
         if values is None or (row is unpruned and measured.startswith("held_out")):
             return "-"
         return spread([scale * value for value in values], form)
@@ -81,9 +81,9 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
         "judged right": spread(row["correct_by_seed"], "{:.1%}"),
         "kernel distance": spread(row["kernel_by_seed"], "{:.1f}"),
         **{
-            name: spread(row[f"right_{name}by_seed"], "{:.1%}")
+            name: spread(row[f"right_{name}_by_seed"], "{:.1%}")
             for name in ATTRIBUTES
-            if f"right_{name}by_seed" in row
+            if f"right_{name}_by_seed" in row
         },
         "ink kept": known(row.get("ink_kept"), "{:.0%}"),
         "train, CPU s per step": (

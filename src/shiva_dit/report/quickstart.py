@@ -61,5 +61,5 @@ def _row(record: dict[str, Any], key: str, value: str) -> dict[str, Any]:
 
 def _paired(row: dict[str, Any], name: str, form: str) -> str:
     """What compares a method with the unpruned model's pictures; these have no such entry."""
-    values = row.get(f"{name}by_seed")
+    values = row.get(f"{name}_by_seed")
     return "-" if values is None else spread(values, form)
