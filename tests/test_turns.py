@@ -1,7 +1,9 @@
 """One forward at a time on a model, switches between forwards, and turns left behind by Ctrl-C."""
 
+import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -195,3 +197,16 @@ def test_a_waiting_switch_can_be_interrupted(ctrl_c: Callable[..., None]) -> Non
         shiva_dit.remove(model)
     assert torch.equal(held.finish(), expected)
     assert torch.equal(tiny.run(model, tiny.inputs()), expected)
+
+
+def test_no_garbage_is_collected_while_threads_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection amid the listing can wait for ever in Python 3.11 (it hung a test, once)."""
+    seen: list[bool] = []
+    frames = sys._current_frames
+    monkeypatch.setattr(sys, "_current_frames", lambda: seen.append(gc.isenabled()) or frames())
+    model = tiny.sd3()
+    shiva_dit.apply(model, tiny.adapter(model))
+    shiva_dit.remove(model)
+    assert seen
+    assert not any(seen)
+    assert gc.isenabled()

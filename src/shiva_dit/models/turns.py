@@ -6,6 +6,7 @@ believed longer than its thread is really inside the model's call: the thread's 
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -143,7 +144,7 @@ class Turns:
         if holder is not None and holder.thread is not me and self._is_inside(holder):
             return holder.thread.name
         # Before an adapter is on, forwards take no turns: their stacks alone show them.
-        for number, frame in sys._current_frames().items():
+        for number, frame in _frames().items():
             if number != me.ident and self._calls(frame):
                 return next((t.name for t in threading.enumerate() if t.ident == number), "?")
         return None
@@ -157,7 +158,7 @@ class Turns:
             return True
         if thread is threading.current_thread():
             return False  # it is here, at the beginning of another
-        frame = sys._current_frames().get(thread.ident or 0)
+        frame = _frames().get(thread.ident or 0)
         return frame is not None and self._calls(frame) > 0
 
     def _calls(self, frame: FrameType | None) -> int:
@@ -168,6 +169,25 @@ class Turns:
                 calls += 1
             frame = frame.f_back
         return calls
+
+
+_LOOKING = threading.Lock()
+
+
+def _frames() -> dict[int, FrameType]:
+    """Where every thread is.
+
+    Python 3.11 holds the lock of its list of threads while it makes these frames: a collection of
+    garbage amid that, whose finalizers let another thread on, would wait for that lock for ever.
+    """
+    with _LOOKING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if collects:
+                gc.enable()
 
 
 _TURNS: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()
