@@ -147,6 +147,12 @@ def test_frozen_weights_score_as_the_modules_do(batch: int, dtype: torch.dtype, 
             # The same products of the same numbers in another order; all may be moved alike.
             off = (scores - expected[block]) - (scores - expected[block]).mean()
             assert off.abs().max() <= 1e-4 * expected[block].std()
+        # Tokens may be wider than the latents that weights were cast for.
+        wide = token_scores(x.float(), frozen[block], normalize_inputs=True)
+        assert wide.dtype == torch.float32
+        assert (wide - wide.mean() - expected[block] + expected[block].mean()).abs().max() <= (
+            0.1 * expected[block].std()  # 16 bits: 0.004 of each product
+        )
     assert set(router.state_dict()) == set(make_router(**values).state_dict())
     assert router.terms(time, context)[0].weight.requires_grad  # training reads its own
 

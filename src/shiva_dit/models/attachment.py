@@ -26,6 +26,7 @@ from shiva_dit.models.gating import gate_values, ungate_values
 from shiva_dit.models.graphs import GRAPHS, Recorder, put_on
 from shiva_dit.models.guidance import Passes
 from shiva_dit.models.neighbours import (
+    forget_registries,
     reaches,
     refuse_neighbours,
     register_innermost,
@@ -148,7 +149,7 @@ class Attachment(Uncopied):
             self.backbone.restore()
 
     def _put_hooks_on(self) -> None:
-        self._undo.add(partial(_forget_registries, self.model))
+        self._undo.add(partial(forget_registries, self.model))
         for block, hook in zip(self.blocks, self.hooks, strict=True):
             self._undo.add(partial(unregister, block, HOOK_NAME))
             register_innermost(block, hook, HOOK_NAME)
@@ -167,7 +168,7 @@ class Attachment(Uncopied):
         if self.backbone is not None and self.backbone.is_merged:
             self._undo.add(partial(self.model.__dict__.pop, "save_pretrained", None))
             self.model.save_pretrained = self._save_bare  # type: ignore[assignment]
-        _forget_registries(self.model)
+        forget_registries(self.model)
         if self._compiled is not None:
             self.compile(**self._compiled)
 
@@ -284,10 +285,3 @@ class Attachment(Uncopied):
     def _stop_graphs(self) -> None:
         self.forwards.graphs = None
         unregister(self.model, GRAPHS)
-
-
-def _forget_registries(model: nn.Module) -> None:
-    """Diffusers caches which modules have registries; adding or removing hooks stales that."""
-    registry = getattr(model, "_diffusers_hook", None)
-    if registry is not None:
-        registry.invalidate_child_registries_cache()

@@ -53,13 +53,19 @@ class BlockState:
     """Left for those who follow, (B, N)."""
 
 
+IDLE = BlockState(k=0, dense=True, idle=True)
+"""Of all blocks while no forward of the model runs. Shared, as the next: never written to."""
+DENSE = BlockState(k=0, dense=True)
+"""Of blocks that run as they are."""
+
+
 class Slot:
     """Holds a block's current state. Not a module: dynamo then treats k as a symbolic size."""
 
     __slots__ = ("state",)
 
     def __init__(self) -> None:
-        self.state = BlockState(k=0, dense=True, idle=True)
+        self.state = IDLE
 
 
 class Uncopied:

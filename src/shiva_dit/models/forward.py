@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from shiva_dit.methods.base import Selector
-from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
+from shiva_dit.models.block_hook import DENSE, IDLE, BlockHook, BlockState, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.graphs import GraphRunner
 from shiva_dit.models.guidance import Pass, Passes
-from shiva_dit.models.plan import DENSE, IDLE, ForwardPlan
+from shiva_dit.models.plan import ForwardPlan
 from shiva_dit.models.spec import bind, given
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo

@@ -186,3 +186,10 @@ def _found(names: dict[str, str], modules: Iterable[nn.Module]) -> Iterator[str]
         registry = module.__dict__.get("_diffusers_hook")
         for hook in () if registry is None else registry.hooks:
             yield from (known for start, known in names.items() if hook.startswith(start))
+
+
+def forget_registries(model: nn.Module) -> None:
+    """Diffusers caches which modules have registries; adding or removing hooks stales that."""
+    registry = getattr(model, "_diffusers_hook", None)
+    if registry is not None:
+        registry.invalidate_child_registries_cache()

@@ -9,13 +9,8 @@ from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.block_hook import BlockState
+from shiva_dit.models.block_hook import DENSE, BlockState
 from shiva_dit.models.guidance import Pass
-
-IDLE = BlockState(k=0, dense=True, idle=True)
-"""Of all blocks while no forward of the model runs."""
-DENSE = BlockState(k=0, dense=True)
-"""Of all blocks in a forward without the adapter."""
 
 
 @dataclass(frozen=True, slots=True)

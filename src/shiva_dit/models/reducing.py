@@ -23,7 +23,13 @@ from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.block_hook import Uncopied
 from shiva_dit.models.counted import recipe
 from shiva_dit.models.families import block_spec, model_spec
-from shiva_dit.models.neighbours import REDUCER, refuse_neighbours, unhook, unregister
+from shiva_dit.models.neighbours import (
+    REDUCER,
+    forget_registries,
+    refuse_neighbours,
+    unhook,
+    unregister,
+)
 from shiva_dit.models.skeleton import Skeleton
 from shiva_dit.models.spec import SitePlace, bind, given, grid_of
 from shiva_dit.models.turns import turns_of
@@ -77,7 +83,7 @@ class Reduction(Uncopied):
 
     def _put_hooks_on(self) -> None:
         model = self.model
-        self._undo.add(partial(_forget_registries, model))
+        self._undo.add(partial(forget_registries, model))
         for module, hook in self._hooks:
             self._undo.add(partial(unregister, module, REDUCER))
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, REDUCER)
@@ -85,7 +91,7 @@ class Reduction(Uncopied):
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         self._undo.add(partial(unhook, model, self._after_model))
         model.register_forward_hook(self._after_model, always_call=True)
-        _forget_registries(model)
+        forget_registries(model)
 
     def detach(self) -> None:
         """Take the hooks off. The model is then as it was, to bit and attribute."""
@@ -248,13 +254,6 @@ def _refuse(model: nn.Module, reducer: Reducer) -> None:
             raise ValueError(f"{name} has no {missing[0]}: it has {', '.join(sorted(kind.sites))}.")
     if not list(_places(spec.blocks(model), reducer.sites)):
         raise ValueError(f"{type(model).__name__} has no module at {', '.join(reducer.sites)}.")
-
-
-def _forget_registries(model: nn.Module) -> None:
-    """Diffusers caches which modules have registries; adding or removing hooks stales that."""
-    registry = getattr(model, "_diffusers_hook", None)
-    if registry is not None:
-        registry.invalidate_child_registries_cache()
 
 
 def attach_reducer(model: nn.Module, reducer: Reducer) -> Reduction:

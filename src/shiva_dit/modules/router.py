@@ -58,11 +58,12 @@ def token_scores(
         )
     if normalize_inputs:
         x = F.layer_norm(x, x.shape[-1:])
+    weight = weight.to(x.dtype)
     rounds = is_autocast(x.device)
     if x.shape[0] == 1 and x.dtype == torch.float32 and not rounds:
         hidden = F.linear(x, weight, shift[0])  # (B, N, H)
     else:
-        hidden = (F.linear(x, weight.to(x.dtype)) + shift[:, None]).float()
+        hidden = (F.linear(x, weight) + shift[:, None]).float()
     hidden = F.layer_norm(F.silu(hidden), read.shape, eps=LN_EPS)
     scores = (hidden * read).sum(-1) if rounds else F.linear(hidden, read)
     return scores if lift is None else scores + lift
