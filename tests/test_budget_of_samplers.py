@@ -795,3 +795,16 @@ def test_a_copy_is_asked_not_the_pipelines_own_scheduler() -> None:
     assert torch.equal(made.pipe.scheduler.timesteps, before["timesteps"])
     with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
         shiva_dit.summary(made.pipe, num_inference_steps=0)
+
+
+def test_a_bare_model_says_its_law_where_that_matters(caplog: pytest.LogCaptureFixture) -> None:
+    """Ratios that are the same at all times have the same mean by any law."""
+    for schedule, said in ((Schedule.uniform(ASKED, num_blocks=4), 0), (line(4), 1)):
+        caplog.clear()
+        model = tiny.sd3()
+        applied(model, schedule)
+        for t in (0.9, 0.5, 0.1):
+            tiny.run(model, tiny.inputs(t=t))
+        told = [record for record in caplog.records if "not known" in record.getMessage()]
+        assert len(told) == said
+        assert all(record.levelno == logging.WARNING for record in told)

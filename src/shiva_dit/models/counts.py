@@ -142,7 +142,7 @@ class Counts:
             )
 
     def _tell_law(self) -> None:
-        if not self._told:
+        if not self._told and len(set(self.schedule.ratios)) > 1:  # else it's the same by any law
             self._told = True
             logger.warning(
                 "shiva_dit: the steps of the run are not known: tokens are budgeted by the density "
