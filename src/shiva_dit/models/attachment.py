@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from shiva_dit.core.schedule import Schedule
@@ -71,6 +72,7 @@ class Attachment(Uncopied):
         self.adapter = adapter
         """What it was made from, for whoever asks."""
         self._is_on = False
+        self._checked_in: object = None
         self.was_enabled = True
         """Whether it is on again when the last `disabled` block ends."""
         self._compiled: dict[str, Any] | None = None
@@ -212,7 +214,11 @@ class Attachment(Uncopied):
         """Whether a forward is a pruned one; raises where what was put on no longer acts."""
         if not self.enabled:
             return False
-        self.watch.check()
+        run = self.counts.running
+        begins = run is None or run is not self._checked_in
+        captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        self.watch.check(reads=begins and not captures)
+        self._checked_in = run
         refuse_neighbours(self.model, self._watched)
         return True
 

@@ -42,6 +42,11 @@ class ListedTimes:
         self.run: Run = tuple(times)
         self.place = 0
 
+    @property
+    def running(self) -> object:
+        """Stands for the run that the next forward is part of; None if it is its first."""
+        return self.run if self.place else None
+
     def next(self, timestep: Tensor | None = None) -> float | None:
         """The next one of the list."""
         del timestep
@@ -85,6 +90,11 @@ class SchedulerTimes:
     def pipeline(self) -> Any:
         """The pipeline, while it is there."""
         return self._pipeline()
+
+    @property
+    def running(self) -> object:
+        """Stands for the run that the next forward is part of; None if there is no list of it."""
+        return self._list()
 
     def next(self, timestep: Tensor | None = None) -> float | None:
         """The time of the scheduler's current step.

@@ -127,6 +127,11 @@ class Counts:
             )
         return rows.pop()
 
+    @property
+    def running(self) -> object:
+        """What the forwards of one run share and no other's do; None if nothing is known of it."""
+        return None if self.clock is None else self.clock.times.running
+
     def _look(self, timestep: Tensor) -> tuple[Run | None, list[float]]:
         if self.clock is not None:
             return self.clock.look(timestep, self.spec.time)

@@ -3,7 +3,7 @@
 Modules keep children, parameters and replaced forwards in dictionaries. Whether hundreds of their
 entries are the objects that they were is a matter of microseconds; only where one has changed is
 asked what that means. So it is with values: which tensors may have been written since, their
-counts of writes and their addresses say (`Written`).
+counts of writes and their addresses say, and a sample where values may be read (`Written`).
 """
 
 from __future__ import annotations
@@ -69,15 +69,19 @@ class Watch:
         self._values.append((written, judge))
 
     @torch.compiler.disable()
-    def check(self) -> None:
+    def check(self, *, reads: bool = True) -> None:
         """Have every change judged.
+
+        Args:
+            reads: Whether values may be read from a device, so that no write is missed.
 
         Raises:
             Exception: By a judge.
         """
         same = all(map(is_, map(dict.get, self._dicts, self._keys), self._held))
         same = same and list(map(len, self._lists)) == self._lengths
-        if same and not any(written.any() for written, _ in self._values):
+        changed = [written.changed(reads=reads or not same) for written, _ in self._values]
+        if same and not any(changed):
             return
         for now, then, judge in zip(self._found(), self._held, self._judges, strict=True):
             if now is not then:
@@ -86,7 +90,7 @@ class Watch:
         for each, length, judge in watched:
             if len(each) != length:
                 judge()
-        for written, judge_values in self._values:
-            if written.any():
-                judge_values(written.which())
+        for (_, judge_values), places in zip(self._values, changed, strict=True):
+            if places:
+                judge_values(places)
         self._refill()

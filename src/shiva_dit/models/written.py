@@ -1,4 +1,8 @@
-"""Tensors that may have been written since they were looked at, told without reading them."""
+"""Tensors that may have been written since they were looked at.
+
+Counts of writes and addresses tell it without reading anything; a sample of the values tells what
+these don't, such as `parameter.data.copy_()`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ import torch
 from torch import Tensor
 
 _VERSION = attrgetter("_version")
+SAMPLED = 4096
+"""Values in a tensor's sample: some of every row of a weight that has fewer rows."""
 
 
 class Written:
-    """Counts of writes in place, and where values lie.
+    """Counts of writes in place, where values lie, and a sample of them.
 
     Args:
         tensors: Whose values matter. None of them is kept from being freed elsewhere: what
@@ -23,6 +29,8 @@ class Written:
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, is_moving: bool = False) -> None:
+        self._tensors = list(tensors)
+        self._sample = self._sampled()
         self._numbers = [i for i, tensor in enumerate(tensors) if counts_writes(tensor)]
         self._counted = [tensors[i] for i in self._numbers]
         self._versions = list(map(_VERSION, self._counted))
@@ -40,6 +48,29 @@ class Written:
             or list(map(Tensor.data_ptr, self._placed)) != self._addresses
         )
 
+    def changed(self, *, reads: bool) -> list[int]:
+        """Places of those that may have been written.
+
+        Args:
+            reads: Whether to look at the sample even if nothing else tells of a write; that waits
+                for the device, once.
+        """
+        written = self.any()
+        if (reads or written) and self._is_other():
+            return list(range(len(self._tensors)))
+        return self.which() if written else []
+
+    @torch.no_grad()
+    def _sampled(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in self._tensors:
+            alike.setdefault((tensor.dtype, tensor.device), []).append(_sample(tensor))
+        return {key: _bits(torch.cat(samples)) for key, samples in alike.items()}
+
+    def _is_other(self) -> bool:
+        now, then = self._sampled(), self._sample
+        return now.keys() != then.keys() or not all(torch.equal(now[k], then[k]) for k in now)
+
     def which(self) -> list[int]:
         """Their places among the tensors."""
         counts = zip(self._numbers, self._counted, self._versions, strict=True)
@@ -49,6 +80,14 @@ class Written:
             if tensor.data_ptr() != address or storage() is None:
                 written.add(i)
         return sorted(written)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Values spread over a tensor, in an odd distance, which hits every column too."""
+    many = tensor.numel()
+    step = max(1, many // SAMPLED) | 1
+    values = tensor if tensor.is_contiguous() else tensor.contiguous()
+    return values.as_strided((-(-many // step),), (step,), values.storage_offset())
 
 
 def counts_writes(tensor: Tensor) -> bool:
@@ -77,13 +116,17 @@ def digests(tensors: Sequence[Tensor]) -> list[int]:
     return [read[each.device].pop(0) for each in found]
 
 
+def _bits(values: Tensor) -> Tensor:
+    return values.view(INTEGERS[values.dtype.itemsize])
+
+
 def _digest(values: Tensor) -> Tensor:
     """A sum of integers, whose order doesn't matter, of each word mixed with its place.
 
     (`torch.hash_tensor` is the exclusive or of all words: blind to rows that change places, and to
     a change of all signs.)
     """
-    words = values.detach().contiguous().view(INTEGERS[values.dtype.itemsize]).flatten()
+    words = _bits(values.detach().contiguous()).flatten()
     if words.nbytes % 8:
         words = words.long()
     elif words.data_ptr() % 8:
