@@ -34,5 +34,4 @@ time_it 60 sd35-medium --device cuda --batch 1 --repeats 5 --forwards 14
 time_it 110 sd35-medium --device cuda --mode graphs --batch 4 --repeats 5 --forwards 14
 time_it 100 flux-dev --device cuda --mode graphs --keep 0.8 0.6 --repeats 5 --forwards 7
 time_it 110 flux-dev --device cuda --keep 0.8 0.6 --size 2048 --repeats 3 --forwards 2
-timeout 60 python3 "$here/benchmarks/kernels.py" --out "$out" --repeats 10 || status=$?
 exit $status

@@ -16,10 +16,6 @@ from hypothesis import HealthCheck, settings
 if not os.environ.get("OMP_NUM_THREADS"):
     torch.set_num_threads(1)
 
-# Without a GPU Triton's kernels run in its interpreter, if that is known when triton is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # No deadline, and no complaint that examples are drawn slowly: both depend on what else runs.
 settings.register_profile(
     "shiva_dit", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]

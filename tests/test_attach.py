@@ -88,17 +88,17 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
     generator = torch.Generator().manual_seed(4)
     orders: list[Tensor] = []
 
-    def permutation(scores: Tensor, k: int) -> tuple[Tensor, None]:
+    def permutation(scores: Tensor, k: int) -> Tensor:
         assert k == tiny.NUM_TOKENS
         order = torch.rand(scores.shape, generator=generator).argsort(dim=-1)
         orders.append(order)
-        return order, None
+        return order
 
     all_tokens = Schedule.uniform(1.0, num_blocks=4, full_blocks=())
     attachment = attach(model, tiny.adapter(model).selector(), all_tokens)
 
     attachment.forwards.always_select = True
-    monkeypatch.setattr(seam, "select_with_places", permutation)
+    monkeypatch.setattr(seam, "best_tokens", permutation)
     permuted = tiny.run(model, tiny.inputs())
     assert len(orders) == 4
     assert all(order.sort(-1).values.eq(torch.arange(64)).all() for order in orders)
@@ -106,7 +106,7 @@ def test_gathering_all_tokens_in_any_order_changes_nothing(
     assert (permuted - bare).norm() <= 2e-6 * bare.norm()
 
     # The check bites: with one token's output put in another's place it is far off.
-    monkeypatch.setattr(plans, "scatter_tokens", lambda x, chosen, y, places: y)
+    monkeypatch.setattr(plans, "scatter_tokens", lambda x, chosen, y: y)
     assert (tiny.run(model, tiny.inputs()) - bare).norm() > 1e-2 * bare.norm()
 
 

@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
-from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import shiva_dit
-from shiva_dit import kernels
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.core.selection import gather_tokens, scatter_tokens, select_top_k
 from shiva_dit.models.attach import attachment_of
-from shiva_dit.modules.router import TokenScorer
 from tests import families, tiny
 
 NUM_BINS = 12
@@ -131,58 +127,6 @@ def test_sharing_scores_costs_two_graphs_more_at_most(kind: str) -> None:
     found = compiled.results()
     assert near(found, compiled.eager)
     assert counter.frame_count <= GRAPHS[kind] + 2
-
-
-def test_kernels_are_traced_with_symbolic_k_and_a_switch_compiles_anew() -> None:
-    pytest.importorskip("triton", reason="there is no triton for this platform")
-    scorer = TokenScorer(24, 8, 8, 8, normalize_inputs=True).requires_grad_(False)
-    tiny.randomize(scorer, seed=0)
-    draw = torch.Generator().manual_seed(0)
-    x, condition = torch.randn(2, 30, 24, generator=draw), torch.randn(2, 8, generator=draw)
-
-    def block(x: Tensor, condition: Tensor, k: int) -> Tensor:
-        chosen = select_top_k(scorer(x, condition), k)
-        return scatter_tokens(x, chosen, 2.0 * gather_tokens(x, chosen))
-
-    graphs: list[Any] = []
-
-    def backend(graph: Any, example: Any) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, example)
-
-    compiled = torch.compile(block, backend=backend, fullgraph=True)
-    # Tokens are moved and doubled, which is exact; that they are the same ones is what is asked.
-    with kernels.use(*kernels.NAMES):
-        for k in (12, 7):  # the second makes k symbolic
-            assert torch.equal(compiled(x, condition, k), block(x, condition, k))
-        with dynamo.patch(error_on_recompile=True):
-            for k in (20, 29, 5):
-                assert torch.equal(compiled(x, condition, k), block(x, condition, k))
-    assert len(graphs) == 2
-    called = [str(node.target) for node in graphs[1].graph.nodes]
-    for name in (*kernels.NAMES, "places_of"):
-        assert f"shiva_dit.{name}.default" in called
-    assert torch.equal(compiled(x, condition, 20), block(x, condition, 20))
-    assert len(graphs) == 3
-    assert not any("shiva_dit" in str(node.target) for node in graphs[2].graph.nodes)
-
-
-@pytest.mark.slow
-def test_a_whole_schedule_with_kernels_takes_few_graphs_and_equals_eager() -> None:
-    pytest.importorskip("triton", reason="there is no triton for this platform")
-    counter = CompileCounterWithBackend("aot_eager")
-    schedule = tiny.from_counts([[64, 20, 30], [64, 40, 40], [64, 21, 50]])
-    model = tiny.sd3(num_layers=3)
-    cases = [tiny.inputs(t=t) for t in (0.5, 0.9, 0.1)]
-    shiva_dit.apply(model, tiny.adapter(model), schedule=schedule)
-    with kernels.use(*kernels.NAMES):
-        eager = [tiny.run(model, case) for case in cases]
-        shiva_dit.compile(model, backend=counter)
-        tiny.run(model, cases[0])
-        with dynamo.patch(error_on_recompile=True):
-            found = [tiny.run(model, case) for case in cases]
-    assert near(found, eager)
-    assert counter.frame_count == GRAPHS["plain"]
 
 
 @pytest.mark.parametrize(

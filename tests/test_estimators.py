@@ -18,10 +18,10 @@ from shiva_dit.core.estimators import (
     selection_benefit,
 )
 from shiva_dit.core.selection import (
+    best_tokens,
     gather_tokens,
     scatter_tokens,
     select_top_k,
-    select_with_places,
 )
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 from shiva_dit.methods.gates import SelectionGates
@@ -29,11 +29,6 @@ from shiva_dit.methods.gates import SelectionGates
 B, N, D, K = 3, 20, 16, 8
 TAU_RANK, TAU_SELECT = 0.2, 0.1
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def best_tokens(scores: Tensor, k: int) -> Tensor:
-    """In the order in which gates choose them: the best first."""
-    return select_with_places(scores, k)[0]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -73,15 +73,15 @@ def force_permutation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block gathers all tokens, in an order of chance that differs by sample."""
     generator = torch.Generator().manual_seed(4)
 
-    def permutation(scores: Tensor, k: int) -> tuple[Tensor, None]:
+    def permutation(scores: Tensor, k: int) -> Tensor:
         assert k == scores.shape[1] == TOKENS
-        return torch.rand(scores.shape, generator=generator).argsort(dim=-1), None
+        return torch.rand(scores.shape, generator=generator).argsort(dim=-1)
 
     full = model_spec(model).full_blocks(model)
     blocks = len(model_spec(model).blocks(model))
     all_tokens = Schedule.uniform(1.0, num_blocks=blocks, full_blocks=full)
     attach(model, NormSelector(), all_tokens).forwards.always_select = True
-    monkeypatch.setattr(seam, "select_with_places", permutation)
+    monkeypatch.setattr(seam, "best_tokens", permutation)
 
 
 def run(model: nn.Module, given: dict[str, Any]) -> Tensor:

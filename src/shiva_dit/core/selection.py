@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Int32, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-
-from shiva_dit import kernels
 
 
 def keep_count(num_tokens: int, keep_ratio: float) -> int:
@@ -47,30 +45,18 @@ def select_top_k(scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
     >>> select_top_k(torch.tensor([[0.0, 2.0, 2.0, 2.0]]), 2)
     tensor([[1, 2]])
     """
-    best, places = select_with_places(scores, k)
-    return best.sort(dim=-1).values if places is None else best
+    return best_tokens(scores, k).sort(dim=-1).values
 
 
-def select_with_places(
-    scores: Float[Tensor, "B N"], k: int
-) -> tuple[Int[Tensor, "B k"], Int32[Tensor, "B N"] | None]:
-    """The k best tokens in any order, and what choosing them left for `scatter_tokens`.
-
-    Returns:
-        Their indices, and of every token its place among them or -1 where a kernel wrote that
-        along: the indices then ascend.
-    """
+def best_tokens(scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
+    """The same tokens as `select_top_k`, the best first: a block doesn't ask for their order."""
     num_tokens = scores.shape[-1]
     if not 1 <= k <= num_tokens:
         raise ValueError(
             f"k must lie in [1, N] = [1, {num_tokens}], got {k}. "
             f"If k came from a schedule, build it with Schedule.for_tokens({num_tokens})."
         )
-    if kernels.should_use("select_top_k", scores):
-        from shiva_dit.kernels import top_k  # noqa: PLC0415  (imports triton)
-
-        return top_k.select_top_k(scores, k)
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k], None
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def share_between_halves(scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -117,10 +103,6 @@ def gather_tokens(
     tensor([[[0., 1.],
              [4., 5.]]])
     """
-    if kernels.should_use("gather_tokens", x):
-        from shiva_dit.kernels import gather  # noqa: PLC0415  (imports triton)
-
-        return gather.gather_tokens(x, indices)
     batch, num_tokens, width = x.shape
     if batch == 1:
         return x.index_select(1, indices[0])
@@ -132,7 +114,6 @@ def scatter_tokens(
     base: Float[Tensor, "B N D"],
     indices: Int[Tensor, "B k"],
     updated: Float[Tensor, "B k D"],
-    places: Int32[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, "B N D"]:
     """`base` with the chosen tokens replaced (Eq. 4): rejected tokens keep their value.
 
@@ -140,18 +121,11 @@ def scatter_tokens(
         base: All tokens; not modified. Its dtype is the result's (safe under autocast).
         indices: The chosen tokens, distinct in each row.
         updated: Their new values.
-        places: What `select_with_places` gave beside the indices.
 
     >>> scatter_tokens(torch.zeros(1, 3, 1), torch.tensor([[0, 2]]), torch.ones(1, 2, 1)).flatten()
     tensor([1., 0., 1.])
     """
     batch, num_tokens, width = base.shape
-    if kernels.should_use("scatter_tokens", base, updated):
-        from shiva_dit.kernels import gather  # noqa: PLC0415  (imports triton)
-
-        if places is None:
-            places = gather.places_of(indices, num_tokens)
-        return gather.scatter_tokens(base, places, updated)
     updated = updated.to(base.dtype)
     if batch == 1:
         return base.index_copy(1, indices[0], updated)

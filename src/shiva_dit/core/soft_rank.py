@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-RankMethod = Literal["exp_sum", "chunked", "triton"]
+RankMethod = Literal["exp_sum", "chunked"]
 
 # Minimax fits of sigmoid(-z) on z >= 0, by number of terms: (a, c, largest error). The terms
 # alternate and cancel: all digits matter, and the sums are taken in float64.
@@ -88,8 +88,7 @@ def soft_rank(
             (`standardize`): at a spread far below `tau` all ranks collapse to (N + 1) / 2.
         tau: Temperature, positive, in units of the scores. As `tau -> 0`, `r` becomes the rank.
         method: "exp_sum", the sum of exponentials: error per pair 2.8e-7 with 6 terms, time
-            O(N log N). "chunked", the exact comparisons in chunks of rows: time O(N^2). "triton",
-            the same in one kernel, of float32 scores on a CUDA device.
+            O(N log N). "chunked", the exact comparisons in chunks of rows: time O(N^2).
         num_terms: Exponentials of "exp_sum": 4, 6 or 8 (errors 1.9e-5, 2.8e-7, 1.3e-8 per pair).
         chunk_size: Rows of "chunked" that are compared at once; memory is `B * chunk_size * N`.
 
@@ -111,11 +110,7 @@ def soft_rank(
         return _ExpSumRank.apply(scores, tau, num_terms)
     if method == "chunked":
         return _ChunkedRank.apply(scores, tau, chunk_size)
-    if method == "triton":
-        from shiva_dit.kernels import soft_rank as kernel  # noqa: PLC0415  (imports triton)
-
-        return kernel.soft_rank(scores, tau)
-    raise ValueError(f'method must be "exp_sum", "chunked" or "triton", got {method!r}.')
+    raise ValueError(f'method must be "exp_sum" or "chunked", got {method!r}.')
 
 
 def inclusion_scores(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shiva_dit.core.selection import select_with_places
+from shiva_dit.core.selection import best_tokens
 from shiva_dit.methods.plans import GatherPlan, Plan
 
 Site = Literal["block", "attention", "cross_attention", "feed_forward", "heads", "hidden"]
@@ -115,7 +115,7 @@ class Selector(Reducer):
     def plan(self, x: Float[Tensor, "B N D"], where: Where) -> GatherPlan:
         """The k best by `scores`."""
         k = x.shape[1] if where.k is None else where.k
-        return GatherPlan(*select_with_places(self.scores(x, where.terms, where.block), k))
+        return GatherPlan(best_tokens(self.scores(x, where.terms, where.block), k))
 
     def scorer(self, block: int) -> Callable[[Tensor, Any], Tensor]:
         """`scores` of one block, made once when the selector is attached.

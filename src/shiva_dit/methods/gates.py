@@ -14,7 +14,7 @@ from shiva_dit.core.estimators import (
     gate_input,
     selection_benefit,
 )
-from shiva_dit.core.selection import select_with_places
+from shiva_dit.core.selection import best_tokens
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 
 
@@ -55,7 +55,7 @@ class SelectionGates:
             self.noise = self._draw(scores)
         scores = scores + self.noise
         if self.chosen is None:
-            self.chosen = select_with_places(scores.detach(), k)[0]
+            self.chosen = best_tokens(scores.detach(), k)
         self.inclusion = inclusion_scores(
             soft_rank(scores, self.tau_rank), self.soft_k, self.tau_select
         )

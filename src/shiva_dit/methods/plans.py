@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shiva_dit.core.selection import flat_rows, gather_tokens, scatter_tokens
@@ -44,8 +44,6 @@ class GatherPlan(Plan):
 
     chosen: Int[Tensor, "B k"]
     """Distinct in each row."""
-    places: Int32[Tensor, "B N"] | None = None
-    """What `select_with_places` gave beside them."""
 
     def reduce(self, x: Tensor) -> Tensor:
         """The chosen tokens."""
@@ -53,7 +51,7 @@ class GatherPlan(Plan):
 
     def restore(self, y: Tensor, rest: Tensor) -> Tensor:
         """`rest`, with the chosen ones replaced."""
-        return scatter_tokens(rest, self.chosen, y, self.places)
+        return scatter_tokens(rest, self.chosen, y)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from shiva_dit.core.selection import select_with_places, share_between_halves
+from shiva_dit.core.selection import best_tokens, share_between_halves
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.plans import GatherPlan
@@ -167,7 +167,7 @@ class BlockHook(Uncopied, ModelHook):
         scores = self._score(x, state)
         if state.gates is not None:
             return GatherPlan(state.gates.choose(scores, state.k))
-        plan = GatherPlan(*select_with_places(scores, state.k))
+        plan = GatherPlan(best_tokens(scores, state.k))
         if state.leads:
             state.chosen = plan.chosen
         return plan

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shiva_dit import kernels
 from shiva_dit.modules.context import (
     CONTEXT_INPUTS,
     ContextModule,
@@ -50,12 +49,6 @@ def token_scores(
         normalize_inputs: Layer-normalise tokens first, without parameters.
     """
     shift, weight, read, lift = terms
-    if kernels.should_use("router_scores", x, shift, weight, read):
-        from shiva_dit.kernels import router  # noqa: PLC0415  (imports triton)
-
-        return router.router_scores(
-            x, shift, weight, read, normalize_inputs=normalize_inputs, eps=LN_EPS
-        )
     if normalize_inputs:
         x = F.layer_norm(x, x.shape[-1:])
     weight = weight.to(x.dtype)
