@@ -9,22 +9,25 @@ PYTEST := $(BIN)/python -m pytest -n 2
 COMPILED := tests/test_compile.py tests/test_composition.py tests/test_readme.py
 SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=,$(COMPILED))
 
-.PHONY: quickstart test check fix report results-estimators install clean
+.PHONY: quickstart test check matrix fix report results-estimators install clean
 
 quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)
 	$(BIN)/shiva-dit quickstart
 
 test: $(STAMP)  ## The fast tests (3 to 4 minutes)
-	$(PYTEST) $(SHAPES) -m "not slow"
-	$(PYTEST) -m "not slow" $(COMPILED)
+	$(PYTEST) $(SHAPES) -m "not slow and not matrix"
+	$(PYTEST) -m "not slow and not matrix" $(COMPILED)
 
 check: $(STAMP)  ## What CI runs: format, lint, imports, types, all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(PYTEST) $(SHAPES)
-	$(PYTEST) $(COMPILED)
+	$(PYTEST) $(SHAPES) -m "not matrix"
+	$(PYTEST) -m "not matrix" $(COMPILED)
+
+matrix: $(STAMP)  ## Every property of every model class beside everything else, into results/ (40 minutes)
+	$(BIN)/python -m tests.matrix
 
 fix: $(STAMP)  ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -14,6 +14,7 @@ import shiva_dit
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import attachment_of
 from tests import families, tiny
+from tests.matrix import sampled
 
 NUM_BINS = 12
 TIMES = [(b + 0.5) / NUM_BINS for b in reversed(range(NUM_BINS))]
@@ -192,7 +193,7 @@ def test_inductor_equals_eager() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tuple(families.FAMILIES))
+@sampled("name")
 def test_every_family_compiles_without_breaks_and_recompiles(name: str) -> None:
     model = families.made(name)
     counts = [[64, 40, 40, 40], [64, 33, 12, 48], [64, 63, 20, 9]]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
@@ -41,7 +42,8 @@ from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.backbone import PEFT_NAME, backbone_weights
 from shiva_dit.models.backbone import add_lora as add_adapters_lora
 from shiva_dit.report.layout import markdown_rows
-from tests import families, tiny
+from tests import families, running, tiny
+from tests.matrix import sampled
 from tests.test_pipelines import Flux
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "composition.md"
@@ -52,7 +54,40 @@ Outcome = Literal["works", "refused", "works; can't be removed"]
 When = Literal["before", "after", "beside"]
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-several_families = pytest.mark.parametrize("family", ["sd3", "flux", "wan"])
+NOT_FUSING = ["cogview3-plus", "hunyuan-image", "hunyuan-video", "prx", "qwen-image"]
+"""Whose attention has queries, keys and values apart (or fused, PRX) whatever it is told."""
+
+
+NOT_RECOMPUTING = [name for name, each in families.FAMILIES.items() if not each.recomputes]
+NOT_SEQUENTIAL = ["hunyuan-dit"]
+"""Whose pooling of text reads a layer's weights past its forward, which brings them."""
+
+
+ASKED: dict[str, int] = {}
+"""Of how many model classes a test asks its property; of one, if it isn't here."""
+
+
+def classes(*needs: str, but: Collection[str] = ()) -> Any:
+    """Every model class with every kind of backbone that it can have: `family` and `kind`.
+
+    Args:
+        needs: Attributes of the class without which there is nothing to ask.
+        but: Families that can't have the neighbour, whether or not an adapter is on.
+    """
+    found = [
+        (family, kind)
+        for name, family in running.FAMILY.items()
+        for kind in KINDS
+        if kind in ("frozen", "full") or hasattr(getattr(diffusers, name), "add_adapter")
+        if all(getattr(getattr(diffusers, name), need, False) for need in needs)
+        if family not in but
+    ]
+
+    def put(test: Any) -> Any:
+        ASKED[test.__name__] = len({family for family, _ in found})
+        return sampled("family, kind", found, lambda cell: cell[0] in ("sd3", "wan"))(test)
+
+    return put
 
 
 @dataclass(frozen=True)
@@ -62,6 +97,7 @@ class Cell:
     kind: Kind
     outcome: Outcome
     check: str
+    test: str
 
 
 CELLS: list[Cell] = []
@@ -88,7 +124,7 @@ def cells(
                 if not isinstance(outcomes, str):
                     found: Any = outcomes
                     outcome = found.get((kind, when), found.get(kind, "works"))
-                CELLS.append(Cell(what, when, kind, outcome, check))  # type: ignore[arg-type]
+                CELLS.append(Cell(what, when, kind, outcome, check, test.__name__))  # type: ignore[arg-type]
         if not order:
             return test
         return pytest.mark.parametrize("first", [True, False], ids=["before", "after"])(test)
@@ -200,8 +236,7 @@ def with_lora(kind: Kind, family: str, *names: str) -> tuple[Tensor, Tensor]:
         return bare, families.run(model, given)
 
 
-@kinds
-@several_families
+@classes("add_adapter")
 @cells("LoRA", "works", "as with the LoRA there from the start, to the bit", order=True)
 def test_a_lora_in_either_order(first: bool, family: str, kind: Kind) -> None:
     case, (bare, pruned) = Case(kind, family), with_lora(kind, family, "mine")
@@ -250,8 +285,7 @@ def test_a_lora_is_hot_swapped_while_applied(kind: Kind, tmp_path: Path) -> None
     assert torch.equal(case.run(), bare)
 
 
-@kinds
-@several_families
+@classes("add_adapter")
 @cells("LoRA, fused and unfused again", "works", "fused as unfused, within 1e-5", order=True)
 def test_a_fused_lora(first: bool, family: str, kind: Kind) -> None:
     case, (bare, pruned) = Case(kind, family), with_lora(kind, family, "mine")
@@ -320,8 +354,7 @@ def test_other_adapters_of_peft(first: bool, other: Any, kind: Kind) -> None:
     assert torch.equal(case.run(), bare)
 
 
-@kinds
-@several_families
+@classes("fuse_qkv_projections", but=NOT_FUSING)
 @cells(
     "fuse_qkv_projections",
     {"lora": "refused", "dora": "refused", "full": "refused"},
@@ -475,31 +508,26 @@ def offload(kind: str, model: Any) -> None:
 SAME = "the same, to the bit, twice; after `remove` the bare model's, to the bit"
 
 
-@kinds
-@several_families
+@classes()
 @cells("Model offload", "works", SAME, order=True)
 def test_model_offload(first: bool, family: str, kind: Kind) -> None:
     _offloaded("model", first, family, kind)
 
 
-@kinds
-@pytest.mark.parametrize("family", ["sd3", "flux", "wan", "ltx", "pixart-sigma", "allegro"])
+@classes(but=NOT_SEQUENTIAL)
 @cells("Sequential offload", "works", SAME, order=True)
 def test_sequential_offload(first: bool, family: str, kind: Kind) -> None:
     """Wan, LTX, PixArt and others have blocks that own parameters, which are brought for them."""
-    if hasattr(families.FAMILIES[family].build(), "add_adapter") or kind in ("frozen", "full"):
-        _offloaded("sequential", first, family, kind)
+    _offloaded("sequential", first, family, kind)
 
 
-@kinds
-@several_families
+@classes("_supports_group_offloading")
 @cells("Group offload, by blocks", "works", SAME, order=True)
 def test_group_offload_by_blocks(first: bool, family: str, kind: Kind) -> None:
     _offloaded("blocks", first, family, kind)
 
 
-@kinds
-@several_families
+@classes("_supports_group_offloading")
 @cells("Group offload, by layers", "works", SAME, order=True)
 def test_group_offload_by_layers(first: bool, family: str, kind: Kind) -> None:
     _offloaded("layers", first, family, kind)
@@ -522,8 +550,7 @@ def _offloaded(how: str, first: bool, family: str, kind: Kind) -> None:
         assert torch.equal(case.run(), case.bare)
 
 
-@kinds
-@pytest.mark.parametrize("family", ["sd3", "wan"])
+@classes(but=NOT_SEQUENTIAL)
 @cells("Sequential offload, taken off again", "works", SAME, order=True)
 def test_offloading_is_taken_off(first: bool, family: str, kind: Kind) -> None:
     case = Case(kind, family)
@@ -834,31 +861,37 @@ def test_context_parallelism(first: bool, kind: Kind) -> None:
 # --- compilation, copies, threads ---------------------------------------------------------------
 
 
-@kinds
+@classes(but=NOT_RECOMPUTING)
 @cells("Gradient checkpointing", "works", "the same gradients, to the bit", order=True)
-def test_gradient_checkpointing(first: bool, kind: Kind) -> None:
-    def gradient(checkpointing: bool) -> Tensor:
-        model: Any = families.made("sd3")
-        made = adapter(model, kind)
+def test_gradient_checkpointing(first: bool, family: str, kind: Kind) -> None:
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model: Any = families.made(family)
+        made = adapter(model, kind, family)
         both(
             first,
             lambda: model.enable_gradient_checkpointing() if checkpointing else None,
             lambda: shiva_dit.apply(model, made),
         )
-        model(**families.arguments("sd3")).sample.square().sum().backward()
-        return model.transformer_blocks[2].ff.net[2].weight.grad
+        families.run(model, families.arguments(family)).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    assert torch.equal(gradient(True), gradient(False))
+    expected, found = gradients(False), gradients(True)
+    assert expected
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+MERGED = [
+    *((kind, "merged") for kind in KINDS),
+    *((kind, "beside") for kind in ("lora", "dora")),
+]
 
 
 @pytest.mark.slow
-@kinds
-@pytest.mark.parametrize("merge", [True, False])
+@sampled("kind, how", MERGED, lambda cell: cell in (("frozen", "merged"), ("dora", "beside")))
 @cells("torch.compile, by blocks", "works", "as eager, within 1e-5", order=True)
-def test_compiled_blocks(first: bool, kind: Kind, merge: bool) -> None:
-    if not merge and kind in ("frozen", "full"):
-        return
-    made = Flux()
+def test_compiled_blocks(first: bool, kind: Kind, how: str) -> None:
+    made, merge = Flux(), how == "merged"
     made.pipe.set_progress_bar_config(disable=True)
     model: Any = made.pipe.transformer
     made_for = adapter_of_flux(model, kind)
@@ -885,7 +918,7 @@ def test_compiled_blocks(first: bool, kind: Kind, merge: bool) -> None:
 
 
 @pytest.mark.slow
-@kinds
+@sampled("kind", KINDS, lambda kind: kind == "lora")
 @cells("torch.compile, the whole model", "works", "as eager, within 1e-5", order=True)
 def test_a_compiled_model(first: bool, kind: Kind) -> None:
     case = Case(kind)
@@ -893,10 +926,10 @@ def test_a_compiled_model(first: bool, kind: Kind) -> None:
     assert near(case.run(), case.pruned, 1e-5)
 
 
-@kinds
+@classes()
 @cells("copy.deepcopy", "refused", "a RuntimeError that says: remove, copy, apply to both")
-def test_a_deep_copy(kind: Kind) -> None:
-    case = Case(kind)
+def test_a_deep_copy(family: str, kind: Kind) -> None:
+    case = Case(kind, family)
     case.apply()
     with pytest.raises(RuntimeError, match=r"cannot be deep-copied.*shiva_dit\.remove"):
         copy.deepcopy(case.model)
@@ -913,8 +946,7 @@ def test_pickling(kind: Kind) -> None:
     assert pickle.dumps(case.model)
 
 
-@kinds
-@several_families
+@classes()
 @cells("Saving and loading the model while applied", "works", "the saved one is bare, to the bit")
 def test_saving_while_applied(family: str, kind: Kind, tmp_path: Path) -> None:
     case = Case(kind, family)
@@ -1129,7 +1161,7 @@ def table() -> str:
     rows: dict[str, list[Cell]] = {}
     for cell in CELLS:
         rows.setdefault(cell.what, []).append(cell)
-    lines = [["", *KINDS, "what is asserted"]]
+    lines = [["", *KINDS, "classes", "what is asserted"]]
     for what, found in rows.items():
         columns = []
         for kind in KINDS:
@@ -1138,7 +1170,7 @@ def table() -> str:
                 columns.append(next(iter(outcomes.values())))
             else:
                 columns.append(", ".join(f"{when}: {each}" for when, each in outcomes.items()))
-        lines.append([what, *columns, found[0].check])
+        lines.append([what, *columns, str(ASKED.get(found[0].test, 1)), found[0].check])
     return markdown_rows(lines)
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shiva_dit
 from shiva_dit.models.attach import attachment_of
 from tests import families, running, tiny
+from tests.matrix import sampled
 
 OURS = str(Path(shiva_dit.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
@@ -106,7 +107,7 @@ def test_reads_of_ours_are_counted() -> None:
     assert all("Counts." in read for read in found)
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@sampled("name")
 def test_a_forward_reads_nothing(name: str) -> None:
     """With one row of counts no time is needed, and nothing else ever is."""
     model, given = attached(name, 1), families.arguments(name)

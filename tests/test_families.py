@@ -25,6 +25,7 @@ from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.spec import mean_text
 from shiva_dit.report.layout import markdown_rows
 from tests import families, tiny
+from tests.matrix import sampled
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 NAMES = tuple(families.FAMILIES)
@@ -147,7 +148,7 @@ def router_gradients(name: str, *, kv_gate: bool, checkpointing: bool) -> dict[s
     return {n: p.grad for n, p in adapter.router.named_parameters() if p.grad is not None}
 
 
-@every
+@sampled("name")
 @pytest.mark.parametrize("kv_gate", [False, True])
 def test_gradients_reach_the_router_with_checkpointing_and_without(
     name: str, kv_gate: bool
@@ -203,7 +204,7 @@ def executed(model: nn.Module, given: dict[str, Any]) -> int:
     return counter.get_total_flops()
 
 
-@every
+@sampled("name")
 def test_flops_are_what_the_counter_counts(name: str) -> None:
     """Dense and pruned, at 64 tokens and at half of them: none is a size that was counted at."""
     model, text = families.made(name), families.FAMILIES[name].text
@@ -224,7 +225,7 @@ def test_flops_are_what_the_counter_counts(name: str) -> None:
         assert model_flops(model, families.TOKENS // 2, text).dense() == executed(model, half)
 
 
-@every
+@sampled("name")
 def test_what_a_lora_beside_the_layers_costs_is_counted(name: str) -> None:
     """Beyond the same one merged, at different k of each block."""
     model, given = families.made(name), families.arguments(name, 1, 0.9)

@@ -22,6 +22,7 @@ from shiva_dit.models.skeleton import Skeleton
 from shiva_dit.modules.router import ShivaRouter
 from shiva_dit.modules.updates import RejectedUpdates
 from tests import families, tiny
+from tests.matrix import sampled
 
 # On the meta device attention is decomposed and counted; on the CPU its kernel counts as 0.
 META = torch.device("meta")
@@ -198,7 +199,7 @@ def test_a_quadratic_is_found_from_three_values_and_a_half_is_no_count():
         Polynomial.through({0: 0, 2: 1}).at(1)
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@sampled("name")
 def test_three_sizes_say_what_a_fourth_costs(name: str) -> None:
     """Blocks, all else, and the rows of every linear layer."""
     model, text_tokens = families.FAMILIES[name].build(), families.FAMILIES[name].text

@@ -14,6 +14,7 @@ from shiva_dit.models.counted import model_widths
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.gating import GatedForward
 from tests import families, tiny
+from tests.matrix import sampled
 
 ESTIMATORS = [
     EstimatorConfig(kind="paper"),
@@ -116,7 +117,7 @@ def test_no_estimator_changes_a_gradient_of_the_backbone(name: str, rejected: st
         assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", tuple(families.FAMILIES))
+@sampled("name")
 def test_no_gate_changes_a_gradient_of_any_family(name: str) -> None:
     model, arguments = case(name)
     attachment = attached(model)

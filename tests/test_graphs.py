@@ -23,6 +23,7 @@ from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.block_hook import BlockState
 from shiva_dit.models.graphs import GRAPHS, GraphRunner
 from tests import families, tiny
+from tests.matrix import sampled
 from tests.test_pipelines import Flux, PixArt
 
 ROWS = [[64, 5, 30, 17], [64, 33, 1, 48], [64, 63, 20, 9]]
@@ -211,7 +212,7 @@ def test_passes_in_turn_and_models_without_a_shared_embedder(kind: Any) -> None:
     assert attachment.forwards.graphs.replays > 0
 
 
-@pytest.mark.parametrize("name", tuple(families.FAMILIES))
+@sampled("name")
 @torch.no_grad()
 def test_every_family_replays(name: str) -> None:
     model = families.made(name)

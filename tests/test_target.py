@@ -20,6 +20,7 @@ from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.target import unwrapped
 from tests import families, running, tiny
+from tests.matrix import sampled
 
 COUNTS = [[64, 5, 30, 17], [64, 33, 2, 48], [64, 63, 20, 9]]
 ABSENT: Any = None
@@ -235,7 +236,7 @@ def test_a_pipeline_whose_first_transformer_is_left_out() -> None:
 # --- sizes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@sampled("name")
 def test_a_summary_needs_no_number_after_a_forward(name: str) -> None:
     model = families.made(name)
     spec = model_spec(model)

@@ -20,6 +20,7 @@ from shiva_dit.training.paths import Diffusion, FlowMatching, path_of
 from shiva_dit.training.recipe import OptimizerConfig, PolicyConfig, TrainConfig
 from shiva_dit.training.trainer import Trainer
 from tests import families
+from tests.matrix import sampled
 
 SHARED = "img_ids", "txt_ids", "position_ids", "image_rotary_emb"
 
@@ -73,7 +74,7 @@ def trainer_for(name: str, out: Path, **changes: Any) -> Trainer:
     return Trainer(config, model, FamilyData(name, spec), scheduler)
 
 
-@pytest.mark.parametrize("name", tuple(families.FAMILIES))
+@sampled("name")
 def test_every_family_is_trained(name: str, tmp_path: Path) -> None:
     """Router, policy and a LoRA on every block move (all weights where there is no LoRA)."""
     backbone = "lora" if hasattr(families.made(name), "add_adapter") else "full"

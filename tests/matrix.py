@@ -1,0 +1,104 @@
+"""Properties asked of every model class or pipeline: `make check` runs a sample, `make matrix` all.
+
+`python -m tests.matrix` is what `make matrix` runs: it writes a record into results/.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shiva_dit.provenance import hardware_name, provenance, write_json
+from tests import families
+
+RESULTS = Path(__file__).parents[1] / "results"
+SHARE = 5
+"""Of so many cells one is in a sample."""
+PROPERTIES: dict[str, int] = {}
+"""Of every property whose module was imported, how many classes or pipelines it is asked of."""
+
+Mark = Callable[[Any], Any]
+
+
+def sampled(
+    arguments: str,
+    among: Iterable[Any] = families.FAMILIES,
+    always: Callable[[Any], bool] = lambda value: False,
+) -> Mark:
+    """`pytest.mark.parametrize` over model classes, a sample of them outside of `make matrix`.
+
+    Properties have different samples, so that every class has its part in some.
+
+    Args:
+        arguments: What the test calls the class, or several values of a cell.
+        among: Those that the property is asked of; strings, or tuples of them.
+        always: Says which are in the sample whatever falls to their lot.
+    """
+    cells = tuple(among)
+
+    def put(test: Any) -> Any:
+        PROPERTIES[f"{test.__module__.rpartition('.')[2]}::{test.__name__}"] = len(cells)
+        values = []
+        for place, cell in enumerate(cells):
+            each = (cell,) if isinstance(cell, str) else cell
+            chosen = always(cell) or place % SHARE == lot(test.__name__)
+            marks = () if chosen else pytest.mark.matrix
+            values.append(pytest.param(*each, id="-".join(each), marks=marks))
+        return pytest.mark.sampled(pytest.mark.parametrize(arguments, values)(test))
+
+    return put
+
+
+def lot(test: str) -> int:
+    """Which of every `SHARE` cells a test's sample holds."""
+    return zlib.crc32(test.encode()) % SHARE
+
+
+class Outcomes:
+    """A plugin that counts what became of every property's cells."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Counter[str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a cell once: when it ran, or by the step that failed or was skipped."""
+        if report.when == "call" or report.outcome != "passed":
+            name = report.nodeid.partition("[")[0].removeprefix("tests/").replace(".py", "")
+            self.found.setdefault(name, Counter())[report.outcome] += 1
+
+
+def newest() -> dict[str, Any]:
+    """The committed record."""
+    path = max(RESULTS.glob("matrix--*.json"), key=lambda path: path.stem.rpartition("--")[2])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    """Run all cells on two processes, and write the record if the run was whole."""
+    outcomes = Outcomes()
+    status = pytest.main(["-n", "2", "-m", "sampled or matrix", *sys.argv[1:]], plugins=[outcomes])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or sys.argv[1:]:
+        return int(status)
+    record = {
+        "what": "matrix",
+        "properties": {name: dict(found) for name, found in outcomes.found.items()},
+        "families": list(families.FAMILIES),
+        "provenance": provenance(),
+    }
+    stamp = datetime.date.today().isoformat()
+    path = RESULTS / f"matrix--{hardware_name(record['provenance'])}--{stamp}.json"
+    write_json(path, record)
+    sys.stdout.write(f"{path}\n")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
