@@ -232,6 +232,14 @@ _ALL = (
         size=(128, 128),
         text_tokens=7,
     ),
+    replace(
+        _SD3,
+        name="sd3-thin",
+        about="like Stable Diffusion 3, 24 blocks of width 32: what the host costs per block",
+        config={**_SD3_TINY, "num_layers": 24},
+        size=(128, 128),
+        text_tokens=7,
+    ),
 )
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
 """By name."""

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shiva_dit.config import check_types
-from shiva_dit.core.selection import gather_tokens, scatter_tokens, select_top_k
+from shiva_dit.core.selection import best_tokens, gather_tokens, scatter_tokens
 
 EstimatorKind = Literal["paper", "residual"]
 RejectedUpdate = Literal["none", "mean", "ridge", "teacher", "teacher_ridge"]
@@ -168,55 +168,52 @@ def selection_benefit(
     update = gather_tokens(output, chosen) - gather_tokens(x, chosen)  # (B, k, D)
     if kind == "none":
         rest = torch.zeros_like(x) if instead is None else instead
+        benefit = scatter_tokens(rest, chosen, update)
     elif kind == "mean":
-        rest = update.mean(1, keepdim=True).expand_as(x)
+        benefit = scatter_tokens(update.mean(1, keepdim=True).expand_as(x), chosen, update)
     elif kind == "ridge":
-        rest = _ridge_prediction(x, chosen, update, ridge)
+        benefit = _completed(x, chosen, update, ridge)
     elif teacher is None:
         raise ValueError(
             f'rejected="{kind}" needs the unpruned model\'s update of this block; run the '
             'teacher first, or use rejected="ridge".'
         )
-    elif kind == "teacher":
-        rest = teacher
     else:
-        off = update - gather_tokens(teacher, chosen)
-        rest = teacher + _ridge_prediction(x, chosen, off, ridge)
-    benefit = scatter_tokens(rest, chosen, update)
+        rest = teacher
+        if kind == "teacher_ridge":
+            rest = rest + _completed(x, chosen, update - gather_tokens(teacher, chosen), ridge)
+        benefit = scatter_tokens(rest, chosen, update)
     return benefit if instead is None else benefit - instead
 
 
-def _ridge_prediction(
+def _completed(
     x: Float[Tensor, "B N D"],
     chosen: Int[Tensor, "B k"],
     update: Float[Tensor, "B k D"],
     ridge: float,
 ) -> Float[Tensor, "B N D"]:
-    """A (A_S' A_S + ridge I)^-1 A_S' F_S with A = [LayerNorm(x), 1], per sample.
+    """The update of the chosen tokens, and its ridge regression for the others, per sample.
 
-    For the tokens that were not chosen; zero for those that were. With fewer chosen tokens than
-    columns the k x k system of the dual form is solved instead.
+    That is A (A_S' A_S + ridge I)^-1 A_S' F_S with A = [LayerNorm(x), 1]. With fewer chosen tokens
+    than columns the k x k system of the dual form is solved instead.
     """
     with torch.autocast(x.device.type, enabled=False):
+        num_tokens, k = x.shape[1], chosen.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
-
-        def design(rows: Tensor) -> Tensor:  # (B, n, D + 1)
-            normed = F.layer_norm(rows.to(wide), rows.shape[-1:])
-            return torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)
-
-        num_rejected = x.shape[1] - chosen.shape[1]
-        if not num_rejected:
-            return torch.zeros_like(x, dtype=wide)
-        is_rejected = torch.ones(x.shape[:2], device=x.device).scatter(1, chosen, 0.0)
-        rejected = select_top_k(is_rejected, num_rejected)  # (B, N - k)
-        seen = design(gather_tokens(x, chosen))
         target = update.to(wide)
-        num_seen, num_columns = seen.shape[1:]
-        if num_seen < num_columns:
-            gram = seen @ seen.mT + ridge * torch.eye(num_seen, dtype=wide, device=x.device)
-            weights = seen.mT @ torch.cholesky_solve(target, torch.linalg.cholesky(gram))
+        is_rejected = torch.ones(x.shape[:2], device=x.device).scatter(1, chosen, 0.0)
+        order = torch.cat([chosen, best_tokens(is_rejected, num_tokens)[:, : num_tokens - k]], 1)
+        normed = F.layer_norm(gather_tokens(x, order).to(wide), x.shape[-1:])
+        rows = torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)  # (B, N, D + 1)
+        seen, unseen = rows.split((k, num_tokens - k), dim=1)
+        if k < rows.shape[-1]:
+            gram, left, right = seen @ seen.mT, unseen @ seen.mT, target
         else:
-            gram = seen.mT @ seen + ridge * torch.eye(num_columns, dtype=wide, device=x.device)
-            weights = torch.cholesky_solve(seen.mT @ target, torch.linalg.cholesky(gram))
-        predicted = design(gather_tokens(x, rejected)) @ weights
-        return scatter_tokens(torch.zeros_like(x, dtype=wide), rejected, predicted)
+            gram, left, right = seen.mT @ seen, unseen, seen.mT @ target
+        gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        factor = torch.linalg.cholesky_ex(gram).L
+        if left.shape[1] < right.shape[2]:  # fewer right-hand sides take less
+            predicted = torch.cholesky_solve(left.mT, factor).mT @ right
+        else:
+            predicted = left @ torch.cholesky_solve(right, factor)
+        return gather_tokens(torch.cat([target, predicted], dim=1), order.argsort(dim=1))
