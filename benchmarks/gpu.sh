@@ -25,13 +25,15 @@ time_it() {  # seconds at most (0: any), then what `shiva-dit benchmark` takes
 }
 if [ -n "$tiny" ]; then
   small="--mode eager --dtype float32 --repeats 2 --threads 1"
+  python3 "$here/benchmarks/graphs.py" --tiny --out "$out" || status=$?
   for batch in 1 4; do time_it 0 sd3-tiny $small --batch "$batch"; done
   time_it 0 sd3-tiny $small --size 256
   exit $status
 fi
+timeout 90 python3 "$here/benchmarks/graphs.py" --out "$out" || status=$?
 time_it 100 sd35-medium --device cuda --mode graphs --batch 1 --repeats 7
 time_it 60 sd35-medium --device cuda --batch 1 --repeats 5 --forwards 14
-time_it 110 sd35-medium --device cuda --mode graphs --batch 4 --repeats 5 --forwards 14
+time_it 100 sd35-medium --device cuda --batch 4 --repeats 5 --forwards 14
 time_it 100 flux-dev --device cuda --mode graphs --keep 0.8 0.6 --repeats 5 --forwards 7
-time_it 110 flux-dev --device cuda --keep 0.8 0.6 --size 2048 --repeats 3 --forwards 2
+time_it 90 flux-dev --device cuda --keep 0.8 0.6 --size 2048 --repeats 3 --forwards 2
 exit $status

@@ -527,6 +527,7 @@ def test_the_script_for_a_gpu_writes_its_records(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = sorted(file.name for file in tmp_path.iterdir())
     assert [name.split("--")[0] for name in names] == [
+        "graphs-sd3-tiny",
         "speed-sd3-tiny-128-batch1-float32-eager-1thread",
         "speed-sd3-tiny-128-batch4-float32-eager-1thread",
         "speed-sd3-tiny-256-batch1-float32-eager-1thread",
