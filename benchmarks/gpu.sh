@@ -24,9 +24,9 @@ time_it() {  # seconds at most (0: any), then what `shiva-dit benchmark` takes
   timeout "$limit" python3 -m shiva_dit.cli benchmark "$@" --out "$out" || status=$?
 }
 if [ -n "$tiny" ]; then
-  small="--mode eager --dtype float32 --repeats 2 --threads 1"
-  for batch in 1 4; do time_it 0 sd3-tiny $small --batch "$batch"; done
-  time_it 0 sd3-tiny $small --size 256
+  small="--mode eager --dtype float32 --repeats 1 --threads 1"
+  time_it 0 sd3-tiny $small --batch 4 --forwards 2
+  time_it 0 sd3-tiny $small --keep 0.8 0.6 --size 256
   exit $status
 fi
 time_it 100 sd35-medium --device cuda --mode graphs --batch 1 --repeats 7

@@ -1,0 +1,10 @@
+"""What a server of worker processes imports, once for all that it forks (`conftest.quick_jobs`).
+
+They look at few held-out images.
+"""
+
+from shiva_dit.experiments import held_out, worker
+
+__all__ = ["worker"]
+
+held_out.NUM_TIMES, held_out.IMAGES_PER_TIME = 4, 16
