@@ -46,4 +46,4 @@ def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     server.set_forkserver_preload(["tests.workers"])
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
     monkeypatch.setattr("shiva_dit.experiments.held_out.NUM_TIMES", 4)
-    monkeypatch.setattr("shiva_dit.experiments.held_out.IMAGES_PER_TIME", 16)
+    monkeypatch.setattr("shiva_dit.experiments.held_out.IMAGES_PER_TIME", 8)
