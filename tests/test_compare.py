@@ -179,6 +179,7 @@ what = "small"
 about = "Two arms."
 [settings]
 count = 20
+num_steps = 8
 [recipe]
 backbone = "full"
 batch_size = 4
@@ -200,7 +201,7 @@ backbone = "frozen"
 name = "half the steps"
 method = "dense"
 backbone = "frozen"
-num_steps = 6
+num_steps = 4
 [arms.same]
 name = "the unpruned model again"
 method = "dense"
