@@ -24,10 +24,10 @@ time_it() {  # seconds at most (0: any), then what `shiva-dit benchmark` takes
   timeout "$limit" python3 -m shiva_dit.cli benchmark "$@" --out "$out" || status=$?
 }
 if [ -n "$tiny" ]; then
-  small="--mode eager --dtype float32 --repeats 2 --threads 1"
+  small="--mode eager --dtype float32 --repeats 1 --threads 1"
   python3 "$here/benchmarks/graphs.py" --tiny --out "$out" || status=$?
-  for batch in 1 4; do time_it 0 sd3-tiny $small --batch "$batch"; done
-  time_it 0 sd3-tiny $small --size 256
+  time_it 0 sd3-tiny $small --batch 4 --forwards 2
+  time_it 0 sd3-tiny $small --keep 0.8 0.6 --size 256
   exit $status
 fi
 timeout 90 python3 "$here/benchmarks/graphs.py" --out "$out" || status=$?

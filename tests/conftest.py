@@ -1,5 +1,6 @@
 """Settings of all tests: no result may depend on the processor, its cores or how busy it is."""
 
+import multiprocessing
 import os
 
 # Tests ask for equal bits of the same operation on the same shapes alone. On Intel processors MKL
@@ -22,6 +23,10 @@ settings.register_profile(
 )
 settings.load_profile("shiva_dit")
 
+# What a disk holds after the machine's own end no test can see, and to wait for it takes long.
+# Tests that count steps at the file system (`faults.py`) count these as others.
+os.fsync = lambda handle: None
+
 THREADS = torch.get_num_threads()
 
 
@@ -29,3 +34,16 @@ THREADS = torch.get_num_threads()
 def pytest_runtest_teardown() -> None:
     """Commands set the number of threads of their process, which is that of the next test too."""
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked from a process that has imported what they need, once for all tests.
+
+    They, and this process, look at few held-out images.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.workers"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+    monkeypatch.setattr("shiva_dit.experiments.held_out.NUM_TIMES", 4)
+    monkeypatch.setattr("shiva_dit.experiments.held_out.IMAGES_PER_TIME", 8)

@@ -1,7 +1,8 @@
-"""Trainings killed at thirty moments, each followed by its continuation (`test_wholeness.py`).
+"""Trainings killed at some of thirty moments, each followed by its continuation.
 
 A moment is a number of events: steps at the file system and batches read, from the first to the
-last of an undisturbed training. Run as `python -m tests.killed FOLDER`.
+last of an undisturbed training. Run as `python -m tests.killed FOLDER FIRST`, which kills at every
+fifth moment from a FIRST below five (`test_wholeness.py`).
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from diffusers import SD3Transformer2DModel
 
 from shiva_dit.training.checkpoint import latest_checkpoint
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.run import train
-from tests import tiny
+from tests import conftest, tiny
 from tests.faults import Steps, listing
 from tests.test_training import TinyData, recipe
 
 KILLS = 30
+PARTS = 5
+"""Calls that together kill at all moments."""
 
 
 def config(out: Path) -> TrainConfig:
     return recipe(out, backbone="lora", lora_rank=2, checkpoint_every=2)
+
+
+def model() -> SD3Transformer2DModel:
+    return tiny.sd3(num_layers=2)
 
 
 def in_a_child(work: Callable[[], None]) -> int:
@@ -54,7 +61,7 @@ def training(out: Path, *, kill_at: int = -1, count: Path | None = None) -> None
         steps.install(patch)
         data = TinyData()
         patch.setattr(data, "batch", steps.wrap(data.batch))
-        train(config(out), tiny.sd3(), data, resume=False)
+        train(config(out), model(), data, resume=False)
     if count is not None:
         count.write_text(str(steps.count))
 
@@ -63,7 +70,7 @@ def go_on(out: Path, index: int) -> None:
     """As a user would: by --resume, or without, and as the error then says."""
 
     def again(resume: bool) -> int:
-        return in_a_child(lambda: void(train(config(out), tiny.sd3(), TinyData(), resume=resume)))
+        return in_a_child(lambda: void(train(config(out), model(), TinyData(), resume=resume)))
 
     status = 2 if index % 2 == 0 else again(False)
     if status == 2:
@@ -90,8 +97,8 @@ def of_run(out: Path) -> dict[str, bytes]:
     return found
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def main(folder: Path, first: int) -> None:
+    assert conftest.THREADS  # that settings are those of all tests
     count = folder / "count"
     assert in_a_child(lambda: training(folder / "whole", count=count)) == 0
     wanted = of_run(folder / "whole")
@@ -99,8 +106,9 @@ def main(folder: Path) -> None:
     report = {"kills": 0, "events": total, "before_the_first_checkpoint": 0, "after_it": 0}
     # One from each of thirty equal parts of the way.
     draw = random.Random(0)
-    for index in range(KILLS):
-        moment = int(total * (index + draw.random()) / KILLS)
+    moments = [int(total * (index + draw.random()) / KILLS) for index in range(KILLS)]
+    for index in range(first, KILLS, PARTS):
+        moment = moments[index]
         out = folder / f"killed-at-{moment:03d}-{index}"
         status = in_a_child(lambda out=out, moment=moment: training(out, kill_at=moment))
         assert status == -signal.SIGKILL, (moment, status)
@@ -113,4 +121,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

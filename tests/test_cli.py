@@ -3,10 +3,10 @@
 import argparse
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,22 @@ import pytest
 import torch
 
 from shiva_dit.cli import documents, main, training
+from shiva_dit.experiments.contestants import Contestant, Job, Settings
+from shiva_dit.experiments.pool import run_jobs
 from shiva_dit.training.trainer import Trainer
 from tests.faults import listing
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "recipes" / "digits.toml")
 SHORT = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=4", "micro_batches=2"]
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run that went through; tests copy it."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert main(["train", DIGITS, f"out={out}", "--threads", "1", *SHORT]) == 0
+    return out
 
 
 def said(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> str:
@@ -131,10 +141,10 @@ def test_records_that_are_none_are_named(
 
 
 def test_a_log_line_that_is_none_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", DIGITS, f"out={tmp_path}", "--threads", "1", *SHORT]
-    assert main(words) == 0
+    shutil.copytree(a_run, tmp_path, dirs_exist_ok=True)
     log = tmp_path / "log.jsonl"
     good = log.read_text()
     for line in ('{"loss": 1}\n', "[]\n", "hello\n", '{"step": "x"}\n', "[" * 10**5 + "\n"):
@@ -160,10 +170,13 @@ def test_a_log_line_that_is_none_is_named(
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    a_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["train", DIGITS, f"out={tmp_path}", "--threads", "1", *SHORT]
-    assert main(words) == 0
+    shutil.copytree(a_run, tmp_path, dirs_exist_ok=True)
     state = tmp_path / "checkpoints" / "step-00000003" / "state.json"
 
     def forbidden(path: Path) -> Any:  # root may read all: permissions alone show nothing
@@ -192,6 +205,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
 def test_a_run_with_a_damaged_adapter_says_how_it_goes_on(
     fault: str,
     message: str,
+    a_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -199,7 +213,7 @@ def test_a_run_with_a_damaged_adapter_says_how_it_goes_on(
     """Before it trains on; nothing is deleted, and what it says helps."""
     out = tmp_path / "run"
     words = ["train", DIGITS, f"out={out}", "--threads", "1", *SHORT]
-    assert main(words) == 0
+    shutil.copytree(a_run, out)
     whole = listing(out / "adapter")
     name, _, kind = fault.partition(" ")
     path = out / "adapter" / name
@@ -312,12 +326,12 @@ def test_signals_end_any_command_with_their_status(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_saves_like_ctrl_c(
     number: int,
+    a_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["train", DIGITS, "--threads", "1", *SHORT]
-    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
     step = Trainer.train_step
 
     def interrupted(self: Trainer) -> dict[str, float]:
@@ -332,7 +346,7 @@ def test_sigterm_saves_like_ctrl_c(
     assert "saved in" in err
     assert "--resume" in err
     assert main([*words, f"out={tmp_path / 'run'}", "--resume"]) == 0
-    for path in (tmp_path / "whole" / "adapter").glob("*.safetensors"):
+    for path in (a_run / "adapter").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "run" / "adapter" / path.name).read_bytes()
 
 
@@ -372,11 +386,10 @@ def record(out: Path) -> dict[str, Any]:
     return json.loads((out / "adapter" / "config.json").read_text())["training"]
 
 
-def test_the_record_says_what_it_was_trained_on(tmp_path: Path) -> None:
+def test_the_record_says_what_it_was_trained_on(a_run: Path) -> None:
     from shiva_dit.demo.tasks import load_task  # noqa: PLC0415
 
-    assert main(["train", DIGITS, f"out={tmp_path}", "--threads", "1", *SHORT]) == 0
-    made = record(tmp_path)
+    made = record(a_run)
     task = load_task("digits")
     assert made["recipe"]["task"] == "digits"
     assert made["data"] == {"name": "digits", "samples": 1297, "identity": task.identity()}
@@ -408,31 +421,15 @@ def test_seeds_are_checked_before_anything_runs(
         assert not out.exists()
 
 
-FAILING_JOBS = """
-from pathlib import Path
-from shiva_dit.experiments.contestants import Contestant, Job, Settings
-from shiva_dit.experiments.pool import run_jobs
-
-if __name__ == "__main__":
+@pytest.mark.timeout(300)  # a guard against one that never ends
+def test_a_job_that_fails_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
+    """With more jobs than workers: some wait in the pool, some in its queue."""
     settings = Settings(base=Path("nowhere"))
     job = Job(settings=settings, contestants=(Contestant(name="x"),), seed=0)
-    try:
-        print(list(run_jobs([job] * 6, 1)))
-    except ValueError as error:
-        print("ended:", error)
-"""
-
-
-def test_a_job_that_fails_ends_all(tmp_path: Path) -> None:
-    """With more jobs than workers: some wait in the pool, some in its queue."""
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING_JOBS)
-    done = subprocess.run(  # the time is a guard against one that never ends
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ended: nowhere/digits-backbone.safetensors is missing")
-    assert not done.stderr
+    with pytest.raises(ValueError, match=r"^nowhere/digits-backbone.safetensors is missing"):
+        list(run_jobs([job] * 6, 1))
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr() == ("", "")
 
 
 # --- places -----------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ def _one_seed(record: dict, index: int) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_jobs")
 def test_a_comparison_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +179,7 @@ what = "small"
 about = "Two arms."
 [settings]
 count = 20
+num_steps = 8
 [recipe]
 backbone = "full"
 batch_size = 4
@@ -199,7 +201,7 @@ backbone = "frozen"
 name = "half the steps"
 method = "dense"
 backbone = "frozen"
-num_steps = 6
+num_steps = 4
 [arms.same]
 name = "the unpruned model again"
 method = "dense"
@@ -270,6 +272,7 @@ backbone = "frozen"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_jobs")
 def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,18 +287,19 @@ def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(
 
     monkeypatch.setattr("shiva_dit.experiments.compare.run_jobs", run_here)
     short = {"backbone": "full", "batch_size": 4, "micro_batches": 2}
-    short |= {"warmup_steps": 1, "policy_steps": 1, "joint_steps": 6}
+    short |= {"warmup_steps": 1, "policy_steps": 1, "joint_steps": 1}
     broken = {"backbone": 1000.0, "grad_clip": 1e30, "warmup_steps": 0}
     arms = {
-        "broken": {"name": "broken", "optimizer": broken},
+        "broken": {"name": "broken", "joint_steps": 6, "optimizer": broken},
         "ours": {"name": "ours", "router": {"select_every": 2}},
         "ours_unipc": {"name": "by UniPC", "sampler": "unipc", "router": {"select_every": 2}},
         "random": {"name": "chance", "method": "random", "rejected": "low_rank"},
         "map": {"name": "map", "method": "fixed_map", "backbone": "dora"},
         "dense": {"name": "tuned", "method": "dense", "backbone": "lora"},
     }
+    settings = Settings(count=20, num_steps=4)
     comparison = Comparison(
-        what="x", about="y", seeds=(0,), settings=Settings(count=20), recipe=short, arms=arms
+        what="x", about="y", seeds=(0,), settings=settings, recipe=short, arms=arms
     )
     record = run_comparison(comparison, tmp_path, workers=1)
     rows = {row["method"]: row for row in record["rows"]}
@@ -320,7 +324,7 @@ def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(
         model = load_backbone(task)
         attachment = put_on(folder, model, seed=noise_seed(0) + 500)
         assert (attachment is None) == (key == "dense")
-        images, _ = sample(task, model, 20, seed=noise_seed(0))
+        images, _ = sample(task, model, 20, seed=noise_seed(0), num_steps=4)
         judged = load_file(tmp_path / f"{key}-0.safetensors")["images"]
         torch.testing.assert_close(images, judged, rtol=0.0, atol=1e-5)
     with pytest.raises(ValueError, match=r"holds neither config\.json nor control.json"):
@@ -333,6 +337,7 @@ def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(
     assert [job.contestants[0].name for job in jobs] == ["broken"]
 
 
+@pytest.mark.usefixtures("quick_jobs")
 def test_merging_competes_like_any_method() -> None:
     """Its share and its FLOPs are those of what runs, the matching included."""
     recipe = TrainConfig(method="tomesd", backbone="frozen", keep_ratio=0.5)

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +33,7 @@ from shiva_dit.demo.digits import MAX_WORDS, DigitsTask
 from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import flops_per_image
+from shiva_dit.experiments.contestants import Settings
 from shiva_dit.experiments.maps import kept_maps
 from shiva_dit.experiments.quickstart import CONTROLS, FEW, NAMES, load_quickstart_recipe
 from shiva_dit.experiments.scoring import Sampler, floors, sample, sampler_times, score
@@ -77,31 +79,29 @@ def test_captions_are_told_apart_and_wrong_words_named(task: DigitsTask) -> None
         CaptionEncoder(("a",), 4)(["a a a a a"])
 
 
-@pytest.mark.parametrize("name", ["digits", pytest.param("scenes", marks=pytest.mark.slow)])
-def test_the_shipped_backbone_draws_what_the_judge_reads(name: str) -> None:
+# Of ten pictures. Measured: all right; 27.6 dB on the digits, 30.5 dB on the scenes; against the
+# pictures of other noise it is 16.5 and 23.2 dB.
+@pytest.mark.parametrize(
+    ("name", "db"), [("digits", 22.0), pytest.param("scenes", 27.0, marks=pytest.mark.slow)]
+)
+def test_what_ships_draws_what_the_judge_reads(name: str, db: float) -> None:
+    """The backbone, and the adapter on it, which leaves it as it was."""
     shipped = load_task(name)
-    images, _ = sample(shipped, load_backbone(shipped), 40, seed=0, guidance=1.5)
-    # Measured 100% (digits) and 99% (scenes).
-    assert score(shipped, load_judge(shipped), images).right["all"] >= 0.9
+    backbone, judge = load_backbone(shipped), load_judge(shipped)
 
+    def draw(count: int, **options: Any) -> torch.Tensor:
+        return sample(shipped, backbone, count, seed=0, guidance=1.5, **options)[0]
 
-@pytest.mark.slow
-# Measured 100% and 26.9 dB on the digits, 99% and 33.6 dB on the scenes; against the pictures of
-# other noise it is 9.8 and 22.8 dB.
-@pytest.mark.parametrize(("name", "right", "db"), [("digits", 0.85, 20.0), ("scenes", 0.9, 29.0)])
-def test_the_shipped_adapter_fits_the_shipped_backbone(name: str, right: float, db: float) -> None:
-    shipped = load_task(name)
-    backbone = load_backbone(shipped)
-    dense, _ = sample(shipped, backbone, 40, seed=0, guidance=1.5)
+    before, dense = draw(2, num_steps=2), draw(10)
+    assert score(shipped, judge, dense).right["all"] >= 0.9
     shiva_dit.apply(shipped.pipeline(backbone), shipped_adapter(shipped))
     words = shipped.captions.max_words
     assert shiva_dit.summary(backbone, text_tokens=words).keep_ratio == pytest.approx(0.4, 1e-3)
-    pruned, _ = sample(shipped, backbone, 40, seed=0, guidance=1.5)
-    assert score(shipped, load_judge(shipped), pruned).right["all"] >= right
+    pruned = draw(10)
+    assert score(shipped, judge, pruned).right["all"] >= 0.9
     assert psnr(pruned, dense) > db
     shiva_dit.remove(backbone)
-    again, _ = sample(shipped, backbone, 40, seed=0, guidance=1.5)
-    assert torch.equal(again, dense)
+    assert torch.equal(draw(2, num_steps=2), before)
 
 
 def test_the_judge_knows_unseen_digits_and_the_distance_sees_noise(task: DigitsTask) -> None:
@@ -164,6 +164,7 @@ def test_better_steps_come_nearer_to_the_samplers_limit(task: DigitsTask) -> Non
     assert found[1] + 3.0 < found[2]
 
 
+@pytest.mark.usefixtures("quick_jobs")
 def test_quickstart_writes_picture_record_and_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +189,12 @@ def test_quickstart_writes_picture_record_and_table(
 
 
 @pytest.mark.slow
-def test_all_controls_are_compared_at_equal_flops(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick_jobs")
+def test_all_controls_are_compared_at_equal_flops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = partial(Settings, num_steps=4)
+    monkeypatch.setattr("shiva_dit.experiments.quickstart.Settings", settings)
     arguments = ["quickstart", "--all-controls", "--seeds", "2", "--seed", "3", "--keep", "0.5"]
     assert main([*arguments, "--count", "20", "--out", str(tmp_path), *SHORT]) == 0
     record = json.loads((tmp_path / "quickstart.json").read_text())
@@ -200,8 +206,8 @@ def test_all_controls_are_compared_at_equal_flops(tmp_path: Path) -> None:
         # The routers are what ours costs more.
         assert 0.9 * ours < rows[method]["flops"] < ours
     assert rows["dense_tuned"]["flops"] == dense
-    # Whole steps of the twelve: half a step away at most.
-    assert abs(rows["fewer_steps"]["flops"] - ours) <= dense / 12 / 2
+    # Whole steps of the four: half a step away at most.
+    assert abs(rows["fewer_steps"]["flops"] - ours) <= dense / 4 / 2
     assert rows["fewer_steps_unipc"]["flops"] == rows["fewer_steps"]["flops"]
     assert rows["dense_unipc"]["flops"] == dense == rows["reference"]["flops"] / 2
     for method, row in rows.items():

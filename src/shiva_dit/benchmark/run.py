@@ -254,7 +254,8 @@ class Bench:
         """Where an arm's time goes, by forwards spread over t: a profile of many takes long."""
         some = self.times[:: math.ceil(len(self.times) / 4)]
         with self.arm(name):
-            return time_operators(partial(self.forwards, some), len(some))
+            watched = min(3, self.config.repeats)
+            return time_operators(partial(self.forwards, some), len(some), repeats=watched)
 
     def _parts(self, name: str) -> dict[str, float]:
         """What the parts of the selection take in one forward, each by itself, in ms."""

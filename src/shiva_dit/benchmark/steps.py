@@ -97,7 +97,8 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
                 trainer.train_step()
         calls = {name: trainer.train_step for name, trainer in trainers.items()}
         samples = interleaved(calls, repeats=config.repeats, device=device)
-        operators = {name: time_operators(call) for name, call in calls.items()}
+        watched = min(3, config.repeats)
+        operators = {name: time_operators(call, repeats=watched) for name, call in calls.items()}
     finally:
         for trainer in trainers.values():
             trainer.close()

@@ -25,7 +25,7 @@ from shiva_dit.experiments.contestants import (
 from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.picture import draw_quickstart
 from shiva_dit.experiments.pool import run_jobs
-from shiva_dit.experiments.scoring import NUM_STEPS, floors
+from shiva_dit.experiments.scoring import floors
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, write_json
 from shiva_dit.report.quickstart import plain_table
@@ -168,7 +168,7 @@ class Quickstart:
     def _fewer_steps(self) -> int:
         """As many steps of the unpruned model as our FLOPs allow."""
         share = self._mean_flops("shiva") / self._mean_flops("dense")
-        return max(1, round(NUM_STEPS * share))
+        return max(1, round(self.settings.num_steps * share))
 
     def _mean_flops(self, method: str) -> float:
         return statistics.fmean(o.flops for o in self.outcomes[method])
