@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,7 +117,7 @@ def test_a_forward_reads_nothing(name: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("name", running.ONE_OF_EACH)
+@sampled("name", running.ONE_OF_EACH)
 def test_a_pipeline_reads_once_in_a_run(name: str) -> None:
     """By its scheduler's clock, as on a device: at the first step, whatever guides it."""
     pipe = running.build(name)

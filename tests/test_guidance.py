@@ -31,6 +31,7 @@ from shiva_dit.models.families import MODELS
 from shiva_dit.models.pipelines import PIPELINES
 from shiva_dit.report.layout import markdown_rows
 from tests import families, running, tiny
+from tests.matrix import sampled
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 COUNTS = [[64, 5, 30, 17], [64, 33, 2, 48], [64, 63, 20, 9]]
@@ -102,7 +103,7 @@ def test_the_table_has_every_pipeline_of_a_served_class() -> None:
         assert PIPELINES[name].how in (MODELS[model_class].guidance, "one pass"), name
 
 
-@pytest.mark.parametrize("name", RUN)
+@sampled("name", RUN)
 def test_a_pipeline_does_what_the_table_says(name: str) -> None:
     """Guided, both passes keep the same tokens; unguided, every image chooses for itself."""
     pipe, how = running.build(name), PIPELINES[name].how
