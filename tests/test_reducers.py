@@ -440,6 +440,25 @@ def test_a_reducer_and_an_adapter_refuse_each_other() -> None:
     assert shiva_dit.ToMeSD is ToMeSD
 
 
+@pytest.mark.parametrize("name", SERVED)
+def test_what_takes_adapters_off_takes_reducers_off(name: str) -> None:
+    model = model_of(name)
+    bare, marks = run(model, name), tiny.footprint(model)
+    attach_reducer(model, ToMeSD(0.5))
+    merged_ = run(model, name)
+    assert not torch.equal(merged_, bare)
+    with shiva_dit.disabled(model), shiva_dit.disabled(model):
+        assert torch.equal(run(model, name), bare)
+    assert torch.equal(run(model, name), merged_)
+    with pytest.raises(ValueError, match=r"a ToMeSD is on.*flops\("):
+        shiva_dit.summary(model)
+    shiva_dit.remove(model)
+    assert torch.equal(run(model, name), bare)
+    assert tiny.footprint(model) == marks
+    with pytest.raises(ValueError, match="no adapter is attached"), shiva_dit.disabled(model):
+        pass
+
+
 def test_calls_that_cannot_be_served_are_refused() -> None:
     model = model_of("pixart-sigma")
     bare = run(model, "pixart-sigma")

@@ -6,6 +6,7 @@ from typing import Any
 
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.reducing import Reduction, reduction_of
 from shiva_dit.models.target import pipeline_transformer, transformers_of
 
 
@@ -13,6 +14,12 @@ def attachments(target: Any) -> list[Attachment]:
     """What is attached to the transformers of a target, in order."""
     found = [attachment_of(model) for model in transformers_of(target)]
     return [attachment for attachment in found if attachment is not None]
+
+
+def reductions(target: Any) -> list[Reduction]:
+    """The reducers on the transformers of a target, in order."""
+    found = [reduction_of(model) for model in transformers_of(target)]
+    return [reduction for reduction in found if reduction is not None]
 
 
 def all_attached(target: Any) -> list[Attachment]:
@@ -33,6 +40,13 @@ def attached(target: Any) -> Attachment:
     model = pipeline_transformer(target)
     attachment = attachment_of(model)
     if attachment is None:
+        reduction = reduction_of(model)
+        if reduction is not None:
+            raise ValueError(
+                f"a {type(reduction.reducer).__name__} is on this {type(model).__name__}, and this "
+                "is for adapters: what it costs says flops(height, width, text_tokens) of what "
+                "attach_reducer returned; shiva_dit.remove takes it off."
+            )
         raise ValueError(
             f"no adapter is attached to this {type(model).__name__}: call shiva_dit.apply first."
         )

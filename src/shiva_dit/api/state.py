@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from shiva_dit.api.attached import all_attached, attachments
+from shiva_dit.api.attached import all_attached, attachments, reductions
 from shiva_dit.models.attach import detach_all, paused
 from shiva_dit.models.graphs import CudaRecorder
 from shiva_dit.models.guidance import Pass
@@ -22,7 +22,9 @@ RECOMPILE_LIMIT = 64
 
 
 def remove(target: T) -> T:
-    """Take the adapter off; the model is then as it was, to the bit. Without one, do nothing.
+    """Take the adapter or reducer off; the model is then as it was, to the bit.
+
+    Without one, do nothing.
 
     LoRAs of your own stay as they are, fused ones included. A forward that runs in another thread
     is waited for.
@@ -32,22 +34,23 @@ def remove(target: T) -> T:
             were quantised, sharded or changed while they stood in their place; or from inside a
             forward. Nothing has changed then.
     """
-    detach_all(attachments(target))
+    detach_all([*attachments(target), *reductions(target)])
     return target
 
 
 @contextmanager
 def disabled(target: Any) -> Iterator[None]:
-    """Within: the dense model, its own weights included, for comparison.
+    """Within: the dense model, its own weights included, for comparison; reducers are off too.
 
     Those that overlap, in several threads or tasks, last until the last one ends; an adapter that
     is applied within comes on then. A forward that runs in another thread is waited for.
 
     Raises:
-        ValueError: If no adapter is attached.
+        ValueError: If no adapter is attached, nor a reducer.
         RuntimeError: As `remove`.
     """
-    all_attached(target)
+    if not reductions(target):
+        all_attached(target)
     with ExitStack() as stack:
         for model in transformers_of(target):
             stack.enter_context(paused(model))

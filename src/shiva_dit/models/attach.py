@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,6 +16,9 @@ from shiva_dit.models.families import model_spec
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo
 from shiva_dit.modules.updates import RejectedUpdates
+
+if TYPE_CHECKING:
+    from shiva_dit.models.reducing import Reduction
 
 
 def attach(
@@ -101,13 +105,13 @@ def exchange(new: Sequence[Attachment], gone: Sequence[Attachment] = ()) -> None
             raise
 
 
-def _place_in_turn(attachment: Attachment) -> int:
+def _place_in_turn(attachment: Attachment | Reduction) -> int:
     """All take the turns of several models in one order, lest two wait for each other."""
     return id(attachment.model)
 
 
-def detach_all(attachments: Sequence[Attachment]) -> None:
-    """Take attachments off: all of them, or none.
+def detach_all(attachments: Sequence[Attachment | Reduction]) -> None:
+    """Take attachments and reducers off: all of them, or none.
 
     Raises:
         RuntimeError: If one can't be taken off.

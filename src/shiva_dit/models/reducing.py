@@ -43,12 +43,17 @@ class _Forward:
     grid: tuple[int, int]
     """Height and width in tokens."""
     time: Tensor
+    is_dense: bool
+    """Whether the model runs as it is (`shiva_dit.disabled`)."""
     plans: dict[int, Plan | None] = field(default_factory=dict)
     """The last plan of each block."""
 
 
 class Reduction(Uncopied):
-    """A reducer on a model. Made by `attach_reducer`; `detach` takes it off again."""
+    """A reducer on a model. Made by `attach_reducer`; `detach` takes it off again.
+
+    `shiva_dit.remove` does too, and within `shiva_dit.disabled` the model runs as it is.
+    """
 
     def __init__(self, model: nn.Module, reducer: Reducer) -> None:
         self.model, self.reducer = model, reducer
@@ -61,6 +66,10 @@ class Reduction(Uncopied):
             (module, SiteHook(self, block, site, place))
             for module, block, site, place in _places(self.spec.blocks(model), reducer.sites)
         ]
+
+    def put_back(self) -> None:
+        """Put on what was taken off: for undoing that."""
+        self.put_on()
 
     def put_on(self) -> None:
         """Put the hooks on: all of them or, if something fails, none.
@@ -135,7 +144,8 @@ class Reduction(Uncopied):
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
         time = torch.as_tensor(given(model, arguments, self.spec.timestep), device=sample.device)
-        self.running = _Forward(grid_of(model, sample), time.flatten()[0].float())
+        is_dense = bool(self.turns.pauses)
+        self.running = _Forward(grid_of(model, sample), time.flatten()[0].float(), is_dense)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args, output
@@ -169,6 +179,8 @@ class SiteHook(Uncopied, ModelHook):
                 "a block ran outside of a call of its model, so that nothing says what its grid "
                 "is: call model(...), not model.forward(...) or a block by itself."
             )
+        if forward.is_dense:
+            return run(*args, **kwargs)
         x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self._check(module, x, forward.grid, kwargs)
         where = Where(
@@ -212,6 +224,16 @@ class SiteHook(Uncopied, ModelHook):
                 f"{name} was called with a mask of the image's tokens, and {type(module).__name__} "
                 "can't have one for tokens that are merged: call the model without attention_mask."
             )
+
+
+def reduction_of(model: nn.Module) -> Reduction | None:
+    """The reducer on a model, or None."""
+    for module in model.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook(REDUCER)
+        if isinstance(hook, SiteHook):
+            return hook.owner
+    return None
 
 
 def _places(
