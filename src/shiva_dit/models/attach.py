@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -13,12 +13,23 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.models.attachment import HOOK_NAME, Attachment
 from shiva_dit.models.block_hook import BlockHook
 from shiva_dit.models.families import model_spec
-from shiva_dit.models.turns import turns_of
+from shiva_dit.models.turns import Turns, turns_of
 from shiva_dit.models.undo import Undo
 from shiva_dit.modules.updates import RejectedUpdates
 
-if TYPE_CHECKING:
-    from shiva_dit.models.reducing import Reduction
+
+@runtime_checkable
+class OnModel(Protocol):
+    """What can be taken off a model and put back."""
+
+    model: nn.Module
+    turns: Turns
+
+    def put_back(self) -> None:
+        """As it was."""
+
+    def detach(self) -> None:
+        """Leave no trace."""
 
 
 def attach(
@@ -105,12 +116,12 @@ def exchange(new: Sequence[Attachment], gone: Sequence[Attachment] = ()) -> None
             raise
 
 
-def _place_in_turn(attachment: Attachment | Reduction) -> int:
+def _place_in_turn(attachment: OnModel) -> int:
     """All take the turns of several models in one order, lest two wait for each other."""
     return id(attachment.model)
 
 
-def detach_all(attachments: Sequence[Attachment | Reduction]) -> None:
+def detach_all(attachments: Sequence[OnModel]) -> None:
     """Take attachments and reducers off: all of them, or none.
 
     Raises:
