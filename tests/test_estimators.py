@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -322,6 +322,29 @@ def test_estimates_of_mean_teacher_and_none():
         # output - x is the update up to rounding of float64.
         assert (gather_tokens(benefit, chosen) - update).abs().max() <= 1e-14
         assert (benefit - expected)[rejected].abs().max() <= 1e-14
+
+
+@pytest.mark.parametrize("rejected", ["none", "mean", "ridge"])
+def test_directions_are_kept_in_the_dtype_of_the_tokens(rejected: Any) -> None:
+    """They are as many as all tokens of a block, and wait for backward."""
+    x = normal(B, N, D, dtype=torch.bfloat16)
+    gates = SelectionGates(
+        config=EstimatorConfig(rejected=rejected), tau_rank=0.3, tau_select=0.1, soft_k=float(K)
+    )
+    scores = normal(B, N, seed=2, dtype=torch.float32).requires_grad_()
+    output = scatter_tokens(x, gates.choose(scores, K), normal(B, K, D, seed=3).bfloat16())
+    kept: list[torch.dtype] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape == x.shape:
+            kept.append(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gates.leave(x, output).sum().backward()
+    assert kept == [torch.bfloat16]
+    assert scores.grad is not None
+    assert scores.grad.abs().sum() > 0
 
 
 def test_a_linear_error_of_the_teacher_is_corrected():

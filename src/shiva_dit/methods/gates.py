@@ -123,4 +123,4 @@ class SelectionGates:
             ridge=self.config.ridge,
             teacher=self.teacher_update,
         )
-        return gate(output, benefit, self.inclusion)
+        return gate(output, benefit.to(output.dtype), self.inclusion)
