@@ -25,7 +25,9 @@ def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
     """As jaxtyping's own, which its option of pytest puts on all functions and classes."""
 
     def decorate(made: Any) -> Any:
-        if inspect.isfunction(made) and not has_shapes(made):
+        # beartype resolves names of local functions when these are called, also what tests replace.
+        is_local = "<locals>" in made.__qualname__
+        if inspect.isfunction(made) and not is_local and not has_shapes(made):
             return checked(made)
         return real(typechecker=typechecker)(made)
 
