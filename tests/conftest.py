@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import tests.shapes  # noqa: F401  # before shiva_dit is imported
+
 # Tiny models are about ten times faster on one thread than on many. Torch reads OMP_NUM_THREADS by
 # itself: whoever sets it gets as many.
 if not os.environ.get("OMP_NUM_THREADS"):

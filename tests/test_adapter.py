@@ -370,6 +370,7 @@ def test_what_only_looks_like_safetensors_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, rf"{WEIGHTS_FILE} is not a safetensors file")
 
 
+@pytest.mark.slow
 def test_lies_are_refused_before_the_process_grows(tmp_path: Path) -> None:
     """Numbers that no tensor bounds, headers, nesting, strings: the cases are in `hostile.py`."""
     done = subprocess.run(

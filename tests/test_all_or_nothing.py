@@ -76,11 +76,16 @@ def same(model: nn.Module, expected: list[Tensor]) -> bool:
     return all(torch.equal(parameter, each) for parameter, each in pairs)
 
 
+def bare() -> Any:
+    """Of two blocks: each of its layers takes several steps."""
+    return tiny.sd3(num_layers=2)
+
+
 def made_for(kind: str) -> shiva_dit.ShivaAdapter:
     made = tiny.adapter(
-        tiny.sd3(), tiny.from_counts([[64, 20, 9, 33]]), backbone=kind, lora_rank=tiny.LORA_RANK
+        bare(), tiny.from_counts([[64, 20]]), backbone=kind, lora_rank=tiny.LORA_RANK
     )
-    made.backbone_weights, _ = tiny.tuned(kind)
+    made.backbone_weights, _ = tiny.tuned(kind, num_layers=2)
     return made
 
 
@@ -105,7 +110,7 @@ def test_apply(kind: str, merge: bool, earlier: bool) -> None:
     made, other = made_for(kind), made_for("full")
 
     def fresh() -> Any:
-        model = tiny.sd3()
+        model = bare()
         if earlier:
             shiva_dit.apply(model, other)
         return model
@@ -140,13 +145,11 @@ def test_remove(kind: str, merge: bool) -> None:
     """Whole, or not at all: hooks come off whole even if one failed."""
     if kind == "full" and not merge:
         return
-    made, bare = made_for(kind), tiny.sd3()
-    before, weights, dense = tiny.footprint(bare), state(bare), tiny.run(bare, tiny.inputs())
-    model: Any = tiny.sd3()
-    before = tiny.footprint(model)
+    made, model = made_for(kind), bare()
+    before, weights, dense = tiny.footprint(model), state(model), tiny.run(model, tiny.inputs())
     shiva_dit.apply(model, made, merge=merge)
     on, output = state(model), tiny.run(model, tiny.inputs())
-    counted: Any = shiva_dit.apply(tiny.sd3(), made, merge=merge)
+    counted: Any = shiva_dit.apply(bare(), made, merge=merge)
     count = steps_of(lambda: shiva_dit.remove(counted))
     for place, at in enumerate(some(count)):
         with (
@@ -168,7 +171,7 @@ def test_remove(kind: str, merge: bool) -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_switching(kind: str, enabled: bool) -> None:
     """On entering `disabled`, and on leaving it."""
-    model: Any = shiva_dit.apply(tiny.sd3(), made_for(kind))
+    model: Any = shiva_dit.apply(bare(), made_for(kind))
     attachment: Any = attachment_of(model)
     model.double()  # so that every exchange allocates
     for each in (enabled, not enabled, enabled, not enabled):  # merged anew, in float64

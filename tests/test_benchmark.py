@@ -208,7 +208,8 @@ def test_an_adapter_is_timed_by_its_own_schedule(tmp_path: Path) -> None:
     assert row["distinct_rows"] == 4
     assert row["keep_ratio"] == pytest.approx(30 / 64)
     assert record["forwards_per_time"] == 4  # one for each row
-    assert run_benchmark(config_of(tmp_path, forwards=8))["forwards_per_time"] == 8
+    with run.made_bench(config_of(tmp_path, forwards=8)) as bench:
+        assert len(bench.times) == 8
 
 
 def config_of(adapter: Path, **options: Any) -> BenchmarkConfig:
@@ -308,8 +309,11 @@ def test_break_even_is_where_flops_saved_pay_for_the_selection() -> None:
 
 
 @pytest.mark.parametrize("tuned", ["full", "lora"])
-def test_training_steps_are_timed_against_plain_fine_tuning(tuned: Any) -> None:
-    config = BenchmarkConfig(**SMALL, keep=(0.5,), train=tuned)
+def test_training_steps_are_timed_against_plain_fine_tuning(
+    tuned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "WARMUP", 1)
+    config = BenchmarkConfig(**SMALL | {"repeats": 1}, keep=(0.5,), train=tuned)
     record = run_step_benchmark(config)
     assert [row["arm"] for row in record["rows"]] == [
         PLAIN,
@@ -318,7 +322,7 @@ def test_training_steps_are_timed_against_plain_fine_tuning(tuned: Any) -> None:
     ]
     dense = record["rows"][0]
     assert dense["of_dense"] == dense["of_dense_cpu"] == 1.0
-    assert all(len(row["latency_ms"]) == 2 for row in record["rows"])
+    assert all(len(row["latency_ms"]) == 1 for row in record["rows"])
     table = benchmark_table(json.loads(json.dumps(record)))
     assert f"| keep 0.5, {TAUGHT} |" in table
     assert "with their optimizer's part" in table
@@ -335,7 +339,9 @@ def test_the_arms_of_training_run_as_named(monkeypatch: pytest.MonkeyPatch) -> N
             seen[name] = trainer.config.method, trainer.student.needs_teacher, keep
         return {name: Samples(latency_ms=[1.0], cpu_ms=[1.0]) for name in arms}
 
+    monkeypatch.setattr(steps, "WARMUP", 0)
     monkeypatch.setattr(steps, "interleaved", look)
+    monkeypatch.setattr(steps, "time_operators", lambda call, repeats: {})
     run_step_benchmark(BenchmarkConfig(**SMALL | {"repeats": 1}, keep=(0.25,), train="full"))
     assert seen[PLAIN][:2] == ("dense", False)
     assert seen[f"keep 0.25, {ALONE}"][:2] == ("shiva", False)
@@ -479,24 +485,25 @@ def test_what_others_time_is_refused() -> None:
 def test_memory_is_kept_by_the_process() -> None:
     """What is freed is found again, without a page fault."""
     program = """
-import resource, sys, torch
+import resource, torch
 from shiva_dit.benchmark.timing import keep_memory
-assert sys.argv[1] == "as it is" or keep_memory()
-for turn in range(40):
-    torch.empty(16 << 20).fill_(1.0)
-    if turn == 29:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def faults():
+    for turn in range(8):
+        torch.empty(16 << 20).fill_(1.0)
+        if turn == 4:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+as_it_is = faults()
+assert keep_memory()
+print(as_it_is, faults())
 """
-    faults = {
-        how: int(
-            subprocess.run(
-                [sys.executable, "-c", program, how], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for how in ("as it is", "kept")
-    }
-    assert 10 * faults["kept"] < faults["as it is"]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    as_it_is, kept = map(int, done.stdout.split())
+    assert 10 * kept < as_it_is
 
 
 def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -514,6 +521,7 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "known: sd35-medium" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_writes_its_records(tmp_path: Path) -> None:
     """On a CPU it times a tiny model, by the same commands."""
     script = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
@@ -528,8 +536,7 @@ def test_the_script_for_a_gpu_writes_its_records(tmp_path: Path) -> None:
     names = sorted(file.name for file in tmp_path.iterdir())
     assert [name.split("--")[0] for name in names] == [
         "graphs-sd3-tiny",
-        "speed-sd3-tiny-128-batch4-float32-eager-1thread",
-        "speed-sd3-tiny-256-batch1-float32-eager-1thread",
+        "speed-sd3-tiny-64-batch4-float32-eager-1thread",
     ]
 
 

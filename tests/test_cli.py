@@ -421,6 +421,7 @@ def test_seeds_are_checked_before_anything_runs(
         assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # a guard against one that never ends
 def test_a_job_that_fails_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
     """With more jobs than workers: some wait in the pool, some in its queue."""

@@ -76,7 +76,7 @@ class Compiled:
 @pytest.mark.parametrize(
     ("kind", "num_layers", "rejected"),
     [
-        ("plain", 8, "identity"),  # the pipeline below has four
+        ("plain", 6, "identity"),  # the pipeline below has four
         ("dual", 4, "low_rank"),
         pytest.param("dual", 4, "identity", marks=pytest.mark.slow),
         pytest.param("plain", 4, "low_rank", marks=pytest.mark.slow),
@@ -97,7 +97,8 @@ def test_a_whole_schedule_takes_few_graphs_at_any_depth_and_equals_eager(
     assert tiny.footprint(compiled.model) == compiled.before
 
 
-def test_fifty_steps_several_prompts_and_another_resolution() -> None:
+@pytest.mark.slow
+def test_many_steps_several_prompts_and_another_resolution() -> None:
     """The second resolution costs one more set of graphs, in which N is symbolic: a third none."""
     counter = CompileCounterWithBackend("aot_eager")
     model = tiny.sd3("dual")
@@ -105,9 +106,9 @@ def test_fifty_steps_several_prompts_and_another_resolution() -> None:
     shiva_dit.compile(model, backend=counter)
 
     def sample(side: int) -> None:
-        for seed in range(3):
-            for step in range(50):
-                given = tiny.inputs(t=1 - (step + 0.5) / 50, seed=seed)
+        for seed in range(2):
+            for step in range(25):
+                given = tiny.inputs(t=1 - (step + 0.5) / 25, seed=seed)
                 given["hidden_states"] = given["hidden_states"][..., :side, :side].contiguous()
                 tiny.run(model, given)
 
@@ -120,11 +121,11 @@ def test_fifty_steps_several_prompts_and_another_resolution() -> None:
         sample(14)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", ["plain", pytest.param("dual", marks=pytest.mark.slow)])
 def test_sharing_scores_costs_two_graphs_more_at_most(kind: str) -> None:
     """Blocks that leave scores and blocks that take them: six graphs where there are two kinds."""
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = Compiled(kind, 8, many_rows(8), counter, select_every=2)
+    compiled = Compiled(kind, 6, many_rows(6), counter, select_every=2)
     found = compiled.results()
     assert near(found, compiled.eager)
     assert counter.frame_count <= GRAPHS[kind] + 2

@@ -960,6 +960,13 @@ def test_saving_while_applied(family: str, kind: Kind, tmp_path: Path) -> None:
     assert torch.equal(twin.run(), case.pruned)
 
 
+def in_two_processes(work: Callable[..., None], *given: Any) -> None:
+    """They are forked from a process that has imported all, once for all tests."""
+    method = "forkserver"
+    torch.multiprocessing.get_context(method).set_forkserver_preload([__name__, "tests.workers"])
+    torch.multiprocessing.start_processes(work, args=given, nprocs=2, start_method=method)
+
+
 def _sharded(rank: int, folder: str, first: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.distributed.init_process_group(
@@ -999,7 +1006,7 @@ def _sharded(rank: int, folder: str, first: bool, threads: int) -> None:
 )
 def test_fsdp2(first: bool, tmp_path: Path) -> None:
     given = str(tmp_path), first, torch.get_num_threads()
-    torch.multiprocessing.spawn(_sharded, args=given, nprocs=2)
+    in_two_processes(_sharded, *given)
     for kind in KINDS:
         case = Case(kind)
         for rank in range(2):
@@ -1062,7 +1069,7 @@ def _distributed(rank: int, folder: str, first: bool, threads: int) -> None:
 )
 def test_distributed(first: bool, tmp_path: Path) -> None:
     given = str(tmp_path), first, torch.get_num_threads()
-    torch.multiprocessing.spawn(_distributed, args=given, nprocs=2)
+    in_two_processes(_distributed, *given)
     for kind in KINDS:
         case = Case(kind)
         case.apply()

@@ -263,8 +263,12 @@ def test_counting_disturbs_nothing_and_nothing_disturbs_it(name: str) -> None:
     before, random = tiny.footprint(model), torch.get_rng_state()
     found = model_flops(model, 64, 7)
     try:
-        for clear in (counted_module._counted, counted_module._widths):
-            clear.cache_clear()
+        for cached in (
+            counted_module._counted,
+            counted_module._widths,
+            counted_module._skeleton,
+        ):
+            cached.cache_clear()
         torch.set_default_dtype(torch.bfloat16)
         torch.set_default_device("meta")
         with warnings.catch_warnings(), torch.inference_mode(), attention_backend("_native_cudnn"):

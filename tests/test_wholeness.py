@@ -143,6 +143,7 @@ def test_a_save_that_breaks_off_leaves_the_old_adapter_or_the_new(
     assert seen == {False, True}
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new(tmp_path: Path) -> None:
     old, new = adapters()
     # Of a third kind, so that what is left of the second isn't written over by chance.

@@ -360,7 +360,13 @@ def lora(values: Tensor, rank: int, share: float, uneven: bool, draw: torch.Gene
     return change.to(values.dtype)
 
 
-SIZES = [(64, 64), (256, 64), (64, 512), (512, 512), (1536, 1024)]
+SIZES = [
+    (64, 64),
+    (256, 64),
+    (64, 512),
+    (512, 512),
+    pytest.param((1536, 1024), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

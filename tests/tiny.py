@@ -70,8 +70,8 @@ LORA_RANK = 3
 
 
 @cache
-def _tuned(method: str, kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    model = sd3(kind)
+def _tuned(method: str, kind: str, num_layers: int) -> tuple[dict[str, Tensor], Tensor]:
+    model = sd3(kind, num_layers)
     if method == "full":
         randomize(model, seed=7)
     elif method != "frozen":
@@ -81,9 +81,11 @@ def _tuned(method: str, kind: str) -> tuple[dict[str, Tensor], Tensor]:
     return backbone_weights(model, method), run(model, inputs())
 
 
-def tuned(method: str, kind: str = "plain") -> tuple[dict[str, Tensor], Tensor]:
+def tuned(
+    method: str, kind: str = "plain", num_layers: int = NUM_LAYERS
+) -> tuple[dict[str, Tensor], Tensor]:
     """Weights of a backbone that was tuned, and what the tuned model gives for `inputs()`."""
-    weights, output = _tuned(method, kind)
+    weights, output = _tuned(method, kind, num_layers)
     return {name: value.clone() for name, value in weights.items()}, output
 
 

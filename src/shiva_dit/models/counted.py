@@ -110,15 +110,19 @@ def recipe(model: Any, spec: ModelSpec, text_tokens: int) -> tuple[type[nn.Modul
     return cls, json.dumps(config, sort_keys=True)
 
 
+@lru_cache(maxsize=2)  # widths and costs are asked for one after the other
+def _skeleton(cls: type[nn.Module], config: str) -> Skeleton:
+    return Skeleton(cls, json.loads(config))
+
+
 @lru_cache(maxsize=64)
 def _widths(cls: type[nn.Module], config: str, text_tokens: int) -> Widths:
-    skeleton = Skeleton(cls, json.loads(config))
-    return skeleton.run(EXAMPLES[0], text_tokens).widths
+    return _skeleton(cls, config).run(EXAMPLES[0], text_tokens).widths
 
 
 @lru_cache(maxsize=32)
 def _counted(cls: type[nn.Module], config: str, text_tokens: int) -> Counted:
-    skeleton = Skeleton(cls, json.loads(config))
+    skeleton = _skeleton(cls, config)
     runs = [skeleton.run(example, text_tokens) for example in EXAMPLES]
     first = runs[0]
 
