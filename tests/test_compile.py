@@ -125,7 +125,7 @@ def test_many_steps_several_prompts_and_another_resolution() -> None:
 def test_sharing_scores_costs_two_graphs_more_at_most(kind: str) -> None:
     """Blocks that leave scores and blocks that take them: six graphs where there are two kinds."""
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = Compiled(kind, 6, many_rows(6), counter, select_every=2)
+    compiled = Compiled(kind, 5, many_rows(5), counter, select_every=2)
     found = compiled.results()
     assert near(found, compiled.eager)
     assert counter.frame_count <= GRAPHS[kind] + 2
