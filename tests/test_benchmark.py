@@ -57,6 +57,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_configurations_are_the_real_ones(name: str) -> None:
     parameters, flops, num_tokens = KNOWN[name]
@@ -75,6 +76,7 @@ def test_configurations_are_the_real_ones(name: str) -> None:
     assert ours == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_other_sizes_and_batches_run_pruned(name: str) -> None:
     load = workload(name)
@@ -308,6 +310,7 @@ def test_break_even_is_where_flops_saved_pay_for_the_selection() -> None:
     assert bench._break_even(0.25) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", ["full", "lora"])
 def test_training_steps_are_timed_against_plain_fine_tuning(
     tuned: Any, monkeypatch: pytest.MonkeyPatch

@@ -161,7 +161,11 @@ SAMPLERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 MAIN = ("sd3-euler", "flux", "wan-unipc", "pixart-dpm++")
-RUNS = [(name, n) for name in SAMPLERS for n in (STEPS if name in MAIN else OTHERS)]
+RUNS = [
+    pytest.param(name, n, marks=pytest.mark.slow if n > 8 and name != "flux" else ())
+    for name in SAMPLERS
+    for n in (STEPS if name in MAIN else OTHERS)
+]
 
 
 @pytest.mark.parametrize(("name", "steps"), RUNS)

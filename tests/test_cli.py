@@ -140,6 +140,7 @@ def test_records_that_are_none_are_named(
     assert "e.md is not UTF-8 text" in said(capsys, ["report", str(tmp_path / "e.md")])
 
 
+@pytest.mark.slow
 def test_a_log_line_that_is_none_is_named(
     a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,6 +151,7 @@ def test_models_are_called_at_the_times_that_are_counted(task: DigitsTask) -> No
             assert seen == pytest.approx(sampler_times(num_steps, sampler), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_better_steps_come_nearer_to_the_samplers_limit(task: DigitsTask) -> None:
     """With six forwards; by 1 dB and by 6 when this was written."""
     backbone = load_backbone(task)
@@ -164,6 +165,7 @@ def test_better_steps_come_nearer_to_the_samplers_limit(task: DigitsTask) -> Non
     assert found[1] + 3.0 < found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_jobs")
 def test_quickstart_writes_picture_record_and_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -68,6 +68,7 @@ def forward(model: SD3Transformer2DModel, height: int, width: int, text_tokens: 
 DUAL = [(), (0, 1), (0, 1, 2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dual_layers", DUAL, ids=str)
 @pytest.mark.parametrize(("height", "width", "text_tokens"), [(16, 16, 5), (8, 24, 77), (4, 4, 1)])
 def test_a_dense_model_costs_what_the_counter_counts(dual_layers, height, width, text_tokens):

@@ -286,6 +286,7 @@ def said_of_graphs(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [said for said in map(LogRecord.getMessage, caplog.records) if "graphs" in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [{}, {"uncond": 5}], ids=["equal texts", "other texts"])
 def test_all_forwards_from_the_second_image_on_are_replays(
     text: dict[str, int], caplog: pytest.LogCaptureFixture

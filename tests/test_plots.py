@@ -26,6 +26,7 @@ PLOTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")))
 def test_every_plot_has_its_record_and_is_drawn(page: str, tmp_path: Path) -> None:
     document = DOCS / page

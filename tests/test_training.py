@@ -120,7 +120,7 @@ def changed(before: dict[str, dict[str, Tensor]], trainer: Trainer) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
+@pytest.mark.parametrize("rejected", ["identity", pytest.param("low_rank", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
 def test_each_stage_trains_exactly_its_parts(tmp_path: Path, backbone: str, rejected: Any) -> None:
     config = recipe(tmp_path, backbone=backbone, rejected=rejected)
@@ -442,7 +442,7 @@ def test_checkpoints_keep_two_and_say_when_damaged(tmp_path: Path) -> None:
             load_checkpoint(last)
 
 
-@pytest.mark.parametrize("rejected", ["identity", "low_rank"])
+@pytest.mark.parametrize("rejected", ["identity", pytest.param("low_rank", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backbone", ["full", "lora", "dora", "frozen"])
 def test_the_saved_adapter_gives_what_was_trained(
     tmp_path: Path, backbone: str, rejected: Any
@@ -548,7 +548,9 @@ def test_updates_start_by_least_squares(tmp_path: Path, backbone: Any) -> None:
         assert rest < 0.8 * change.square().sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("backbone", ["lora", "dora"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_tuned_over_16_bits_is_float32_and_saved_as_trained(

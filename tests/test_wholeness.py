@@ -283,6 +283,7 @@ def held(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("step", [3, 2])  # a new one; one that is there already
 def test_a_checkpoint_is_whole_or_not_there(way: str, step: int, tmp_path: Path) -> None:
