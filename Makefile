@@ -14,7 +14,7 @@ SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=
 quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)
 	$(BIN)/shiva-dit quickstart
 
-test: $(STAMP)  ## The fast tests (3 to 4 minutes)
+test: $(STAMP)  ## The fast tests (4 minutes)
 	$(PYTEST) $(SHAPES) -m "not slow and not matrix"
 	$(PYTEST) -m "not slow and not matrix" $(COMPILED)
 

@@ -40,17 +40,22 @@ def sampled(
     Args:
         arguments: What the test calls the class, or several values of a cell.
         among: Those that the property is asked of; strings, or tuples of them.
-        always: Says which are in the sample whatever falls to their lot.
+        always: Says which are in the sample whatever falls to their lot; beside such, those that
+            are in it by lot are slow.
     """
     cells = tuple(among)
+    by_lot: Any = pytest.mark.slow if any(map(always, cells)) else ()
 
     def put(test: Any) -> Any:
         PROPERTIES[f"{test.__module__.rpartition('.')[2]}::{test.__name__}"] = len(cells)
         values = []
         for place, cell in enumerate(cells):
             each = (cell,) if isinstance(cell, str) else cell
-            chosen = always(cell) or place % SHARE == lot(test.__name__)
-            marks = () if chosen else pytest.mark.matrix
+            marks: Any = pytest.mark.matrix
+            if always(cell):
+                marks = ()
+            elif place % SHARE == lot(test.__name__):
+                marks = by_lot
             values.append(pytest.param(*each, id="-".join(each), marks=marks))
         return pytest.mark.sampled(pytest.mark.parametrize(arguments, values)(test))
 
