@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _VERSION = attrgetter("_version")
-SAMPLED = 4096
+SAMPLED = 1024
 """Values in a tensor's sample: some of every row of a weight that has fewer rows."""
 
 
