@@ -26,7 +26,7 @@ check: $(STAMP)  ## What CI runs: format, lint, imports, types, all tests
 	$(PYTEST) $(SHAPES) -m "not matrix"
 	$(PYTEST) -m "not matrix" $(COMPILED)
 
-matrix: $(STAMP)  ## Every property of every model class beside everything else, into results/ (10 minutes)
+matrix: $(STAMP)  ## Every property of every model class beside everything else, into results/ (a quarter of an hour)
 	$(BIN)/python -m tests.matrix
 
 fix: $(STAMP)  ## Format and mend what can be mended
