@@ -18,7 +18,8 @@ from shiva_dit.config import (
     whole_number,
     with_overrides,
 )
-from shiva_dit.training.recipe import OptimizerConfig, RouterConfig, TrainConfig
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import OptimizerConfig, RouterConfig
 from tests import tiny
 
 

@@ -21,13 +21,13 @@ from shiva_dit.training.checkpoint import (
     save_checkpoint,
 )
 from shiva_dit.training.optimization import PARTS, Optimization
-from shiva_dit.training.recipe import (
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import (
     LossConfig,
     OptimizerConfig,
     PolicyConfig,
     RouterConfig,
     ShapeConfig,
-    TrainConfig,
 )
 from shiva_dit.training.trainer import Trainer
 from tests import tiny

@@ -36,16 +36,9 @@ from shiva_dit.training.objective import (
     squared_error,
 )
 from shiva_dit.training.plan import Planner
-from shiva_dit.training.recipe import (
-    EstimatorConfig,
-    LossConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    RouterConfig,
-    StageName,
-    TrainConfig,
-)
+from shiva_dit.training.recipe import EstimatorConfig, StageName, TrainConfig
 from shiva_dit.training.run import train
+from shiva_dit.training.settings import LossConfig, OptimizerConfig, PolicyConfig, RouterConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
 

@@ -17,7 +17,8 @@ from shiva_dit.models.spec import ModelSpec
 from shiva_dit.training.data import Batch, ShuffledIndices
 from shiva_dit.training.fit import NUM_BATCHES, fit_updates
 from shiva_dit.training.paths import Diffusion, FlowMatching, path_of
-from shiva_dit.training.recipe import OptimizerConfig, PolicyConfig, TrainConfig
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import OptimizerConfig, PolicyConfig
 from shiva_dit.training.trainer import Trainer
 from tests import families
 from tests.matrix import sampled

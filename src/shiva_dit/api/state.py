@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-import torch
-
 from shiva_dit.api.attached import all_attached, attachments, reductions
 from shiva_dit.models.attach import detach_all, paused
+from shiva_dit.models.compiling import compile_options
 from shiva_dit.models.graphs import CudaRecorder
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.target import transformers_of
 
 T = TypeVar("T")
-
-RECOMPILE_LIMIT = 64
-"""Graphs that `compile` allows; torch's own 8 are soon used up by batch sizes."""
 
 
 def remove(target: T) -> T:
@@ -95,12 +90,8 @@ def compile(target: T, **options: Any) -> T:
         ValueError: If no adapter is attached: apply first, then compile. If FirstBlockCache or
             MagCache is on: diffusers keeps these out of the compiler.
     """
-    defaults: dict[str, Any] = {"fullgraph": True}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        # All blocks count as one for dynamo: dense and pruned, guided and not, each batch size.
-        defaults["recompile_limit"] = RECOMPILE_LIMIT
     for attachment in all_attached(target):
-        attachment.compile(**{**defaults, **options})
+        attachment.compile(**{**compile_options(), **options})
     return target
 
 

@@ -21,7 +21,8 @@ from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.models.families import model_spec
 from shiva_dit.provenance import provenance
 from shiva_dit.training.data import Batch
-from shiva_dit.training.recipe import LossConfig, OptimizerConfig, TrainConfig
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import LossConfig, OptimizerConfig
 from shiva_dit.training.trainer import Trainer
 
 PLAIN, ALONE, TAUGHT = "dense fine-tuning", "without a teacher", "with a teacher"

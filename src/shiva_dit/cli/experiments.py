@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from shiva_dit.cli.options import Command, bounded, path, positive
+from shiva_dit.cli.options import Command, bounded, path, positive, use_threads
 
 
 def add_commands(command: Command) -> None:
@@ -15,6 +15,12 @@ def add_commands(command: Command) -> None:
     add("--out", type=path, help="folder to fill or to go on in; runs/<what> by default")
     add("--workers", type=positive, default=2, help="recipes at a time")
     add("--retry-failed", action="store_true", help="run arms that diverged again")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+
+    add = command("frontier", _frontier, "quality of many methods for their cost", goes_on=True)
+    add("recipe", type=path, help="such as recipes/frontier-scenes.toml")
+    add("--out", type=path, help="folder to fill or to go on in; runs/<what> by default")
+    add("--threads", type=positive, default=1, help="threads; times depend on it")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
     add = command("merge", _merge, "one record from several whose seeds ran apart")
@@ -49,6 +55,27 @@ def _compare(options: argparse.Namespace) -> int:
         retry_failed=options.retry_failed,
     )
     print(f"\n{plain_rows(comparison_rows(record))}\n\nRecord: {out / 'record.json'}")
+    return 0
+
+
+def _frontier(options: argparse.Namespace) -> int:
+    use_threads(options.threads)
+    from shiva_dit.config import load_recipe
+    from shiva_dit.experiments.frontier.config import Frontier
+    from shiva_dit.experiments.frontier.draw import draw_front, draw_sheet
+    from shiva_dit.experiments.frontier.run import run_frontier
+    from shiva_dit.report.frontier import budget_rows
+    from shiva_dit.report.layout import plain_rows
+
+    frontier = load_recipe(Frontier, options.recipe, options.overrides)
+    out = options.out or Path("runs") / frontier.what
+    record = run_frontier(frontier, out)
+    draw_front(record, out / "front.png")
+    draw_sheet(frontier, record, out, out / "sheet.png")
+    for guidance in frontier.guidance:
+        print(f"\nGuidance {guidance:g}\n{plain_rows(budget_rows(record, guidance))}")
+    print(f"\nRecord: {out / 'record.json'}\nPlot:   {out / 'front.png'}")
+    print(f"Sheet:  {out / 'sheet.png'}")
     return 0
 
 

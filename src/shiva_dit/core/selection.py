@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+Share = Literal["either", "second"]
+"""Which of two guidance halves decides what both keep."""
 
 
 def keep_count(num_tokens: int, keep_ratio: float) -> int:
@@ -59,14 +64,17 @@ def best_tokens(scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def share_between_halves(scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-    """Both guidance halves keep the same tokens: the elementwise maximum (Eq. 32).
+def share_between_halves(
+    scores: Float[Tensor, "B N"], by: Share = "either"
+) -> Float[Tensor, "B N"]:
+    """Both guidance halves keep the same tokens: by the elementwise maximum (Eq. 32), or one's.
 
     Args:
         scores: The two halves one after the other; B is even.
+        by: "either": what either half wants; "second": what the second one wants.
 
     Returns:
-        The maximum of both halves, repeated.
+        The maximum of both halves, or the second, repeated.
 
     Raises:
         ValueError: If B is odd.
@@ -81,7 +89,7 @@ def share_between_halves(scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
             "a batched conditional and unconditional pass."
         )
     first, second = scores.chunk(2)
-    return torch.maximum(first, second).repeat(2, 1)
+    return (torch.maximum(first, second) if by == "either" else second).repeat(2, 1)
 
 
 def flat_rows(indices: Int[Tensor, "B k"], num_tokens: int) -> Int[Tensor, " B*k"]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,10 +24,14 @@ from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.clock import Clock, SchedulerTimes
 from shiva_dit.models.sampling import listed_times
 
-Sampler = Literal["euler", "unipc", "euler_diffusers"]
-"""How a backbone is sampled. "euler": over t = 1, 1 - 1/n, ..., 1/n. "unipc": UniPC of second order
-over the same. "euler_diffusers": Euler over diffusers' default steps, whose last does next to
-nothing (it starts at t = 0.001: of two steps one is left)."""
+Sampler = Literal["euler", "unipc", "dpmpp", "euler_diffusers"]
+"""How a backbone is sampled. "euler": over t = 1, 1 - 1/n, ..., 1/n. "unipc" and "dpmpp": UniPC and
+DPM-Solver++, both of second order, over the same. "euler_diffusers": Euler over diffusers' default
+steps, whose last does next to nothing (it starts at t = 0.001: of two steps one is left)."""
+FLOW_SOLVERS: Mapping[str, type[Any]] = {
+    "unipc": UniPCMultistepScheduler,
+    "dpmpp": DPMSolverMultistepScheduler,
+}
 UNNAMED: Sampler = "euler_diffusers"
 """That of records which name none."""
 NUM_STEPS = 12
@@ -68,14 +76,39 @@ def sample(
     Returns:
         The images, on the CPU, and the seconds.
     """
-    device = next(backbone.parameters()).device
+    pipe = task.pipeline(backbone)
+    began = time.process_time()
+    images = sample_through(
+        task,
+        pipe,
+        count,
+        seed=seed,
+        start=start,
+        num_steps=num_steps,
+        sampler=sampler,
+        guidance=guidance,
+    )
+    return images, time.process_time() - began
+
+
+def sample_through(
+    task: DemoTask,
+    pipe: Any,
+    count: int,
+    *,
+    seed: int,
+    start: int,
+    num_steps: int,
+    sampler: Sampler,
+    guidance: float,
+) -> Float[Tensor, "N C H W"]:
+    """As `sample`, through a pipeline that is there, whose scheduler is replaced."""
+    device = next(pipe.transformer.parameters()).device
     captions = task.prompts(start, count)[0]
     conditioning = {name: value.to(device) for name, value in task.conditioning(captions).items()}
     shape = (count, task.channels, task.image_size, task.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    pipe = task.pipeline(backbone)
     pipe.scheduler = _scheduler(sampler)
-    began = time.process_time()
     with _following(pipe):
         images = pipe(
             prompt_embeds=conditioning["encoder_hidden_states"],
@@ -89,7 +122,7 @@ def sample(
             latents=noise.to(device),
             output_type="latent",
         ).images
-    return images.cpu(), time.process_time() - began
+    return images.cpu()
 
 
 @contextmanager
@@ -108,10 +141,9 @@ def _following(pipe: Any) -> Iterator[None]:
 
 
 def _scheduler(sampler: Sampler) -> Any:
-    if sampler == "unipc":
-        return UniPCMultistepScheduler(
-            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
-        )
+    solver = FLOW_SOLVERS.get(sampler)
+    if solver is not None:
+        return solver(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0)
     return FlowMatchEulerDiscreteScheduler()
 
 
@@ -119,7 +151,7 @@ def _steps(sampler: Sampler, num_steps: int) -> dict[str, Any]:
     """What a pipeline is called with."""
     if sampler == "euler":
         return {"sigmas": [1.0 - step / num_steps for step in range(num_steps)]}
-    return {"num_inference_steps": num_steps}  # UniPC's own are the same to 0.001
+    return {"num_inference_steps": num_steps}  # the solvers' own are the same to 0.001
 
 
 def sampler_times(num_steps: int, sampler: Sampler = "euler") -> list[float]:

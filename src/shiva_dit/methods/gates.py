@@ -38,6 +38,8 @@ class SelectionGates:
     """Standard deviation of the noise on the standardised scores."""
     generator: torch.Generator | None = None
     """Source of that noise."""
+    is_pair: bool = False
+    """Whether the batch is two guidance halves that keep the same tokens: they share the noise."""
     teacher_update: Float[Tensor, "B N D"] | None = None
     """The unpruned model's update of this block, where the estimator asks for it."""
     noise: Float[Tensor, "B N"] | None = field(default=None, init=False)
@@ -67,8 +69,10 @@ class SelectionGates:
             return torch.zeros_like(scores)
         if self.generator is None:
             raise ValueError("noise_std > 0 needs a generator to draw from.")
-        draws = torch.randn(scores.shape, generator=self.generator, device=self.generator.device)
-        return self.noise_std * draws.to(scores)
+        halves = 2 if self.is_pair else 1
+        shape = len(scores) // halves, scores.shape[1]
+        draws = torch.randn(shape, generator=self.generator, device=self.generator.device)
+        return self.noise_std * draws.to(scores).repeat(halves, 1)
 
     @property
     def _chosen_inclusion(self) -> Float[Tensor, "B k"]:

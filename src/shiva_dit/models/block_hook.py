@@ -10,7 +10,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from shiva_dit.core.selection import best_tokens, share_between_halves
+from shiva_dit.core.selection import Share, best_tokens, share_between_halves
 from shiva_dit.methods.base import Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.plans import GatherPlan
@@ -35,7 +35,8 @@ class BlockState:
     """Whether no forward of the model runs."""
     num_tokens: int = 0
     """N."""
-    share_halves: bool = False
+    share: Share | None = None
+    """Which half of the batch decides, where both keep the same tokens."""
     terms: Any = None
     """What its scores need beside its tokens (`Selector.terms`)."""
     update_condition: Tensor | None = None
@@ -178,8 +179,8 @@ class BlockHook(Uncopied, ModelHook):
         if shared is not None:
             return shared
         scores = self.scores(x.detach(), state.terms)
-        if state.share_halves:
-            scores = share_between_halves(scores)
+        if state.share is not None:
+            scores = share_between_halves(scores, state.share)
         if state.is_followed:
             state.scores = scores
         return scores

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from shiva_dit.models.neighbours import refuse_to_compile
 from shiva_dit.models.undo import Undo
+
+RECOMPILE_LIMIT = 64
+"""Graphs of a block; torch's own 8 are soon used up by batch sizes."""
+
+
+def compile_options() -> dict[str, Any]:
+    """For `torch.compile` of blocks, by default."""
+    options: dict[str, Any] = {"fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        # All blocks count as one for dynamo: dense and pruned, guided and not, each batch size.
+        options["recompile_limit"] = RECOMPILE_LIMIT
+    return options
 
 
 def compile_blocks(blocks: Sequence[nn.Module], options: dict[str, Any], undo: Undo) -> None:

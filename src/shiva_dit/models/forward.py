@@ -116,7 +116,6 @@ class Forwards(Uncopied):
         timestep = given(model, arguments, self.spec.timestep)
         timestep = self._one_time(timestep, len(sample))
         gated = self._gated
-        which = Pass.ALONE
         if gated is None:
             counts = self.counts.row(num_tokens, timestep)
             if min(counts) < self.spec.least_tokens:
@@ -127,7 +126,7 @@ class Forwards(Uncopied):
                 )
             which = self.passes.of_call(len(sample))
         else:
-            counts = gated.counts
+            counts, which = gated.counts, gated.which
             self.counts.check(counts, num_tokens)
         self._settle(sample[0].dtype, sample[0].device)
         self._begin(counts, num_tokens, which, len(sample))

@@ -9,6 +9,7 @@ from torch import nn
 
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.block_hook import BlockHook
+from shiva_dit.models.guidance import Pass
 from shiva_dit.models.neighbours import unhook
 
 
@@ -20,6 +21,8 @@ class GatedForward:
     """k of every block; N where the block is not pruned."""
     gates: Callable[[int], SelectionGates | None]
     """Makes the gates of a block; None trains nothing there."""
+    which: Pass = Pass.ALONE
+    """The pass of guidance that the forward is."""
 
     def made(self, prunable: Sequence[bool]) -> dict[int, SelectionGates]:
         """The gates of all blocks that have any.

@@ -280,7 +280,7 @@ def _course(hook: BlockHook) -> Hashable:
     return (
         int(state.k),
         state.dense,
-        state.share_halves,
+        state.share,
         state.num_tokens,
     )
 

@@ -27,6 +27,7 @@ import torch
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
+from shiva_dit.core.selection import Share
 from shiva_dit.models.pipelines import PIPELINES, Guided
 
 logger = logging.getLogger("shiva_dit")
@@ -43,8 +44,17 @@ class Pass(Enum):
     """The other one."""
     BOTH = "both"
     """Both in one batch, in halves that keep the tokens that either wants."""
+    PAIR = "pair"
+    """Both in one batch, the second half leads: how training sees two that run in turn."""
     ALONE = "alone"
     """Any other: it chooses for itself."""
+
+    @property
+    def share(self) -> Share | None:
+        """Which half of the batch decides, where both keep the same tokens."""
+        if self is Pass.BOTH:
+            return "either"
+        return "second" if self is Pass.PAIR else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class ForwardPlan:
                 k=block.k,
                 dense=False,
                 num_tokens=self.num_tokens,
-                share_halves=which is Pass.BOTH,
+                share=which.share,
                 gates=gates.get(index),
                 leads=which is Pass.LEADS,
                 chosen=led.get(index),

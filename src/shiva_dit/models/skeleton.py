@@ -68,11 +68,7 @@ class _Seen:
     """What a block gave, its FLOPs, and its layers' rows, by what those depend on."""
     width: int = 0
     time_dim: int = TIME_FEATURES
-    counter: FlopCounterMode = field(
-        default_factory=lambda: FlopCounterMode(
-            display=False, custom_mapping={CPU_ATTENTION: _attention}
-        )
-    )
+    counter: FlopCounterMode = field(default_factory=lambda: flop_counter())
 
 
 class Skeleton:
@@ -205,6 +201,11 @@ class _KnownMasks(TorchDispatchMode):
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention on a CPU, which torch's counter doesn't know."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the FLOPs of what runs within, attention on a CPU too."""
+    return FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention})
 
 
 def _attention(

@@ -87,6 +87,8 @@ class ModelSpec:
     """Pooled text or class embedding, (B, Dc), from the model and a call's arguments."""
     guidance: Literal["one batch", "in turn"] = "in turn"
     """How its pipelines run the two passes of guidance, as a rule (`pipelines.PIPELINES`)."""
+    told_guidance: float = 1.0
+    """What a model that is told its guidance calls a scale of 1."""
     text_tokens: int
     """Text tokens T of the model's own pipelines, by default."""
     full_blocks: Callable[[nn.Module], tuple[int, ...]] = lambda model: ()

@@ -12,6 +12,7 @@ from typing import Any
 from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
 from shiva_dit.report.comparison import COLUMNS, comparison_table
 from shiva_dit.report.estimators import caption_table, flips_table
+from shiva_dit.report.frontier import frontier_table
 from shiva_dit.report.models import models_table, refused_table
 from shiva_dit.report.quickstart import quickstart_table
 from shiva_dit.report.timing import benchmark_table, operators_table, speed_table
@@ -27,6 +28,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "captions": caption_table,
     **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},
     "flips": flips_table,
+    "frontier": frontier_table,
     "operators": operators_table,
     "quickstart": quickstart_table,
     "speed": speed_table,

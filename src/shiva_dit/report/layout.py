@@ -47,6 +47,7 @@ def by_seed(seeds: list[int]) -> str:
 SAMPLERS = {
     "euler": "Euler over t = 1, 1 - 1/n, ..., 1/n",
     "unipc": "UniPC",
+    "dpmpp": "DPM-Solver++",
     "euler_diffusers": "Euler with diffusers' default steps",
 }
 

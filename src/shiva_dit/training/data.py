@@ -53,6 +53,18 @@ class TrainingData(Protocol):
         ...
 
 
+def repeated(batch: Batch, times: int, noise: Tensor) -> tuple[Batch, Tensor]:
+    """All samples so many times, one after the other, and their noise."""
+    if times == 1:
+        return batch, noise
+
+    def often(value: Tensor) -> Tensor:
+        return value.repeat(times, *[1] * (value.ndim - 1))
+
+    conditioning = {name: often(value) for name, value in batch.conditioning.items()}
+    return replace(batch, latents=often(batch.latents), conditioning=conditioning), often(noise)
+
+
 def data_name(data: TrainingData) -> str | None:
     """What the data is called, if it says so."""
     name = getattr(data, "name", None)

@@ -29,6 +29,38 @@ def squared_error(
     return error.mean() if weights is None else (weights * error).mean()
 
 
+def drift(
+    ours: Float[Tensor, "P ..."],
+    theirs: Float[Tensor, "P ..."],
+    samples: int,
+    times: int,
+    weights: Float[Tensor, " P"] | None = None,
+) -> Float[Tensor, ""]:
+    r"""M times the squared error of the mean over each sample's M times.
+
+    .. math:: M \, \| \tfrac{1}{M} \sum_m (\hat v_m - v_m) \|^2
+
+    Errors that differ from time to time count as in `squared_error`, those that all times share M
+    times as much: a picture is off by their sum along the path.
+
+    Args:
+        ours: P predictions: halves, in each the first time of all samples first.
+        theirs: What they should be.
+        samples: B.
+        times: M.
+        weights: Of each prediction; 1 by default.
+
+    >>> drift(torch.tensor([[1.0], [1.0]]), torch.zeros(2, 1), 1, 2)
+    tensor(2.)
+    >>> drift(torch.tensor([[1.0], [-1.0]]), torch.zeros(2, 1), 1, 2)
+    tensor(0.)
+    """
+    off = ours.float() - theirs.float()
+    if weights is not None:
+        off = off * weights.sqrt().view(-1, *[1] * (off.ndim - 1))
+    return times * off.unflatten(0, (-1, times, samples)).mean(1).square().mean()
+
+
 def denoising_loss(
     prediction: Float[Tensor, "B ..."],
     target: Float[Tensor, "B ..."],

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shiva_dit.models.backbone import set_trainable
-from shiva_dit.training.recipe import OptimizerConfig, StageName
+from shiva_dit.training.recipe import StageName
+from shiva_dit.training.settings import OptimizerConfig
 
 PARTS = ("router", "policy", "backbone", "updates")
 ACTIVE: dict[StageName, set[str]] = {

@@ -23,7 +23,7 @@ class Part:
     """One micro-batch: its times, its counts, and k before rounding."""
 
     t: Float[Tensor, " b"]
-    """Times in [0, 1]."""
+    """Times in [0, 1]; where each sample has several, the first of all, then the next of all."""
     counts: tuple[int, ...]
     """k of every block."""
     soft_k: Sequence[Tensor | float]
@@ -121,10 +121,12 @@ class Planner:
         """Counts that don't depend on time: each part covers all strata alike."""
         size = self.config.batch_size
         t = self._times(size, generator)
-        order = torch.randperm(size, generator=generator).view(len(counts), -1)
+        times = self.config.times_per_sample  # those of a sample lie in strata of their own
+        order = [torch.randperm(size // times, generator=generator) for _ in range(times)]
+        mixed = torch.stack([p[o] for p, o in zip(t.view(times, -1), order, strict=True)])
         parts = [
-            Part(t=t[rows], counts=row, soft_k=[float(k) for k in row])
-            for rows, row in zip(order, counts, strict=True)
+            Part(t=own.flatten(), counts=row, soft_k=[float(k) for k in row])
+            for own, row in zip(mixed.chunk(len(counts), dim=1), counts, strict=True)
         ]
         return StepPlan(parts=parts, mean_keep_ratio=mean)
 

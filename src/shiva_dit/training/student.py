@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,17 +23,21 @@ from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.models.gating import GatedForward
+from shiva_dit.models.guidance import Pass
 from shiva_dit.models.spec import grid_of
-from shiva_dit.training.data import Batch
+from shiva_dit.training.data import Batch, repeated
+from shiva_dit.training.guided import TOLD, both_ways, guided, passes_in_training
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
+    drift,
     logit_normal_density,
     squared_error,
 )
 from shiva_dit.training.paths import NoisePath
 from shiva_dit.training.plan import Part
-from shiva_dit.training.recipe import ShapeConfig, TrainConfig
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import ShapeConfig
 
 
 class Student:
@@ -95,6 +99,9 @@ class Student:
             select_every=self.adapter.config.select_every,
             gate_values=config.estimator.needs_value_gate and self.learns_scores,
         )
+        self.passes = Pass.ALONE
+        if config.guidance is not None:
+            self.passes = passes_in_training(model, self.attachment.spec)
         self.num_tokens = self.attachment.spec.tokens(model, sample.latents)
         last = self.adapter.config.num_blocks - 1
         every = range(config.loss.distill_every - 1, last, config.loss.distill_every)
@@ -112,22 +119,40 @@ class Student:
         reducer = METHODS[self.config.method].make(making)
         return None if reducer is None else reducer.to(self.device)
 
-    def loss(self, part: Part, batch: Batch, progress: float) -> tuple[Tensor, float | None]:
-        """Loss of one micro-batch, and the squared error of its prediction to the teacher's.
+    def loss(
+        self, part: Part, batch: Batch, progress: float, empty: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one micro-batch, and the squared errors of its predictions to the teacher's.
 
-        The teacher runs, and the error is known, where a loss or the estimator asks for it.
+        The teacher runs, and errors are known, where a loss or the estimator asks for it.
 
         Args:
             part: Times and counts.
-            batch: Clean samples, on the model's device.
+            batch: Clean samples, on the model's device: b, or fewer that have several times each.
             progress: Share of the training done, for the temperatures.
+            empty: Conditioning of "no caption", where guided samples run in two passes.
+
+        Returns:
+            The loss, and by name "distill" and, where samples are guided, "guided".
         """
-        weights = self.config.loss
+        weights, scales, samples = self.config.loss, None, len(batch.latents)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         t = part.t.to(self.device)
+        batch, noise = repeated(batch, self.config.times_per_sample, noise)
+        if self.config.guidance is not None:
+            scales = self._scales(self.config.guidance, len(t)).to(self.device)
+        if self.runs_both_ways:
+            assert empty is not None
+            batch, noise, t = both_ways(batch, empty), torch.cat([noise] * 2), t.repeat(2)
         arguments = self.arguments(self.path.noisy(batch.latents, noise, t), t, batch)
+        if scales is not None and not self.runs_both_ways:
+            arguments[TOLD] = self.attachment.spec.told_guidance * scales
         teacher, taught = self.teach(arguments) if self.needs_teacher else (BlockFeatures(), None)
-        forward = GatedForward(counts=part.counts, gates=self._gates(part, progress, teacher))
+        forward = GatedForward(
+            counts=part.counts,
+            gates=self._gates(part, progress, teacher),
+            which=self.passes,
+        )
         with (
             self.attachment.forwards.gated(forward),
             record_blocks(
@@ -138,25 +163,52 @@ class Student:
             prediction = self.path.prediction(self.model(**arguments))
         by_time = None if weights.time_weighting == "uniform" else logit_normal_density(t)
         loss = prediction.new_zeros(())
+        errors: dict[str, float] = {}
         if taught is not None:
-            loss = weights.output * squared_error(prediction, taught, by_time)
-            loss = loss + weights.distillation * distillation_loss(
+            loss = weights.distillation * distillation_loss(
                 [student.outputs[i] for i in self.distilled],
                 [teacher.outputs[i] for i in self.distilled],
                 by_time,
             )
+            errors["distill"] = squared_error(prediction.detach(), taught).item()
+            loss = loss + weights.output * self._off(prediction, taught, samples, by_time)
+            if scales is not None and self.runs_both_ways:
+                ours, theirs = guided(prediction, scales), guided(taught, scales)
+                errors["guided"] = squared_error(ours.detach(), theirs).item()
+                by_scale = 1.0 / scales if by_time is None else by_time[: len(scales)] / scales
+                loss = loss + weights.guided * self._off(ours, theirs, samples, by_scale)
         if weights.diffusion:
             target = self.path.target(batch.latents, noise, t)
             loss = loss + weights.diffusion * denoising_loss(prediction, target, by_time)
-        error = None if taught is None else squared_error(prediction.detach(), taught).item()
-        return loss, error
+        return loss, errors
+
+    def _off(self, ours: Tensor, theirs: Tensor, samples: int, weights: Tensor | None) -> Tensor:
+        """Squared error of a prediction, and of what the times of a sample have in common."""
+        times, weight = self.config.times_per_sample, self.config.loss.drift
+        off = squared_error(ours, theirs, weights)
+        if weight:
+            off = off + weight * drift(ours, theirs, samples, times, weights)
+        return off
+
+    def _scales(self, between: tuple[float, float], count: int) -> Tensor:
+        """A guidance scale for each sample, the same at all of its times."""
+        low, high = between
+        times = self.config.times_per_sample
+        drawn = torch.rand(count // times, generator=self.generator)
+        return (low + (high - low) * drawn).repeat(times)
+
+    @property
+    def runs_both_ways(self) -> bool:
+        """Whether each sample runs with and without its caption."""
+        return self.passes is not Pass.ALONE
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a loss or the estimator asks for the unpruned model."""
         weights = self.config.loss
         estimates = self.learns_scores and self.config.estimator.needs_teacher
-        return bool(weights.output or weights.distillation or estimates)
+        guides = self.runs_both_ways and weights.guided
+        return bool(weights.output or weights.distillation or guides or estimates)
 
     def teach(self, arguments: dict[str, Any]) -> tuple[BlockFeatures, Tensor]:
         """The unpruned model's features and prediction, with its own weights."""
@@ -218,6 +270,7 @@ class Student:
                 soft_k=part.soft_k[block],
                 noise_std=config.router.noise_std,
                 generator=self.generator,
+                is_pair=self.runs_both_ways,
                 teacher_update=teacher.update(block) if config.estimator.needs_teacher else None,
             )
 

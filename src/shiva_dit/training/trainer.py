@@ -144,17 +144,18 @@ class Trainer:
         plan = self.planner.step(stage, self.generator)
         sums = {"loss": 0.0}
         for part in plan.parts:
-            batch = self.data.batch(self.indices.take(len(part.t)), self.generator)
-            batch = drop_captions(
-                batch, self.data.unconditional(), config.caption_dropout, self.generator
-            )
-            loss, distilled = self.student.loss(part, batch.to(self.student.device), progress)
+            count = len(part.t) // config.times_per_sample
+            batch = self.data.batch(self.indices.take(count), self.generator)
+            empty = self.data.unconditional()
+            if not self.student.runs_both_ways:
+                batch = drop_captions(batch, empty, config.caption_dropout, self.generator)
+            loss, errors = self.student.loss(part, batch.to(self.student.device), progress, empty)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError("the loss is not finite")
             (loss / len(plan.parts)).backward()
             sums["loss"] += loss.item() / len(plan.parts)
-            if distilled is not None:
-                sums["distill"] = sums.get("distill", 0.0) + distilled / len(plan.parts)
+            for name, error in errors.items():
+                sums[name] = sums.get(name, 0.0) + error / len(plan.parts)
         sums["loss"] += plan.backward_policy()
         return {**sums, "keep": plan.mean_keep_ratio}
 
@@ -211,8 +212,7 @@ class Trainer:
                 values = self.train_step()
                 shown = {"stage": stage, "loss": f"{values['loss']:.3f}"}
                 shown["keep"] = f"{values['keep']:.3f}"
-                if "distill" in values:
-                    shown["distill"] = f"{values['distill']:.4f}"
+                shown |= {n: f"{values[n]:.4f}" for n in ("distill", "guided") if n in values}
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
                 log.write({"step": self.step, "stage": stage, **values})

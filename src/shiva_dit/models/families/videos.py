@@ -141,6 +141,7 @@ _HUNYUAN_VIDEO = ModelSpec(
     block_lists=("transformer_blocks", "single_transformer_blocks"),
     time_embedder="time_text_embed.timestep_embedder",
     context=pooled_text,
+    told_guidance=1000.0,
     text_tokens=256,
     inputs={
         "hidden_states": examples.video(),

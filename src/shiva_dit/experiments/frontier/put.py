@@ -1,0 +1,124 @@
+"""An arm put on a pipeline: adapters, controls, reducers, caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shiva_dit
+from shiva_dit.demo.base import shipped_adapter
+from shiva_dit.experiments.contest import noise_seed
+from shiva_dit.experiments.frontier.caches import cached, fresh
+from shiva_dit.experiments.frontier.config import SHIPPED, Arm, Point
+from shiva_dit.experiments.frontier.source import Source
+from shiva_dit.experiments.kept import put_on
+from shiva_dit.methods.registry import METHODS, Making
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.compiling import compile_options
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.reducing import attach_reducer
+from shiva_dit.saved_folder import CONFIG_FILE
+
+Run = Callable[[int, int], Any]
+"""Makes so many pictures, from the prompt of that number on."""
+
+
+def adapter_folder(point: Point, source: Source) -> Path | None:
+    """Where a point's adapter or control is."""
+    if point.arm.adapter is None:
+        return None
+    if point.arm.adapter == SHIPPED:
+        assert source.task is not None
+        return shipped_adapter(source.task)
+    return Path(point.arm.adapter.format(seed=point.seed))
+
+
+@contextmanager
+def arm_on(point: Point, source: Source, *, compiled: bool = False) -> Iterator[tuple[Any, Run]]:
+    """Within: a pipeline with a point's arm on, and what runs the point.
+
+    Args:
+        point: Which.
+        source: Whose pictures.
+        compiled: Whether the model's blocks are compiled, each by itself.
+
+    Raises:
+        ValueError: If something of it can't be had here.
+    """
+    arm = point.arm
+    folder = adapter_folder(point, source)
+    pipe = source.pipe(own_weights=folder is not None)
+
+    def run(count: int, start: int) -> Any:
+        def sample() -> Any:
+            return source.run(
+                pipe,
+                count,
+                start=start,
+                seed=point.seed,
+                steps=point.steps,
+                sampler=arm.sampler,
+                guidance=point.guidance,
+            )
+
+        if arm.cache is None:
+            return sample()
+        with fresh(pipe.transformer):
+            return sample()
+
+    with ExitStack() as stack:
+        if folder is not None:
+            _put_folder_on(folder, pipe, point)
+        elif arm.method is not None:
+            _put_method_on(arm, pipe.transformer, point.seed)
+        if arm.cache is not None:
+            one = min(2, point.steps)
+            stack.enter_context(
+                cached(pipe, arm.cache, arm.threshold, point.steps, lambda: run(one, 0))
+            )
+        if compiled:
+            _compile(pipe.transformer, fullgraph=arm.cache is None)
+        with torch.no_grad():
+            yield pipe, run
+
+
+def _compile(model: Any, *, fullgraph: bool) -> None:
+    """Each block by itself, with whatever is on it."""
+    options = {**compile_options(), "fullgraph": fullgraph}
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.compile(**options)
+        return
+    for block in model_spec(model).blocks(model):
+        block.compile(**options)
+
+
+def _put_folder_on(folder: Path, pipe: Any, point: Point) -> None:
+    if (folder / CONFIG_FILE).is_file():
+        shiva_dit.apply(pipe, folder, keep_ratio=point.arm.run_at)
+    elif point.arm.run_at is not None:
+        raise ValueError(f"{folder} is a control: run_at is for adapters.")
+    else:
+        put_on(folder, pipe.transformer, seed=noise_seed(point.seed) + 500)
+
+
+def _put_method_on(arm: Arm, model: Any, seed: int) -> None:
+    assert arm.method is not None
+    making = Making(
+        num_blocks=len(model_spec(model).blocks(model)),
+        grid=_unknown,
+        keep_ratio=arm.keep_ratio,
+        router=None,
+        generator=torch.Generator(),
+    )
+    reducer = METHODS[arm.method].make(making)
+    if reducer is not None:
+        attach_reducer(model, reducer.seeded(seed))
+
+
+def _unknown() -> tuple[int, int]:
+    raise ValueError("a method without training asked for the grid of the images.")

@@ -1,0 +1,250 @@
+"""Run a frontier: every point's pictures and FLOPs, then times in turn, then the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from shiva_dit.config import to_dict
+from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point, points
+from shiva_dit.experiments.frontier.put import adapter_folder, arm_on
+from shiva_dit.experiments.frontier.quality import judged, on_front, to_truth
+from shiva_dit.experiments.frontier.source import Source, source_of
+from shiva_dit.experiments.frontier.times import time_points
+from shiva_dit.experiments.scoring import floors
+from shiva_dit.models.skeleton import flop_counter
+from shiva_dit.ownership import owned
+from shiva_dit.provenance import (
+    file_digest,
+    load_tensors,
+    provenance,
+    read_as,
+    read_json,
+    write_atomically,
+    write_json,
+)
+
+POINTS = "points"
+"""Folder, within a frontier's, of one file of pictures and one of numbers per point and seed."""
+LARGEST = 1e6
+"""Pictures lie about [-1, 1]: what has run away is no point."""
+
+
+def run_frontier(frontier: Frontier, out: Path) -> dict[str, Any]:
+    """Run what isn't done yet, time the points in turn, and write the record.
+
+    A point that something of others' refuses is recorded with the reason, and the rest goes on.
+
+    Args:
+        frontier: What to run.
+        out: Folder for `points`, `times.json` and `record.json`. Points that it holds are not run
+            again, unless their adapter has changed.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If the folder holds points of other settings, or another process is at work in
+            it.
+    """
+    source = source_of(frontier)
+    todo = points(frontier)
+    with owned(out), torch.no_grad():
+        (out / POINTS).mkdir(exist_ok=True)
+        start = time.perf_counter()
+        bar = tqdm(todo, desc=frontier.what, unit="point")
+        for point in bar:
+            bar.set_postfix_str(point.name)
+            _point(frontier, source, point, out)
+        times = time_points(frontier, source, out)
+        record = _record(frontier, source, times, out)
+        record["wall_s"] = time.perf_counter() - start
+        write_json(out / "record.json", record)
+    return record
+
+
+def _point(frontier: Frontier, source: Source, point: Point, out: Path) -> None:
+    """One point's pictures, unless they are there; the pictures are written first."""
+    path = out / POINTS / f"{point.name}.json"
+    run = _identity(frontier, source, point)
+    if path.is_file() and _is_same(path, run):
+        return
+    plain: dict[str, Any] = {"run": run, "provenance": provenance()}
+    try:
+        images, flops = _pictures(frontier, source, point)
+    except Exception as error:
+        if point.arm.cache is None and point.arm.method is None:
+            raise
+        plain["failed"] = _reason(error)
+    else:
+        file = path.with_suffix(".safetensors")
+        shown = images.clamp(-1, 1).half().contiguous()  # off by 2.4e-4 at most: 84 dB
+        write_atomically(file, lambda path: save_file({"images": shown}, path))
+        plain["flops"] = flops
+    write_json(path, plain)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a line."""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0]}"[:200]
+
+
+def _pictures(frontier: Frontier, source: Source, point: Point) -> tuple[Tensor, float]:
+    """A point's pictures and FLOPs per picture, of the transformer, as they were executed."""
+    parts = []
+    with arm_on(point, source) as (pipe, run), counted(pipe.transformer) as counts:
+        for start in range(0, frontier.count, frontier.batch):
+            parts.append(run(min(frontier.batch, frontier.count - start), start))
+    images = torch.cat(parts)
+    if not float(images.abs().max()) < LARGEST:
+        raise FloatingPointError("its pictures are not finite")
+    return images, sum(counts) / frontier.count
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[list[int]]:
+    """Within: the FLOPs of each of a model's forwards are appended to the list."""
+    counts: list[int] = []
+    running: list[FlopCounterMode] = []
+
+    def begin(*_: object) -> None:
+        running.append(flop_counter())
+        running[-1].__enter__()
+
+    def end(*_: object) -> None:
+        counter = running.pop()
+        counter.__exit__(None, None, None)
+        counts.append(counter.get_total_flops())
+
+    handles = [
+        model.register_forward_pre_hook(begin, prepend=True),
+        model.register_forward_hook(end, always_call=True),
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _identity(frontier: Frontier, source: Source, point: Point) -> dict[str, Any]:
+    """All that decides a point's pictures."""
+    folder = adapter_folder(point, source)
+    files = [] if folder is None else sorted(path for path in folder.iterdir() if path.is_file())
+    said = to_dict(frontier)
+    same = ("task", "pipeline", "prompts", "size", "base", "device", "count", "batch")
+    return {
+        **{name: said[name] for name in same},
+        "arm": {
+            k: v for k, v in to_dict(point.arm).items() if k not in ("name", "series", "steps")
+        },
+        "steps": point.steps,
+        "guidance": point.guidance,
+        "seed": point.seed,
+        "files": {path.name: file_digest(path) for path in files},
+    }
+
+
+def _is_same(path: Path, run: Mapping[str, Any]) -> bool:
+    """Whether a point was made with these settings; one of another adapter is made anew."""
+    with read_as("point of a frontier", path):
+        found = read_json(path)["run"]
+    if {**found, "files": None} != {**run, "files": None}:
+        raise ValueError(
+            f"{path} was made with other settings: remove it to run that point again, or use "
+            "another folder (--out)."
+        )
+    return found["files"] == run["files"]
+
+
+def _record(
+    frontier: Frontier, source: Source, times: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """What all points are worth, by guidance."""
+    fronts = []
+    for guidance in frontier.guidance:
+        by_arm: dict[tuple[str, int], list[Point]] = {}
+        for point in points(frontier):
+            if point.guidance == guidance:
+                by_arm.setdefault((point.key, point.steps), []).append(point)
+        truth = by_arm.pop((REFERENCE, frontier.reference_steps))
+        wanted = [_images(out, point) for point in truth]
+        forward = _number(out, truth[0], "flops") / frontier.reference_steps
+        rows = [
+            _row(source, out, found, wanted, forward, times)
+            for found in tqdm(by_arm.values(), desc="judging", unit="point")
+        ]
+        _mark(rows)
+        fronts.append({"guidance": guidance, "forward_flops": forward, "rows": rows})
+    record: dict[str, Any] = {
+        "what": frontier.what,
+        "about": frontier.about,
+        "config": to_dict(frontier),
+        "fronts": fronts,
+        "modes": times["modes"],
+        "provenance": provenance(),
+    }
+    if source.task is not None and source.judge is not None:
+        record["floor"] = dataclasses.asdict(floors(source.task, source.judge, frontier.count))
+    return record
+
+
+def _row(
+    source: Source,
+    out: Path,
+    found: Sequence[Point],
+    wanted: Sequence[Tensor],
+    forward: float,
+    times: Mapping[str, Any],
+) -> dict[str, Any]:
+    first = found[0]
+    row: dict[str, Any] = {
+        "arm": first.key,
+        "name": first.arm.name,
+        "series": first.arm.line,
+        "steps": first.steps,
+    }
+    failed = next((r for p in found if (r := _number(out, p, "failed")) is not None), None)
+    if failed is not None:
+        return {**row, "failed": failed}
+    images = [_images(out, point) for point in found]
+    flops = [_number(out, point, "flops") for point in found]
+    row["flops"] = sum(flops) / len(flops)
+    row["forwards"] = row["flops"] / forward
+    row |= to_truth(images, wanted)
+    if source.task is not None and source.judge is not None:
+        row |= judged(images, wanted, source.task, source.judge)
+    return row | {"times": times["points"].get(f"{first.key}-{first.steps}-{first.guidance:g}", {})}
+
+
+def _mark(rows: list[dict[str, Any]]) -> None:
+    """Say which rows are on the front: by FLOPs, and by time in each mode."""
+    known = [row for row in rows if "psnr" in row]
+    for row, on in zip(
+        known, on_front([r["forwards"] for r in known], [r["psnr"] for r in known]), strict=True
+    ):
+        row["on_front"] = on
+    for mode in {mode for row in known for mode in row["times"]}:
+        timed = [row for row in known if "share" in row["times"].get(mode, {})]
+        costs = [row["times"][mode]["share"] for row in timed]
+        for row, on in zip(timed, on_front(costs, [r["psnr"] for r in timed]), strict=True):
+            row["times"][mode]["on_front"] = on
+
+
+def _images(out: Path, point: Point) -> Tensor:
+    return load_tensors(out / POINTS / f"{point.name}.safetensors")["images"].float()
+
+
+def _number(out: Path, point: Point, name: str) -> Any:
+    return read_json(out / POINTS / f"{point.name}.json").get(name)

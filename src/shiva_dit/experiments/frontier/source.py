@@ -1,0 +1,214 @@
+"""Whose pictures a frontier is of: a demo task's backbone, or any pipeline with prompts."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from jaxtyping import Float
+from torch import Tensor
+
+from shiva_dit.demo.base import ASSETS, load_backbone, load_judge, usable_device
+from shiva_dit.demo.judge import Judge
+from shiva_dit.demo.task import DemoTask
+from shiva_dit.demo.tasks import load_task
+from shiva_dit.experiments.contest import noise_seed
+from shiva_dit.experiments.frontier.config import Frontier
+from shiva_dit.experiments.scoring import FLOW_SOLVERS, Sampler, sample_through
+from shiva_dit.provenance import read_text
+
+
+class Source(ABC):
+    """Makes pictures of the first prompts, from noise that seed and picture alone decide."""
+
+    task: DemoTask | None = None
+    judge: Judge | None = None
+    """Of a demo task's pictures; others are held against the unpruned model's alone."""
+
+    @abstractmethod
+    def pipe(self, *, own_weights: bool) -> Any:
+        """A pipeline with nothing on its transformer.
+
+        Args:
+            own_weights: Whether its weights may be changed; else others may share them.
+        """
+
+    @abstractmethod
+    def run(
+        self,
+        pipe: Any,
+        count: int,
+        *,
+        start: int,
+        seed: int,
+        steps: int,
+        sampler: Sampler,
+        guidance: float,
+    ) -> Float[Tensor, "N C H W"]:
+        """Pictures in [-1, 1], on the CPU.
+
+        Args:
+            pipe: From `pipe`, with or without something on its transformer.
+            count: How many.
+            start: The first one's prompt.
+            seed: Of the noise.
+            steps: Sampler steps.
+            sampler: How these are made.
+            guidance: Scale; 1 is none.
+        """
+
+
+class TaskSource(Source):
+    """A demo task's backbone, in the stock pipeline.
+
+    Args:
+        frontier: Names the task.
+    """
+
+    def __init__(self, frontier: Frontier) -> None:
+        assert frontier.task is not None
+        self.task = load_task(frontier.task)
+        base = frontier.base or ASSETS
+        self.judge = load_judge(self.task, base)
+        model: Any = load_backbone(self.task, base)
+        self._model = model.to(usable_device(frontier.device))
+        self.task.prompts(0, frontier.count)  # raises where there are fewer
+
+    def pipe(self, *, own_weights: bool) -> Any:
+        """The pipeline around a model of its own."""
+        assert self.task is not None
+        return self.task.pipeline(twin(self._model, own_weights=own_weights))
+
+    def run(
+        self,
+        pipe: Any,
+        count: int,
+        *,
+        start: int,
+        seed: int,
+        steps: int,
+        sampler: Sampler,
+        guidance: float,
+    ) -> Float[Tensor, "N C H W"]:
+        """As `sample_through`."""
+        assert self.task is not None
+        return sample_through(
+            self.task,
+            pipe,
+            count,
+            seed=noise_seed(seed) + start,
+            start=start,
+            num_steps=steps,
+            sampler=sampler,
+            guidance=guidance,
+        )
+
+
+class PipelineSource(Source):
+    """A pipeline of a user's, with prompts from a file.
+
+    Args:
+        frontier: Names both.
+
+    Raises:
+        ValueError: If there are fewer prompts than pictures, or its transformer isn't supported.
+    """
+
+    def __init__(self, frontier: Frontier) -> None:
+        assert frontier.pipeline is not None
+        assert frontier.prompts is not None
+        self.prompts = read_prompts(frontier.prompts, frontier.count)
+        self._pipe: Any = DiffusionPipeline.from_pretrained(frontier.pipeline)
+        self._pipe.to(usable_device(frontier.device))
+        self._pipe.set_progress_bar_config(disable=True)
+        self._scheduler = self._pipe.scheduler
+        self._size = {}
+        if frontier.size is not None:
+            self._size = dict(zip(("height", "width"), frontier.size, strict=True))
+
+    def pipe(self, *, own_weights: bool) -> Any:
+        """The same parts around a transformer of its own."""
+        parts = dict(self._pipe.components)
+        parts["transformer"] = twin(self._pipe.transformer, own_weights=own_weights)
+        made = type(self._pipe)(**parts)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def run(
+        self,
+        pipe: Any,
+        count: int,
+        *,
+        start: int,
+        seed: int,
+        steps: int,
+        sampler: Sampler,
+        guidance: float,
+    ) -> Float[Tensor, "N C H W"]:
+        """Decoded pictures."""
+        places = range(start, start + count)
+        seeds = [1000 * noise_seed(seed) + place for place in places]
+        pipe.scheduler = self._solver(sampler)
+        steps_by = {"num_inference_steps": steps}
+        if sampler == "euler":
+            steps_by = {"sigmas": [1.0 - step / steps for step in range(steps)]}
+        images: Tensor = pipe(
+            prompt=[self.prompts[place] for place in places],
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(number) for number in seeds],
+            output_type="pt",
+            **self._size,
+            **steps_by,
+        ).images
+        return 2.0 * images.float().cpu() - 1.0
+
+    def _solver(self, sampler: Sampler) -> Any:
+        """The pipeline's own scheduler, or a solver of the same path.
+
+        Raises:
+            ValueError: If "euler" is asked for and the model learned a diffusion schedule.
+        """
+        config = self._scheduler.config
+        flows = isinstance(self._scheduler, FlowMatchEulerDiscreteScheduler)
+        if sampler in FLOW_SOLVERS:
+            flow: dict[str, Any] = {}
+            if flows:
+                flow = {
+                    "use_flow_sigmas": True,
+                    "prediction_type": "flow_prediction",
+                    "flow_shift": config.shift,
+                }
+            return FLOW_SOLVERS[sampler].from_config(config, **flow)
+        if sampler == "euler" and not flows:
+            raise ValueError(
+                f'sampler "euler" is for flow matching, and {type(self._scheduler).__name__} is '
+                'another schedule: take "unipc", "dpmpp", or "euler_diffusers" for its own.'
+            )
+        return self._scheduler
+
+
+def source_of(frontier: Frontier) -> Source:
+    """Where a frontier's pictures come from."""
+    return PipelineSource(frontier) if frontier.task is None else TaskSource(frontier)
+
+
+def read_prompts(path: Path, count: int) -> list[str]:
+    """The first prompts of a file, one in a line; empty lines don't count.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if len(prompts) < count:
+        raise ValueError(f"{path} has {len(prompts)} prompts, and count asks for {count} pictures.")
+    return prompts[:count]
+
+
+def twin(model: Any, *, own_weights: bool) -> Any:
+    """A copy of a model; its tensors are copied, or shared with the model."""
+    tensors = () if own_weights else (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

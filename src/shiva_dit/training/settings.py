@@ -1,0 +1,178 @@
+"""Parts of a training recipe: routers, ratios, losses, optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shiva_dit.adapter.config import MOST_BINS
+from shiva_dit.config import check_types, whole_number
+from shiva_dit.core.budget import BudgetConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """Size of the routers (Eq. 8, 9)."""
+
+    num_groups: int | None = None
+    """G, routers with weights of their own; pairs of blocks by default."""
+    hidden: int = 64
+    """d'."""
+    normalize_inputs: bool = True
+    """Layer-normalise what the router reads."""
+    inputs: tuple[Literal["time", "context", "layer"], ...] = ("time", "context", "layer")
+    """What the router reads beside its token (Eq. 8)."""
+    select_every: int = 1
+    """So many prunable blocks in a row share the scores of their first."""
+    noise_std: float = 0.3
+    """Noise on the standardised scores in training, at least 0."""
+    tau_rank: tuple[float, float] = (0.2, 0.02)
+    """Temperature of the soft ranks at the start and the end, in standard deviations."""
+    tau_select: tuple[float, float] = (0.1, 0.02)
+    """Temperature of the inclusion scores at the start and the end, as a share of N."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.select_every < 1:
+            raise ValueError(f"router select_every must be at least 1, got {self.select_every}.")
+        if self.noise_std < 0:
+            raise ValueError(f"router noise_std must be at least 0, got {self.noise_std}.")
+        for name in ("tau_rank", "tau_select"):
+            if min(getattr(self, name)) <= 0:
+                raise ValueError(f"router {name} must be positive, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeConfig:
+    """A schedule by hand (`shiva_dit.core.hand_made.hand_made`), where none is learned."""
+
+    depth: float = 0.0
+    """How the logit of the ratio goes with depth, from -depth in the first prunable block to
+    +depth in the last."""
+    time: float = 0.0
+    """How it goes with time, from -time at t = 0 to +time at t = 1."""
+    form: Literal["linear", "step"] = "linear"
+    """Evenly, or in two levels."""
+
+    def __post_init__(self) -> None:
+        if not (abs(self.depth) <= 20.0 and abs(self.time) <= 20.0):
+            raise ValueError("policy.shape: depth and time must lie in [-20, 20].")
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyConfig:
+    """How the ratio policy learns (Eq. 10-13, 29)."""
+
+    adaptive: bool = True
+    """Learn the ratios; if not, `shape` gives them."""
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    """The fixed schedule; by default every block keeps the target ratio at all times."""
+    logit_noise: float = 1.0
+    """Standard deviation of the noise on the logits in the policy stage (Eq. 29)."""
+    num_bins: int = 64
+    """Time bins of the table."""
+    target_range: tuple[float, float] | None = None
+    """Mean ratios, lowest and highest in (0, 1), that the joint stage trains for: every part moves
+    the anchor to one of them, drawn evenly, as running at another ratio does. None: for
+    `keep_ratio` alone."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """The pull to the target."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.logit_noise < 0:
+            raise ValueError(f"policy logit_noise must be at least 0, got {self.logit_noise}.")
+        whole_number("policy num_bins", self.num_bins, least=1, most=MOST_BINS)
+        if self.target_range is not None:
+            low, high = self.target_range
+            if not 0.0 < low < high < 1.0:
+                raise ValueError(
+                    f"policy target_range must rise within (0, 1), got {self.target_range}."
+                )
+            if not self.adaptive:
+                raise ValueError("policy.target_range is for learned ratios, not for fixed ones.")
+        if self.adaptive and self.shape != ShapeConfig():
+            raise ValueError("policy.shape is for fixed schedules: set policy.adaptive = false.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the losses (Eq. 14, 31)."""
+
+    diffusion: float = 1.0
+    """Flow matching against the data."""
+    distillation: float = 1.0
+    """Normalised features against the teacher's (Eq. 31)."""
+    distill_every: int = 4
+    """Every so many blocks; the last block always."""
+    output: float = 1.0
+    """Squared error of the prediction against the teacher's."""
+    guided: float = 1.0
+    """Squared error of the guided prediction u + g (c - u) against the teacher's, divided by g:
+    where `guidance` has each sample run with its caption (c) and without (u)."""
+    drift: float = 0.0
+    """Squared error of the mean over a sample's times (`times_per_sample`), as often as it has
+    times: on a straight path that mean is what a picture is off by. Of the prediction and, where
+    samples are guided, of the guided one, each by its own weight."""
+    time_weighting: Literal["uniform", "logit_normal"] = "uniform"
+    """How much each time counts in all losses. "logit_normal": by the density of that law, whose
+    mean over time is 1: the middle of the way decides what a picture shows. Times are drawn
+    evenly and tokens budgeted by the sampler's steps as before, so that a learned policy spends
+    its tokens where it counts."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        parts = self.diffusion, self.distillation, self.output, self.guided, self.drift
+        if min(parts) < 0:
+            raise ValueError("loss weights must be at least 0.")
+        if self.diffusion + self.distillation + self.output == 0:
+            raise ValueError("all losses have weight 0: there is nothing to learn from.")
+        if self.distill_every < 1:
+            raise ValueError(f"distill_every must be at least 1, got {self.distill_every}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW, per part; rates rise linearly at the start of each stage and fall at the end."""
+
+    router: float = 3e-4
+    """Learning rate of the router."""
+    policy: float = 1e-4
+    """Learning rate of the policy."""
+    policy_share: float = 1.0
+    """Share of the joint stage, at its start, in which the policy learns, in [0, 1]; then its
+    ratios are held."""
+    backbone: float = 1e-4
+    """Learning rate of the backbone (joint stage)."""
+    updates: float = 1e-3
+    """Learning rate of the rejected tokens' updates."""
+    weight_decay: float = 0.01
+    """Of the backbone; nothing else has any."""
+    warmup_steps: int = 200
+    """Steps over which the rates rise, in each stage."""
+    decay_share: float = 0.0
+    """Share of the joint stage, at its end, over which the rates fall linearly to 0, in [0, 1]; the
+    policy's over the same share of its own part of it."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient, of each part by itself."""
+    ema: float = 0.999
+    """Decay of the moving average of what is trained, in [0, 1); it is what is saved."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("router", "policy", "backbone", "updates", "weight_decay"):
+            if not 0.0 <= getattr(self, name) <= 1e3:
+                raise ValueError(
+                    f"optimizer {name} must lie in [0, 1000], got {getattr(self, name)}."
+                )
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer warmup_steps must be at least 0, got {self.warmup_steps}.")
+        for name in ("policy_share", "decay_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"optimizer {name} must lie in [0, 1], got {getattr(self, name)}.")
+        if not 0.0 < self.grad_clip < math.inf:
+            raise ValueError(f"optimizer grad_clip must be positive, got {self.grad_clip}.")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"optimizer ema must lie in [0, 1), got {self.ema}.")

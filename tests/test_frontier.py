@@ -1,0 +1,304 @@
+"""A frontier: counts, quality, front, resuming, and what others' refusals leave."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shiva_dit
+from shiva_dit.config import from_dict
+from shiva_dit.demo.base import load_backbone, shipped_adapter
+from shiva_dit.demo.tasks import load_task
+from shiva_dit.experiments.contest import flops_per_image
+from shiva_dit.experiments.frontier.caches import CACHES, cached, fresh
+from shiva_dit.experiments.frontier.config import REFERENCE, Arm, Frontier, Point, points
+from shiva_dit.experiments.frontier.draw import draw_front, draw_sheet
+from shiva_dit.experiments.frontier.put import arm_on
+from shiva_dit.experiments.frontier.quality import (
+    LARGEST_PSNR,
+    decibels,
+    interval,
+    on_front,
+    squared_errors,
+)
+from shiva_dit.experiments.frontier.run import counted, run_frontier
+from shiva_dit.experiments.frontier.source import TaskSource, read_prompts, source_of, twin
+from shiva_dit.models.attach import attachment_of
+from shiva_dit.report.frontier import budget_rows, frontier_rows, frontier_table
+from tests import tiny
+from tests.test_folder import pipeline
+
+__all__ = ["pipeline"]
+
+ARMS: dict[str, Any] = {
+    "unpruned": {"name": "unpruned", "steps": [1, 3]},
+    "ours": {"name": "ours", "adapter": "shipped", "steps": [3]},
+    "merging": {"name": "merging", "method": "tomesd", "keep_ratio": 0.75, "steps": [3]},
+    "cached": {"name": "cached", "cache": "taylor_seer", "threshold": 2, "steps": [3]},
+    "refused": {"name": "refused", "method": "tomesd", "keep_ratio": 0.1, "steps": [3]},
+}
+
+
+def made(**changes: Any) -> Frontier:
+    plain: dict[str, Any] = {
+        "what": "try",
+        "about": "A try.",
+        "task": "digits",
+        "count": 4,
+        "batch": 2,
+        "seeds": [0, 1],
+        "guidance": [1.0, 4.0],
+        "reference_steps": 4,
+        "timing": {"batch": 1, "repeats": 1},
+        "arms": ARMS,
+    }
+    return from_dict(Frontier, {**plain, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Frontier, dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("frontier")
+    frontier = made()
+    return frontier, run_frontier(frontier, out), out
+
+
+def rows(record: dict[str, Any], guidance: float = 1.0) -> dict[tuple[str, int], dict[str, Any]]:
+    front = next(f for f in record["fronts"] if f["guidance"] == guidance)
+    return {(row["arm"], row["steps"]): row for row in front["rows"]}
+
+
+def test_every_point_has_its_flops_and_quality(run: Any) -> None:
+    frontier, record, _ = run
+    task = load_task("digits")
+    backbone = load_backbone(task)
+    for guidance, halves in ((1.0, 1), (4.0, 2)):
+        found = rows(record, guidance)
+        dense = flops_per_image(task, backbone, None, 1, "unipc")
+        assert found["unpruned", 3]["flops"] == 3 * halves * dense
+        assert found["unpruned", 1]["forwards"] == pytest.approx(1.0)
+        assert 1.0 < found["cached", 3]["forwards"] <= 3.0
+        assert 2.0 < found["merging", 3]["forwards"] < 3.0
+        assert found["unpruned", 3]["psnr"] > found["unpruned", 1]["psnr"]
+        low, high = found["ours", 3]["psnr_within"]
+        assert low <= found["ours", 3]["psnr"] <= high
+        assert len(found["ours", 3]["psnr_by_seed"]) == len(frontier.seeds)
+        assert 0.0 <= found["ours", 3]["right_all"] <= 1.0
+    shiva_dit.apply(backbone, shipped_adapter(task))
+    ours = flops_per_image(task, backbone, attachment_of(backbone), 3, "unipc")
+    # Executed is a little less: what all pictures of a call share is computed once.
+    assert rows(record)["ours", 3]["flops"] == pytest.approx(ours, rel=2e-3)
+
+
+def test_what_refuses_is_a_row_with_the_reason(run: Any) -> None:
+    _, record, _ = run
+    row = rows(record)["refused", 3]
+    assert "keep_ratio must lie in" in row["failed"]
+    assert "psnr" not in row
+    assert any("keep_ratio must lie in" in cell for cell in frontier_rows(record, 1.0)[-1])
+
+
+def test_times_are_shares_of_the_reference_arm(run: Any) -> None:
+    _, record, _ = run
+    found = rows(record)
+    assert found["unpruned", 3]["times"]["eager"]["share"] == 1.0
+    assert found["unpruned", 1]["times"]["eager"]["share"] < 1.0
+    assert found["ours", 3]["times"]["eager"]["seconds"] > 0
+
+
+def test_a_finished_frontier_runs_nothing_again(run: Any, monkeypatch: Any) -> None:
+    frontier, record, out = run
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(TaskSource, "run", never)
+    again = run_frontier(frontier, out)
+    assert again["fronts"] == record["fronts"]
+
+
+def test_points_of_other_settings_are_refused(run: Any) -> None:
+    _, _, out = run
+    with pytest.raises(ValueError, match="other settings"):
+        run_frontier(made(batch=4), out)
+
+
+def test_a_changed_adapter_is_run_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    task = load_task("digits")
+    adapter = shiva_dit.ShivaAdapter.from_pretrained(shipped_adapter(task))
+    adapter.save_pretrained(folder)
+    arms = {
+        "unpruned": {"name": "unpruned", "steps": [1]},
+        "ours": {"name": "ours", "adapter": str(folder), "steps": [1]},
+    }
+    frontier = made(arms=arms, seeds=[0], guidance=[1.0], timing={"repeats": 0})
+    first = rows(run_frontier(frontier, tmp_path / "out"))["ours", 1]["psnr"]
+    with torch.no_grad():
+        for value in adapter.backbone_weights.values():
+            value.mul_(1.05)
+    adapter.save_pretrained(folder)
+    second = rows(run_frontier(frontier, tmp_path / "out"))["ours", 1]["psnr"]
+    assert first != second
+
+
+def test_plot_sheet_and_tables_are_made_of_the_record(run: Any, tmp_path: Path) -> None:
+    frontier, record, out = run
+    draw_front(record, tmp_path / "front.png")
+    draw_sheet(frontier, record, out, tmp_path / "sheet.png")
+    assert (tmp_path / "front.png").stat().st_size > 10_000
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    plain = json.loads(json.dumps(record))
+    table = frontier_table(plain)
+    assert "**No guidance**" in table
+    assert "**Guidance 4**" in table
+    budgets = budget_rows(plain, 1.0)
+    assert budgets[1][0] == "1"
+    assert budgets[-1][1].startswith("unpruned, 3 steps")
+
+
+def test_squared_errors_are_of_what_a_picture_shows() -> None:
+    images = torch.tensor([[[[3.0]]], [[[0.5]]]])
+    truth = torch.tensor([[[[1.0]]], [[[0.3]]]])
+    errors = squared_errors(images, truth)
+    assert errors.tolist() == pytest.approx([0.0, 0.04])
+    assert decibels(errors) == pytest.approx(10 * math.log10(4 / 0.02))
+    assert decibels(torch.zeros(2)) == LARGEST_PSNR
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_more_pictures() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+
+    def width(count: int) -> float:
+        low, high = interval(lambda chosen: float(values[:count][chosen].mean()), count)
+        assert low < float(values[:count].mean()) < high
+        return high - low
+
+    assert width(400) < 0.4 * width(25)
+    assert width(400) == pytest.approx(2 * 1.96 / 20, rel=0.3)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    costs = [1.0, 2.0, 2.0, 3.0, 0.5]
+    values = [10.0, 20.0, 20.0, 18.0, 1.0]
+    assert on_front(costs, values) == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("kind", [k for k in CACHES if k != "dbcache"])
+def test_a_cache_saves_forwards_and_leaves_the_model_as_it_was(kind: Any) -> None:
+    """Every threshold of 0 or so computes all steps: then nothing changes."""
+    source = source_of(made(guidance=[1.0]))
+    steps = 6
+
+    def pictures(threshold: float) -> tuple[torch.Tensor, float]:
+        arm = Arm(name="cache", cache=kind, threshold=threshold, steps=(steps,))
+        point = Point(key="cache", arm=arm, steps=steps, guidance=1.0, seed=0)
+        with arm_on(point, source) as (pipe, call), counted(pipe.transformer) as counts:
+            images = call(2, 0)
+            again = call(2, 0)
+        assert torch.equal(images, again)  # nothing of a run is left for the next
+        assert not any(_hooks(pipe.transformer))
+        return images, sum(counts) / 2
+
+    plain = Point(key="plain", arm=Arm(name="p", steps=(steps,)), steps=steps, guidance=1.0, seed=0)
+    with arm_on(plain, source) as (pipe, call), counted(pipe.transformer) as counts:
+        images = call(2, 0)
+    whole = sum(counts)
+    never, always = (1.0, 3.0) if kind == "taylor_seer" else (1e-9, 1e9)
+    exact, cost = pictures(never)
+    assert cost == whole
+    assert torch.equal(exact, images)
+    rough, cost = pictures(always)
+    assert cost < 0.95 * whole
+    assert not torch.equal(rough, images)
+
+
+def _hooks(model: nn.Module) -> Iterator[str]:
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        yield from () if registry is None else registry.hooks
+
+
+def test_a_cache_that_is_not_installed_says_how(monkeypatch: Any) -> None:
+    monkeypatch.setattr("shiva_dit.experiments.frontier.caches.find_spec", lambda name: None)
+    with (
+        pytest.raises(ValueError, match="pip install cache-dit"),
+        cached(None, "dbcache", 0.1, 2, lambda: None),
+    ):
+        pass
+
+
+def test_fresh_names_the_run_also_where_the_pipeline_doesnt() -> None:
+    model = tiny.sd3()
+    with fresh(model):
+        pass
+    tiny.run(model, tiny.inputs())
+
+
+def test_a_pipeline_of_ones_own_is_held_against_itself(pipeline: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a star\n\na circle\n", encoding="utf-8")
+    arms = {
+        "unpruned": {"name": "unpruned", "steps": [2]},
+        "own": {"name": "own steps", "steps": [2], "sampler": "euler_diffusers"},
+        "merging": {"name": "merging", "method": "tomesd", "keep_ratio": 0.5, "steps": [2]},
+    }
+    frontier = made(
+        task=None,
+        pipeline=str(pipeline),
+        prompts=str(prompts),
+        size=[32, 32],
+        count=2,
+        seeds=[0],
+        guidance=[4.0],
+        arms=arms,
+    )
+    record = run_frontier(frontier, tmp_path / "out")
+    found = rows(record, 4.0)
+    assert found["unpruned", 2]["forwards"] == pytest.approx(2.0)
+    assert "frechet" not in found["unpruned", 2]
+    assert "floor" not in record
+    draw_sheet(frontier, record, tmp_path / "out", tmp_path / "sheet.png")
+    with pytest.raises(ValueError, match="has 2 prompts"):
+        read_prompts(prompts, 3)
+
+
+def test_twins_share_weights_only_where_they_may() -> None:
+    model = tiny.sd3()
+    shared, own = twin(model, own_weights=False), twin(model, own_weights=True)
+    weight = model.proj_out.weight
+    assert shared.proj_out.weight.data_ptr() == weight.data_ptr()
+    assert own.proj_out.weight.data_ptr() != weight.data_ptr()
+    assert torch.equal(own.proj_out.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": None}, "of a task or of a pipeline"),
+        ({"pipeline": "x"}, "of a task or of a pipeline"),
+        ({"prompts": "x.txt"}, "pipeline and prompts"),
+        ({"reference": "nobody"}, "no arm 'nobody'"),
+        ({"guidance": [0.5]}, "guidance must be"),
+        ({"arms": {"unpruned": {"name": "x", "method": "random"}}}, "no method without training"),
+        ({"arms": {"unpruned": {"name": "x", "run_at": 0.5}}}, "run_at is for an adapter"),
+        ({"arms": {"unpruned": {"name": "x", "cache": "mag_cache", "threshold": 0}}}, "threshold"),
+        ({"arms": {"unpruned": {"name": "x", "steps": []}}}, "steps must be"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        made(**changes)
+
+
+def test_the_truth_comes_first_for_each_guidance_and_seed() -> None:
+    found = points(made())
+    assert [p.key for p in found[:2]] == [REFERENCE, "unpruned"]
+    assert sum(p.key == REFERENCE for p in found) == 4
+    assert len({p.name for p in found}) == len(found)
