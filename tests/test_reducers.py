@@ -113,7 +113,11 @@ def test_exactly_k_rows_run_and_all_come_back(name: str, k: int) -> None:
     assert less.shape == (3, k, 32)
     assert plan.restore(less, x).shape == x.shape
     constant = torch.full_like(x, 2.0)
-    assert torch.equal(plan.restore(plan.reduce(constant), constant), constant)
+    back = plan.restore(plan.reduce(constant), constant)
+    if name == "toma":  # weights sum to 1 but for rounding: two sums of 64 float32 terms
+        torch.testing.assert_close(back, constant, rtol=0.0, atol=2e-5)
+    else:
+        assert torch.equal(back, constant)
 
 
 def told(model: nn.Module, attached: Any, batch: int = 2, t: float = 0.5) -> Tensor:

@@ -56,10 +56,10 @@ def cells(grid: tuple[int, int], cell: tuple[int, int], device: Any) -> Int[Tens
     tensor([[0, 1, 4, 5],
             [2, 3, 6, 7]])
     """
-    size = grid[0] // cell[0], grid[1] // cell[1]
-    offsets = torch.zeros(size, dtype=torch.long, device=device)
-    inside = range(cell[0] * cell[1])
-    return torch.stack([destinations(grid, cell, offsets + offset) for offset in inside], dim=1)
+    (high, wide), (down, along) = cell, (grid[0] // cell[0], grid[1] // cell[1])
+    tokens = torch.arange(grid[0] * grid[1], device=device).view(grid)
+    whole = tokens[: down * high, : along * wide].reshape(down, high, along, wide)
+    return whole.transpose(1, 2).reshape(down * along, high * wide)
 
 
 @torch.no_grad()
@@ -100,10 +100,9 @@ def merged(
         best = best + bonus.gather(1, sources)
     rank = best.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     alone = others - num_merged  # these are the first groups; those of destinations follow
-    group = torch.empty(batch, num_tokens, dtype=torch.long, device=x.device)
-    group.scatter_(1, sources, torch.where(rank < num_merged, alone + mate, rank - num_merged))
-    own = torch.arange(alone, num_tokens - num_merged, device=x.device)
-    group.scatter_(1, places, own.expand(batch, -1))
+    found = torch.where(rank < num_merged, alone + mate, rank - num_merged)
+    own = torch.arange(alone, num_tokens - num_merged, device=x.device).expand(batch, -1)
+    group = found.new_empty(batch, num_tokens).scatter(1, sources, found).scatter(1, places, own)
     return AssignPlan(group, num_tokens - num_merged)
 
 

@@ -89,7 +89,7 @@ def leaders(plan: AssignPlan, places: Int[Tensor, " M"]) -> Int[Tensor, "B k"]:
     """Of each group of a matching, its destination, or the source that is alone in it."""
     batch, num_tokens = plan.group.shape
     leads = plan.group < plan.k - len(places)  # the sources that are alone
-    leads[:, places] = True
+    leads = leads.index_fill(1, places, True)
     slot = torch.where(leads, plan.group, plan.k)  # all others in one that is thrown away
     tokens = torch.arange(num_tokens, device=slot.device).expand(batch, -1)
     return slot.new_zeros(batch, plan.k + 1).scatter(1, slot, tokens)[:, : plan.k]

@@ -94,6 +94,7 @@ class Reduction(Uncopied):
         """Take the hooks off. The model is then as it was, to bit and attribute."""
         with self.turns.switch():
             self._undo.run()
+            self.runs.clear()
 
     @property
     def num_parameters(self) -> int:

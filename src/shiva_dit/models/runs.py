@@ -1,25 +1,25 @@
 """Which run of a sampler a call is part of, at which step, and what is remembered until its end.
 
 The step is read off the loop of the pipeline that is calling, by the place of its t in its list of
-times, without asking the device; loops of one's own say it (`Run.step`). The list is also what a
-run is known by: each run has one of its own, so that runs in turn or in other threads have memories
-of their own, which go with the pipeline's end.
+times, without asking the device; loops of one's own say it (`OwnRun.step`). A run is known by that
+list, and a scheduler has one run at a time. What a run remembers goes with the last step's t, which
+the pipeline's call holds; that of a run which was broken off, when its scheduler begins another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from shiva_dit.config import whole_number
 from shiva_dit.methods.base import Reducer
@@ -43,6 +43,12 @@ class Run:
         self._memories: dict[Pass, dict[Any, Any]] = {}
         self._guidance: dict[int, Tensor] = {}
         self._lead: tuple[int, Tensor] | None = None
+        self._last: ref[Tensor] | None = None
+
+    def until(self, t: Tensor, forget: Callable[[ref[Tensor]], None]) -> None:
+        """Have it forgotten when the last step's t goes."""
+        if self._last is None:
+            self._last = ref(t, forget)
 
     def memory(self, which: Pass) -> dict[Any, Any]:
         """That of one pass."""
@@ -144,7 +150,8 @@ class Runs:
 
     def __init__(self) -> None:
         self.passes = Passes()
-        self._runs = WeakTensorKeyDictionary()
+        self._runs: WeakKeyDictionary[Any, tuple[Tensor, Run]] = WeakKeyDictionary()
+        """Of each scheduler, its list of times and the run."""
 
     def of_call(self, reducer: Reducer, batch: int) -> Call:
         """What a reducer needs to know of the running call.
@@ -188,34 +195,41 @@ class Runs:
         found = _listed()
         if found is None:
             return None
-        listed, step = found
-        run = self._runs.get(listed)
-        if run is None or step < run.at:
-            run = self._runs[listed] = Run(len(listed))
+        scheduler, listed, step, t = found
+        own, run = self._runs.get(scheduler, (None, None))
+        if run is None or own is not listed or step < run.at:
+            run = Run(len(listed))
+            self._runs[scheduler] = listed, run
         run.at = step
+        if step == run.num_steps - 1:
+            run.until(t, partial(_forget, ref(self), ref(scheduler), ref(run)))
         return run
 
-    def end(self) -> None:
-        """Forget the run of the pipeline that has ended; all of them if it is none's end."""
+    def clear(self) -> None:
+        """Forget all that pipelines have begun."""
         self.passes.reset()
-        found = _listed()
-        if found is None:
-            self._runs.clear()
-        else:
-            self._runs.pop(found[0], None)
+        self._runs.clear()
 
 
-def _listed() -> tuple[Tensor, int] | None:
-    """The times of the pipeline that is running, and the place of the current one among them."""
+def _forget(runs: ref[Runs], scheduler: ref[Any], run: ref[Run], t: ref[Tensor]) -> None:
+    """A pipeline's call has let go of its last step: so is its run, unless there is a newer one."""
+    del t
+    here, key = runs(), scheduler()
+    if here is not None and key is not None and here._runs.get(key, (None, None))[1] is run():
+        here._runs.pop(key, None)
+
+
+def _listed() -> tuple[Any, Tensor, int, Tensor] | None:
+    """The running pipeline's scheduler, its times, the place of the current one, and that."""
     running = running_call()
     if running is None or not running.is_known:
         return None
     scope = running.scope
+    scheduler = getattr(scope["self"], "scheduler", None)
     # Loops that count have a list of their own, a part of the scheduler's (image to image).
     own = scope.get("timesteps") if "i" in scope else None
-    listed = getattr(getattr(scope["self"], "scheduler", None), "timesteps", None)
-    listed, t = listed if own is None else own, scope.get("t")
+    listed, t = getattr(scheduler, "timesteps", None) if own is None else own, scope.get("t")
     if not isinstance(listed, Tensor) or not isinstance(t, Tensor) or not len(listed):
         return None
     step = place_in(t, listed)
-    return (listed, step) if 0 <= step < len(listed) else None
+    return (scheduler, listed, step, t) if 0 <= step < len(listed) else None

@@ -52,8 +52,8 @@ class SiteHook(Uncopied, ModelHook):
         self.passes: Passes = owner.passes  # `cache_context` looks for it here
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """A pipeline has ended: its run is forgotten."""
-        self.owner.runs.end()
+        """A pipeline has ended: nothing is led any more."""
+        self.passes.reset()
         return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
