@@ -347,20 +347,48 @@ def test_a_pass_is_what_its_context_says() -> None:
         tiny.run(model, tiny.inputs())
 
 
+def test_a_third_pass_goes_by_the_guidance_of_the_step_before_as_well() -> None:
+    model = tiny.sd3()
+    attached = attach_reducer(model, IBTM(0.6))
+    calls = noted(attached.reducer)
+    own = attached.run(3)
+    for step in range(3):
+        with own.step(step):
+            with shiva_dit.guided(model, "both"):
+                tiny.run(model, tiny.inputs(4, seed=step))
+            tiny.run(model, tiny.inputs(2, seed=step))
+    found = [calls[at : at + 4] for at in range(0, len(calls), 4)]  # by forward
+    for both, third in zip(found[::2], found[1::2], strict=True):
+        assert both[0][0].guidance is third[0][0].guidance
+    maps = [both[0][0].guidance for both in found[::2]]
+    assert maps[0] is None
+    assert maps[1] is not None
+    assert maps[2] is not None
+    assert not torch.equal(maps[1], maps[2])
+
+
 def test_a_run_that_was_broken_off_is_forgotten_by_the_next() -> None:
     model = tiny.sd3()
     attached = attach_reducer(model, SDTM(0.6))
     pipe = tiny.pipeline(model)
-    whole = tiny.generate(pipe, 4.0)
+    whole, longer = (tiny.generate(pipe, 4.0, num_inference_steps=num) for num in (4, 6))
 
     def broken(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
         raise KeyboardInterrupt
 
+    def broken_late(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return broken(pipe, step, t, given) if step == 2 else given
+
     with pytest.raises(KeyboardInterrupt):
         tiny.generate(pipe, 4.0, callback_on_step_end=broken)
     assert len(attached.runs._runs) == 1
-    assert torch.equal(tiny.generate(pipe, 4.0), whole)
+    assert torch.equal(tiny.generate(pipe, 4.0, num_inference_steps=6), longer)
     assert not attached.runs._runs
+    with pytest.raises(KeyboardInterrupt):
+        tiny.generate(pipe, 4.0, callback_on_step_end=broken_late)
+    scheduler: Any = pipe.scheduler  # also if it goes through the same list once more
+    scheduler.set_timesteps = lambda *args, **kwargs: setattr(scheduler, "_step_index", None)
+    assert torch.equal(tiny.generate(pipe, 4.0), whole)
 
 
 def test_a_run_of_a_part_of_the_list_begins_at_its_own_first_step() -> None:
@@ -701,6 +729,23 @@ def test_sdtm_mixes_what_merged_tokens_get_with_the_last_whole_step() -> None:
                         held = plan.group[b, cell[0]]
                         assert (plan.group[b, cell] >= plan.k - 16).any(), held
     assert (2, "attn") not in memory  # not needed any more
+
+
+def test_a_bonus_moves_sources_up_and_each_sample_has_its_own_destinations() -> None:
+    x, bonus = normal(2, 12, 4), torch.rand(2, 12)
+    places = torch.tensor([[0, 5, 7], [11, 2, 3]])
+    plan = merged(x, places, 4, bonus)
+    for b in range(2):
+        sources = [i for i in range(12) if i not in places[b].tolist()]
+        worth, mates = {}, {}
+        for i in sources:
+            rows = x[b, places[b]]
+            alike = torch.cosine_similarity(x[b, i].expand_as(rows), rows, dim=1)
+            worth[i], mates[i] = float(alike.max() + bonus[b, i]), int(alike.argmax())
+        ranked = sorted(sources, key=lambda i: -worth[i])
+        assert plan.group[b, places[b]].tolist() == [5, 6, 7]
+        assert [int(plan.group[b, i]) - 5 for i in ranked[:4]] == [mates[i] for i in ranked[:4]]
+        assert plan.group[b, ranked[4:]].tolist() == list(range(5))
 
 
 def test_the_longest_merged_of_a_cell_is_its_destination() -> None:
