@@ -231,6 +231,33 @@ def test_16_bits(method: str) -> None:
 
 
 @every_method
+def test_autocast_takes_no_bits_from_a_matching(method: str) -> None:
+    x, guidance = normal(2, N, 16), torch.rand(2, N)
+    plans = []
+    for enabled in (False, True):
+        where = Where(
+            site="feed_forward",
+            block=1,
+            num_blocks=BLOCKS,
+            grid=GRID,
+            step=8,
+            num_steps=9,
+            memory={(1, ""): torch.zeros_like(x)},
+            guidance=guidance,
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            plans.append(MADE[method](0.6).plan(x, where))
+    one, other = plans
+    if isinstance(one, TiledPlan):
+        assert isinstance(other, TiledPlan)
+        assert torch.equal(one.weights, other.weights)
+    else:
+        assert isinstance(one, AssignPlan)
+        assert isinstance(other, AssignPlan)
+        assert torch.equal(one.group, other.group)
+
+
+@every_method
 def test_the_second_attention_goes_by_the_plan_of_the_first(method: str) -> None:
     model = model_of("sd3-dual")
     reducer = MADE[method](0.6)

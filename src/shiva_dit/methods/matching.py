@@ -34,6 +34,14 @@ def unit_rows(x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
+def products(
+    one: Float[Tensor, "*B m D"], other: Float[Tensor, "*B n D"]
+) -> Float[Tensor, "*B m n"]:
+    """Of each row with each other one, in their own bits, also where autocast would take fewer."""
+    with torch.autocast(one.device.type, enabled=False):
+        return one @ other.mT
+
+
 def destinations(
     grid: tuple[int, int], cell: tuple[int, int], offsets: Int[Tensor, "h w"]
 ) -> Int[Tensor, " M"]:
@@ -94,7 +102,7 @@ def merged(
     sources = sources[:, :others].expand(batch, -1)  # (B, N - M), ascending
     places = places.expand(batch, -1)
     unit = unit_rows(x)
-    cosines = gather_tokens(unit, sources) @ gather_tokens(unit, places).mT  # (B, N - M, M)
+    cosines = products(gather_tokens(unit, sources), gather_tokens(unit, places))  # (B, N - M, M)
     best, mate = cosines.max(dim=-1)
     if bonus is not None:
         best = best + bonus.gather(1, sources)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shiva_dit.core.selection import keep_count
 from shiva_dit.methods.base import Need, Reducer, Site, Where
-from shiva_dit.methods.matching import cells, unit_rows
+from shiva_dit.methods.matching import cells, products, unit_rows
 from shiva_dit.methods.plans import Plan
 
 SHARPNESS = 1000.0
@@ -118,13 +118,13 @@ class ToMA(Reducer):
             weights = None
         if weights is None or step % self.weights_every == 0:
             near = unit.take_along_dim(chosen[..., None], dim=2)  # (B, G, m, D)
-            weights = (SHARPNESS * (near @ unit.mT)).softmax(dim=2)
+            weights = (SHARPNESS * products(near, unit)).softmax(dim=2)
             memory[where.block, "weights"] = weights
         return TiledPlan(weights, members)
 
     def _choose(self, unit: Float[Tensor, "B G n D"], is_both: bool) -> Int[Tensor, "B G m"]:
         """The tokens that stand for each tile, the same in both passes of one batch."""
-        similarity = unit @ unit.mT
+        similarity = products(unit, unit)
         if not is_both:
             return cover(similarity, self.kept)
         first, second = similarity.chunk(2)
