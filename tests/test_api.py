@@ -983,9 +983,13 @@ def test_importing_the_package_imports_neither_diffusers_nor_torch() -> None:
 
 def test_the_public_names() -> None:
     names = [
+        "IBTM",
+        "SDTM",
         "Schedule",
         "ShivaAdapter",
         "ShivaConfig",
+        "ToFu",
+        "ToMA",
         "ToMeSD",
         "apply",
         "attach_reducer",

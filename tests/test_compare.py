@@ -24,9 +24,11 @@ from shiva_dit.experiments.contestants import (
     saved_settings,
 )
 from shiva_dit.experiments.kept import put_on
+from shiva_dit.experiments.measures import measure
 from shiva_dit.experiments.merging import merge_records
 from shiva_dit.experiments.plots import draw_comparison, draw_schedules
 from shiva_dit.experiments.scoring import sample
+from shiva_dit.models.counted import model_flops
 from shiva_dit.provenance import file_digest
 from shiva_dit.report.comparison import comparison_rows, comparison_table
 from shiva_dit.training.recipe import TrainConfig
@@ -354,3 +356,20 @@ def test_merging_competes_like_any_method() -> None:
     assert found.held_out.ink_kept is None
     assert bare.held_out.error == 0.0 < found.held_out.error
     assert 0.5 * bare.flops < found.flops < bare.flops
+
+
+@pytest.mark.usefixtures("quick_jobs")
+@pytest.mark.parametrize("method", ["tofu", "ibtm", "toma", "sdtm"])
+def test_published_methods_compete(method: str) -> None:
+    """Single predictions are asked of those alone that don't go by the steps of a run."""
+    recipe = TrainConfig(method=method, backbone="frozen", keep_ratio=0.5)
+    settings = Settings(count=20, num_steps=3, guidance=3.0)
+    job = Job(settings=settings, contestants=(Contestant(name=method, recipe=recipe),), seed=0)
+    (found,) = compete(job)
+    assert isinstance(found, Outcome)
+    dense = 3 * model_flops(load_backbone(load_task("digits")), 64, 4).dense()
+    assert 0.5 * dense < found.flops < dense
+    by_steps = method in ("ibtm", "sdtm")
+    assert (found.held_out.error is None) == by_steps
+    values = measure(found, None, settings.judge(load_task("digits")))
+    assert ("held_out_error" in values) == (not by_steps)

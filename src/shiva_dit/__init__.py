@@ -15,14 +15,22 @@ if TYPE_CHECKING:
     from shiva_dit.api.summary import summary
     from shiva_dit.api.supported import supported
     from shiva_dit.core.schedule import Schedule
+    from shiva_dit.methods.ibtm import IBTM
+    from shiva_dit.methods.sdtm import SDTM
+    from shiva_dit.methods.tofu import ToFu
+    from shiva_dit.methods.toma import ToMA
     from shiva_dit.methods.tomesd import ToMeSD
     from shiva_dit.models.reducing import attach_reducer
 
 __version__ = "0.1.0"
 __all__ = [
+    "IBTM",
+    "SDTM",
     "Schedule",
     "ShivaAdapter",
     "ShivaConfig",
+    "ToFu",
+    "ToMA",
     "ToMeSD",
     "apply",
     "attach_reducer",
@@ -36,9 +44,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "IBTM": "shiva_dit.methods.ibtm",
+    "SDTM": "shiva_dit.methods.sdtm",
     "Schedule": "shiva_dit.core.schedule",
     "ShivaAdapter": "shiva_dit.adapter",
     "ShivaConfig": "shiva_dit.adapter",
+    "ToFu": "shiva_dit.methods.tofu",
+    "ToMA": "shiva_dit.methods.toma",
     "ToMeSD": "shiva_dit.methods.tomesd",
     "apply": "shiva_dit.api.apply",
     "attach_reducer": "shiva_dit.models.reducing",

@@ -61,7 +61,7 @@ def guided(target: Any, passes: str) -> Iterator[None]:
     their tokens must be made by one thread.
 
     Args:
-        target: A pipeline or transformer with an adapter attached.
+        target: A pipeline or transformer with an adapter attached, or with a reducer.
         passes: "cond": the conditional pass of two, one call after the other; "uncond": the other
             one, which follows it and keeps its tokens; "both": both in one batch, as two halves
             in either order, which keep the tokens that either wants; "alone": every sample
@@ -74,8 +74,8 @@ def guided(target: Any, passes: str) -> Iterator[None]:
     if passes not in known:
         raise ValueError(f"passes must be one of {', '.join(known)}; got {passes!r}.")
     with ExitStack() as stack:
-        for attachment in all_attached(target):
-            stack.enter_context(attachment.passes.told(Pass(passes)))
+        for attached in reductions(target) or all_attached(target):
+            stack.enter_context(attached.passes.told(Pass(passes)))
         yield
 
 

@@ -140,8 +140,10 @@ def _judged(
         seconds += cpu_s
     images = torch.cat(parts)
     selects = attachment if isinstance(attachment, Attachment) else None
+    if isinstance(attachment, Reduction) and "steps" in attachment.reducer.needs:
+        found = HeldOut()  # single predictions are none of a run
     found = found or held_out(task, settings.backbone(task), backbone, selects)
-    if not (float(images.abs().max()) < LARGEST and math.isfinite(found.error)):
+    if not (float(images.abs().max()) < LARGEST and math.isfinite(found.error or 0.0)):
         raise FloatingPointError("its pictures, or its predictions, are not finite")
     keep_ratio, maps = 1.0, None
     if isinstance(attachment, Reduction):
@@ -193,7 +195,7 @@ def flops_per_image(
         return float(num_steps * model_flops(backbone, *size).dense())
     if isinstance(attachment, Reduction):
         grid = grid_of(backbone, task.held_out_images)
-        return float(num_steps * attachment.flops(*grid, task.captions.max_words))
+        return float(attachment.run_flops(*grid, task.captions.max_words, num_steps))
     run = tuple(sampler_times(num_steps, sampler))
     table = attachment.counts.table(task.num_tokens, run)
     return float(sum(pruned_flops(attachment, *size, table.row(t)) for t in run))

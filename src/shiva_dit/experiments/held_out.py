@@ -25,9 +25,10 @@ Captions = Literal["true", "empty", "swapped"]
 class HeldOut:
     """Means over held-out images and times."""
 
-    error: float
-    """Squared error of the predicted velocity to the unpruned model's: the distillation error."""
-    ink_kept: float | None
+    error: float | None = None
+    """Squared error of the predicted velocity to the unpruned model's: the distillation error; None
+    where what a model predicts depends on the steps before."""
+    ink_kept: float | None = None
     """Share of the tokens with ink that the pruned blocks keep; None where nothing is pruned."""
     cosine: float | None = None
     """Cosine of that velocity to the unpruned model's, mean over images; None in older records."""

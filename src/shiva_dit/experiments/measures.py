@@ -33,8 +33,9 @@ def measure(outcome: Outcome, reference: Outcome | None, judge: Judge) -> dict[s
         "keep_ratio": outcome.keep_ratio,
         "train_cpu_s": outcome.train_s,
         "sample_cpu_s": outcome.sample_s,
-        "held_out_error": outcome.held_out.error,
     }
+    if outcome.held_out.error is not None:
+        values["held_out_error"] = outcome.held_out.error
     if outcome.held_out.cosine is not None:
         values["held_out_cosine"] = outcome.held_out.cosine
     if outcome.held_out.ink_kept is not None:

@@ -134,7 +134,8 @@ def draw_comparison(record: dict[str, Any], path: Path) -> None:
         for place, row in enumerate(rows):
             values = [scale * value for value in row.get(f"{measured}_by_seed", [])]
             if not values:
-                axis.text(0.0, place, " diverged", va="center", fontsize=8)
+                why = " diverged" if "frechet" not in row else " not measured"
+                axis.text(0.0, place, why, va="center", fontsize=8)
                 continue
             axis.barh(place, scale * row[measured], 0.7, color="0.8")
             axis.plot(values, [place] * len(values), "o", ms=4, color="tab:blue", alpha=0.8)

@@ -19,6 +19,10 @@ Site = Literal["block", "attention", "cross_attention", "feed_forward", "heads",
 """What a plan lies around: the whole block, a part of it, or the last layer of attention ("heads")
 or of the feed-forward ("hidden"), whose inputs have the heads' or the hidden channels."""
 
+Need = Literal["passes", "steps", "guidance"]
+"""What a reducer asks of a run: which pass of guidance a call is, where that is known; at which
+step it is; what guidance added to the prediction before. The last two are given or refused."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Where:
@@ -27,12 +31,28 @@ class Where:
     site: Site
     block: int
     """Its index."""
+    num_blocks: int | None = None
+    """L."""
+    place: str = ""
+    """The module's path in its block: some sites are several modules."""
     grid: tuple[int, int] | None = None
     """Height and width of the image in tokens."""
     time: Float[Tensor, ""] | None = None
     """The model's timestep, of the first sample, on the device of the tokens."""
     earlier: Plan | None = None
     """What was planned before in the same block and forward, if anything."""
+    step: int | None = None
+    """Place of the call in its run, from 0 (`Reducer.needs`)."""
+    num_steps: int | None = None
+    """Steps of the run."""
+    memory: dict[Any, Any] | None = None
+    """Lives as long as the run, one for each pass of guidance: what is to be had again in later
+    calls. Nobody else writes to it; a new run begins with an empty one."""
+    is_both: bool = False
+    """Whether the batch holds both passes of guidance, as halves."""
+    guidance: Float[Tensor, "b N"] | None = None
+    """Mean size, by token, of the difference of the two passes' predictions at the step before;
+    one row per image. None at the first step."""
     k: int | None = None
     """How many tokens shall run, where a schedule says it (selectors)."""
     terms: Any = None
@@ -42,11 +62,14 @@ class Where:
 class Reducer(nn.Module, ABC):
     """Makes a module run on fewer tokens, or on less of them.
 
-    It keeps no state between forwards, so that requests cannot disturb each other.
+    It keeps no state between forwards, so that requests cannot disturb each other: what has to be
+    remembered goes into the run's own memory (`Where.memory`).
     """
 
     sites: tuple[Site, ...] = ("block",)
     """Where it works, in every block."""
+    needs: tuple[Need, ...] = ()
+    """What it has to be told of the run."""
 
     @abstractmethod
     def plan(self, x: Float[Tensor, "B N D"], where: Where) -> Plan | None:

@@ -1,9 +1,11 @@
-"""Fewer tokens into a module, and its output back on all of them: four ways, and room for more."""
+"""Fewer tokens into a module, and its output back on all of them: six ways, and room for more."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -83,6 +85,51 @@ class AssignPlan(Plan):
         batch, _, width = y.shape
         copied = y.reshape(batch * self.k, width).index_select(0, flat_rows(self.group, self.k))
         return copied.view(batch, -1, width)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPlan(AssignPlan):
+    """Merged by the mean; merged tokens get a mixture of their group's output and a cached one.
+
+    >>> both = torch.tensor([[True, True]])
+    >>> plan = CachedPlan(torch.tensor([[0, 0]]), 1, both, 0.5, torch.ones(1, 2, 1))
+    >>> plan.restore(torch.tensor([[[3.0]]]), torch.zeros(1, 2, 1)).flatten()
+    tensor([2., 2.])
+    """
+
+    together: Bool[Tensor, "B N"]
+    """The tokens whose outputs are mixed."""
+    weight: float = 1.0
+    """That of the group's output."""
+    cache: Float[Tensor, "B N D"] | None = None
+    """None where nothing is mixed."""
+
+    def restore(self, y: Tensor, rest: Tensor) -> Tensor:
+        """To each token what its group got, mixed."""
+        copied = AssignPlan.restore(self, y, rest)
+        if self.cache is None:
+            return copied
+        return torch.where(self.together[..., None], self.cache.lerp(copied, self.weight), copied)
+
+
+@dataclass(frozen=True, slots=True)
+class FillPlan(Plan):
+    """All tokens run, and what they get is remembered."""
+
+    memory: dict[Any, Any]
+    """Where."""
+    key: Hashable
+    """As what."""
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """As they are."""
+        return x
+
+    def restore(self, y: Tensor, rest: Tensor) -> Tensor:
+        """As it is."""
+        del rest
+        self.memory[self.key] = y.detach()
+        return y
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,13 @@ import torch
 
 from shiva_dit.methods.base import Reducer
 from shiva_dit.methods.fixed_map import FixedMapSelector
+from shiva_dit.methods.ibtm import IBTM
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
+from shiva_dit.methods.sdtm import SDTM
 from shiva_dit.methods.shiva import ShivaSelector
+from shiva_dit.methods.tofu import ToFu
+from shiva_dit.methods.toma import ToMA
 from shiva_dit.methods.tomesd import ToMeSD
 from shiva_dit.modules.router import ShivaRouter
 
@@ -65,5 +69,9 @@ METHODS: Mapping[str, Method] = {
         learns=True,
     ),
     "tomesd": Method("Token Merging", lambda m: ToMeSD(m.keep_ratio), tunes=False),
+    "tofu": Method("Token Fusion", lambda m: ToFu(m.keep_ratio), tunes=False),
+    "ibtm": Method("merging by importance", lambda m: IBTM(m.keep_ratio), tunes=False),
+    "toma": Method("merging by attention", lambda m: ToMA(m.keep_ratio), tunes=False),
+    "sdtm": Method("structure, then detail", lambda m: SDTM(m.keep_ratio), tunes=False),
     "dense": Method("no pruning", lambda m: None),
 }

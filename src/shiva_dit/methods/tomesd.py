@@ -11,14 +11,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from shiva_dit.core.selection import keep_count
 from shiva_dit.methods.base import Reducer, Site, Where
+from shiva_dit.methods.matching import destinations, draws, merged
 from shiva_dit.methods.plans import AssignPlan, Plan
-
-MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
-"""Odd numbers that spread bits (those of SplitMix64), in 64 bits with a sign."""
 
 
 class ToMeSD(Reducer):
@@ -69,7 +66,7 @@ class ToMeSD(Reducer):
 
     def seeded(self, seed: int) -> ToMeSD:
         """Another one with these settings."""
-        return ToMeSD(
+        return type(self)(
             self.keep_ratio, sites=self.sites, cell=self.cell, random=self.random, seed=seed
         )
 
@@ -82,7 +79,8 @@ class ToMeSD(Reducer):
         if where.earlier is not None:
             return where.earlier
         if where.grid is None:
-            raise ValueError("ToMeSD merges neighbours on a grid, and the image's is not known.")
+            name = type(self).__name__
+            raise ValueError(f"{name} merges neighbours on a grid, and the image's is not known.")
         num_merged = x.shape[1] - self.count(x.shape[1])
         if not num_merged:
             return None
@@ -91,60 +89,19 @@ class ToMeSD(Reducer):
             offsets = self._draw(rows * columns, where, x.device).view(rows, columns)
         else:
             offsets = torch.zeros(rows, columns, dtype=torch.long, device=x.device)
-        return merged(x, destinations(where.grid, self.cell, offsets), num_merged)
+        return self.merge(x, destinations(where.grid, self.cell, offsets), num_merged, where)
+
+    def merge(
+        self,
+        x: Float[Tensor, "B N D"],
+        places: Int[Tensor, " M"],
+        num_merged: int,
+        where: Where,
+    ) -> AssignPlan:
+        """How sources become one with their destinations."""
+        del where
+        return merged(x, places, num_merged)
 
     def _draw(self, number: int, where: Where, device: torch.device) -> Int[Tensor, " M"]:
-        """A token of each cell, by mixed bits of seed, block, time and cell."""
-        bits = torch.arange(number, device=device)
-        time = torch.zeros((), device=device) if where.time is None else where.time
-        for key in (self.seed, where.block, time.view(torch.int32).long()):
-            bits = (bits + key) * MIX[0]
-            bits = (bits ^ (bits >> 30)) * MIX[1]
-            bits = (bits ^ (bits >> 27)) * MIX[2]
-            bits = bits ^ (bits >> 31)
-        return (bits >> 20).remainder(self.cell[0] * self.cell[1])
-
-
-def destinations(
-    grid: tuple[int, int], cell: tuple[int, int], offsets: Int[Tensor, "h w"]
-) -> Int[Tensor, " M"]:
-    """The destination of each cell, as a place among the grid's tokens, from that in the cell.
-
-    >>> destinations((2, 4), (2, 2), torch.tensor([[0, 3]]))
-    tensor([0, 7])
-    """
-    down, along = offsets.shape
-    device = offsets.device
-    rows = torch.arange(down, device=device)[:, None] * cell[0] + offsets // cell[1]
-    columns = torch.arange(along, device=device) * cell[1] + offsets % cell[1]
-    return (rows * grid[1] + columns).flatten()
-
-
-@torch.no_grad()
-def merged(
-    x: Float[Tensor, "B N D"], destinations: Int[Tensor, " M"], num_merged: int
-) -> AssignPlan:
-    """The sources most alike to a destination, merged into it; the others stay alone.
-
-    Raises:
-        ValueError: If there are too few sources, or no destinations.
-    """
-    batch, num_tokens, _ = x.shape
-    others = num_tokens - len(destinations)
-    if num_merged > others or not len(destinations):
-        raise ValueError(
-            f"{num_merged} of {num_tokens} tokens can't be merged into {len(destinations)} of "
-            "them: take other cells, or keep more."
-        )
-    is_source = torch.ones(num_tokens, dtype=torch.int8, device=x.device)
-    sources = is_source.index_fill(0, destinations, 0).argsort(descending=True, stable=True)
-    sources = sources[:others]  # (N - M,), ascending
-    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-    cosines = unit[:, sources] @ unit[:, destinations].mT  # (B, N - M, M)
-    best, mate = cosines.max(dim=-1)
-    place = best.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    alone = others - num_merged  # these are the first groups; those of destinations follow
-    group = torch.empty(batch, num_tokens, dtype=torch.long, device=x.device)
-    group[:, sources] = torch.where(place < num_merged, alone + mate, place - num_merged)
-    group[:, destinations] = torch.arange(alone, num_tokens - num_merged, device=x.device)
-    return AssignPlan(group, num_tokens - num_merged)
+        """A token of each cell."""
+        return draws(number, self.seed, where, device).remainder(self.cell[0] * self.cell[1])

@@ -113,7 +113,7 @@ class SchedulerTimes:
                 self.run = None
                 return None
         else:
-            place = -1 if timestep is None else _place_in(timestep, self._read) - self._begin
+            place = -1 if timestep is None else place_in(timestep, self._read) - self._begin
             place = _place_in_loop() if place < 0 else place
         return self.run[place] if 0 <= place < len(self.run) else None
 
@@ -225,7 +225,7 @@ def _nearest(run: Run, t: float) -> float | None:
     return nearest if abs(nearest - t) <= TOLERANCE else None
 
 
-def _place_in(timestep: Tensor, listed: Tensor) -> int:
+def place_in(timestep: Tensor, listed: Tensor) -> int:
     """Place in a scheduler's list of which a timestep is a view; -1 if it is none.
 
     Schedulers without a count of steps are used by pipelines that pass on their entries.
@@ -252,7 +252,7 @@ def _place_in_loop() -> int:
     t, listed = running.scope.get("t"), running.scope.get("timesteps")
     if not isinstance(t, Tensor) or not isinstance(listed, Tensor):
         return -1
-    return _place_in(t, listed)
+    return place_in(t, listed)
 
 
 def _wrong(told: float, t: float) -> RuntimeError:

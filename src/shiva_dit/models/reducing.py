@@ -1,28 +1,26 @@
-"""Methods around parts of blocks (merging, pooling, widths): hooks on and off.
+"""Methods around parts of blocks (merging, pooling, widths): hooks on and off, and what they cost.
 
-A `ModelHook` on each module that the method works around asks it for a plan, and runs the module on
-what that leaves. As with adapters, nothing is patched, replaced or registered as a submodule.
+As with adapters, nothing is patched, replaced or registered as a submodule.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from torch import Tensor, nn
+from diffusers.hooks import HookRegistry
+from torch import nn
 
 from shiva_dit.methods.base import Reducer, Selector, Site, Where
-from shiva_dit.methods.plans import Plan
 from shiva_dit.models import examples
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.block_hook import Uncopied
 from shiva_dit.models.counted import recipe
 from shiva_dit.models.families import block_spec, model_spec
+from shiva_dit.models.guidance import Passes
 from shiva_dit.models.neighbours import (
     REDUCER,
     forget_registries,
@@ -30,23 +28,12 @@ from shiva_dit.models.neighbours import (
     unhook,
     unregister,
 )
+from shiva_dit.models.runs import Call, OwnRun, Runs
+from shiva_dit.models.site_hook import Forward, SiteHook
 from shiva_dit.models.skeleton import Skeleton
 from shiva_dit.models.spec import SitePlace, bind, given, grid_of
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo
-
-
-@dataclass(frozen=True, slots=True)
-class _Forward:
-    """The forward that is going on."""
-
-    grid: tuple[int, int]
-    """Height and width in tokens."""
-    time: Tensor
-    is_dense: bool
-    """Whether the model runs as it is (`shiva_dit.disabled`)."""
-    plans: dict[int, Plan | None] = field(default_factory=dict)
-    """The last plan of each block."""
 
 
 class Reduction(Uncopied):
@@ -59,7 +46,8 @@ class Reduction(Uncopied):
         self.model, self.reducer = model, reducer
         self.spec = model_spec(model)
         self.turns = turns_of(model)
-        self.running: _Forward | None = None
+        self.runs = Runs()
+        self.running: Forward | None = None
         self._undo = Undo()
         _refuse(model, reducer)
         self._hooks = [
@@ -106,11 +94,28 @@ class Reduction(Uncopied):
         """Take the hooks off. The model is then as it was, to bit and attribute."""
         with self.turns.switch():
             self._undo.run()
+            self.runs.clear()
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the reducer."""
         return sum(parameter.numel() for parameter in self.reducer.parameters())
+
+    @property
+    def passes(self) -> Passes:
+        """Told by pipelines and by `shiva_dit.guided` which pass of guidance runs."""
+        return self.runs.passes
+
+    def run(self, num_steps: int) -> OwnRun:
+        """A run of a loop of your own, for methods that go by its steps.
+
+        Pipelines of diffusers need none of this. Each run has a memory of its own: begin one for
+        every image or batch.
+
+        Args:
+            num_steps: How many steps it has: `with run.step(i):` lies around the calls of each.
+        """
+        return OwnRun(self.runs, num_steps)
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
         """FLOPs of one forward of one sample, with what the plans multiply (matching, mixing).
@@ -121,15 +126,47 @@ class Reduction(Uncopied):
             height: Of the image, in tokens.
             width: Likewise.
             text_tokens: Text tokens T.
+
+        Raises:
+            ValueError: If forwards of a run cost differently.
         """
+        if "steps" in self.reducer.needs:
+            raise ValueError(
+                f"what {type(self.reducer).__name__} costs changes from step to step: "
+                "run_flops(height, width, text_tokens, num_steps) is that of a whole run."
+            )
+        return self._counted(height, width, text_tokens, 1)
+
+    def run_flops(self, height: int, width: int, text_tokens: int, num_steps: int) -> int:
+        """FLOPs of a run of so many steps, of one sample and one pass of guidance.
+
+        Args:
+            height: Of the image, in tokens.
+            width: Likewise.
+            text_tokens: Text tokens T.
+            num_steps: Each a forward.
+        """
+        if "steps" not in self.reducer.needs:
+            return num_steps * self._counted(height, width, text_tokens, 1)
+        return self._counted(height, width, text_tokens, num_steps)
+
+    def _counted(self, height: int, width: int, text_tokens: int, num_steps: int) -> int:
+        """FLOPs of all steps of a run."""
         cls, config = recipe(self.model, self.spec, text_tokens)
-        skeleton = Skeleton(cls, json.loads(config))
-        reduction = attach_reducer(skeleton.model, self.reducer)
+        skeleton = Skeleton(cls, json.loads(config), blocks_differ=True)
+        reduction, total = attach_reducer(skeleton.model, self.reducer), 0
+        own = reduction.run(num_steps)
+        own.run.is_guided = True
         try:
-            run = skeleton.run_at(examples.Size(height=height, width=width, text=text_tokens))
+            for step in range(num_steps):
+                with own.step(step):
+                    size = examples.Size(height=height, width=width, text=text_tokens)
+                    run = skeleton.run_at(size)
+                own.run.show(torch.ones(1, height * width))
+                total += sum(run.blocks) + run.outside
         finally:
             reduction.detach()
-        return sum(run.blocks) + run.outside
+        return total
 
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,86 +181,28 @@ class Reduction(Uncopied):
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
         time = torch.as_tensor(given(model, arguments, self.spec.timestep), device=sample.device)
-        is_dense = bool(self.turns.pauses)
-        self.running = _Forward(grid_of(model, sample), time.flatten()[0].float(), is_dense)
+        is_dense, grid = bool(self.turns.pauses), grid_of(model, sample)
+        call = Call() if is_dense else self.runs.of_call(self.reducer, len(sample))
+        where = Where(
+            site="block",
+            block=0,
+            num_blocks=len(self.spec.blocks(model)),
+            grid=grid,
+            time=time.flatten()[0].float(),
+            **call.told(),
+        )
+        self.running = Forward(grid, sample.shape[1], call, where, is_dense)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        del module, args, output
+        del module, args
         if self.turns.is_mine():  # not a forward that was refused
-            self.running = None
+            forward, self.running = self.running, None
             self.turns.end_forward()
-
-
-class SiteHook(Uncopied, ModelHook):
-    """Runs one module on what a plan leaves of its input.
-
-    Args:
-        owner: What it belongs to.
-        block: Index of the module's block.
-        site: What the module is there.
-        place: How it returns the image's tokens.
-    """
-
-    def __init__(self, owner: Reduction, block: int, site: Site, place: SitePlace) -> None:
-        super().__init__()
-        self.owner, self.block, self.place = owner, block, place
-        self.site: Site = site
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The module within the plan; the module itself where there is none."""
-        run = self.fn_ref.original_forward
-        assert run is not None
-        forward = self.owner.running
-        if forward is None:
-            raise RuntimeError(
-                "a block ran outside of a call of its model, so that nothing says what its grid "
-                "is: call model(...), not model.forward(...) or a block by itself."
-            )
-        if forward.is_dense:
-            return run(*args, **kwargs)
-        x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self._check(module, x, forward.grid, kwargs)
-        where = Where(
-            site=self.site,
-            block=self.block,
-            grid=forward.grid,
-            time=forward.time,
-            earlier=forward.plans.get(self.block),
-        )
-        plan = forward.plans[self.block] = self.owner.reducer.plan(x, where)
-        if plan is None:
-            return run(*args, **kwargs)
-        less = plan.reduce(x)
-        if "hidden_states" in kwargs:
-            kwargs = {**kwargs, "hidden_states": less}
-        else:
-            args = (less, *args[1:])
-        output: Any = run(*args, **kwargs)
-        place = self.place.output
-        y: Tensor = output if place is None else output[place]
-        if self.site == "block":
-            rest = x
-        else:  # an update of 0
-            rest = y.new_zeros(()).expand(x.shape[0], x.shape[1], y.shape[-1])
-        new = plan.restore(y, rest)
-        return new if place is None else (*output[:place], new, *output[place + 1 :])
-
-    def _check(
-        self, module: nn.Module, x: Tensor, grid: tuple[int, int], kwargs: dict[str, Any]
-    ) -> None:
-        name = f"{self.place.module or 'the whole'} of block {self.block}"
-        if x.ndim != 3 or x.shape[1] != grid[0] * grid[1]:
-            raise ValueError(
-                f"{name} was called with {tuple(x.shape)}, not with the {grid[0]} x {grid[1]} "
-                "tokens of the image: what splits them up (chunked feed-forward, context "
-                "parallelism) can't be had beside a reducer."
-            )
-        mask = kwargs.get("attention_mask")
-        if mask is not None and self.site in ("block", "attention"):
-            raise ValueError(
-                f"{name} was called with a mask of the image's tokens, and {type(module).__name__} "
-                "can't have one for tokens that are merged: call the model without attention_mask."
-            )
+            if forward is None or output is None or forward.call.run is None:
+                return
+            if "guidance" in self.reducer.needs:  # what else a model predicts (variances) is last
+                prediction = output[0][:, : forward.channels]
+                forward.call.run.observe(forward.call.which, prediction, forward.grid)
 
 
 def reduction_of(model: nn.Module) -> Reduction | None:

@@ -77,9 +77,12 @@ class Skeleton:
     Args:
         cls: Its class.
         config: What the class is built with.
+        blocks_differ: Whether every block is run, also those that are like others.
     """
 
-    def __init__(self, cls: type[nn.Module], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, cls: type[nn.Module], config: Mapping[str, Any], *, blocks_differ: bool = False
+    ) -> None:
         with _undisturbed(), FakeTensorMode(allow_non_fake_inputs=True):
             self.model: Any = cls(**config).eval().requires_grad_(False)
         self.spec = model_spec(self.model)
@@ -91,7 +94,8 @@ class Skeleton:
         for index, block in enumerate(blocks):
             inside = f"{names[id(block)]}."
             self.block_of.update((n, index) for n in self._linears if n.startswith(inside))
-            block.forward = partial(self._block, index, inside, _likeness(block), block.forward)
+            likeness = index if blocks_differ else _likeness(block)
+            block.forward = partial(self._block, index, inside, likeness, block.forward)
         for name in self._linears:
             self.model.get_submodule(name).register_forward_hook(partial(self._linear, name))
         if self.spec.time_embedder is not None:

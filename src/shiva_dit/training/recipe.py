@@ -37,8 +37,8 @@ class TrainConfig:
     """Of initial weights, data order and noise; in [0, 2^32)."""
     method: MethodName = "shiva"
     """What runs on fewer tokens: ours, or one of `methods/registry.py`: "random", "norm", "centre"
-    (a fixed map of the middle), "fixed_map" (a learned one), "tomesd" (Token Merging, without
-    training), "dense" (no pruning)."""
+    (a fixed map of the middle), "fixed_map" (a learned one), "dense" (no pruning), or one that runs
+    without training: "tomesd" (Token Merging), "tofu", "ibtm", "toma", "sdtm"."""
     keep_ratio: float = 0.6
     """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1)."""
     backbone: BackboneKind = "dora"
