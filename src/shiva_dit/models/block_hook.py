@@ -133,12 +133,12 @@ class BlockHook(Uncopied, ModelHook):
         plan = self._choose(x, state)
         chosen = plan.chosen
         update = None if self.update is None else self.update(x, state.update_condition)
+        before = plan.reduce(x)  # (B, k, D)
         gates = state.gates
         if gates is not None:
-            x = gates.enter(x)
+            x, before = self._learn(x, before, plan, state)
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
-        before = plan.reduce(x)  # (B, k, D)
         changed = {self.spec.hidden: (self.place, together(text, before, where))}
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
@@ -164,13 +164,29 @@ class BlockHook(Uncopied, ModelHook):
         """The tokens that run, by the scores or another pass's."""
         if state.chosen is not None:
             return GatherPlan(state.chosen)
-        scores = self._score(x, state)
         if state.gates is not None:
-            return GatherPlan(state.gates.choose(scores, state.k))
+            # What terms tell is computed anew in backward (`_learn`).
+            with torch.set_grad_enabled(state.terms is None and torch.is_grad_enabled()):
+                state.scores = self._score(x, state)
+            return GatherPlan(state.gates.choose(state.scores, state.k))
+        scores = self._score(x, state)
         plan = GatherPlan(best_tokens(scores, state.k))
         if state.leads:
             state.chosen = plan.chosen
         return plan
+
+    def _learn(
+        self, x: Tensor, before: Tensor, plan: GatherPlan, state: BlockState
+    ) -> tuple[Tensor, Tensor]:
+        """Let gradients reach what has scored; all tokens and the chosen ones, on their way."""
+        gates, scores = state.gates, state.scores
+        assert gates is not None
+        assert scores is not None
+        if state.terms is not None and not scores.requires_grad:
+            state.scores = scores = gates.scored(self.scores, state.terms, scores, x, before)
+        gates.learn(scores)
+        entered = gates.enter(x)
+        return (x, before) if entered is x else (entered, plan.reduce(entered))
 
     def _score(self, x: Tensor, state: BlockState) -> Tensor:
         """Scores of all tokens, (B, N); the block's before, where that has run and they share."""
