@@ -9,6 +9,9 @@ PYTEST := $(BIN)/python -m pytest -n 2
 COMPILED := tests/test_compile.py tests/test_composition.py tests/test_readme.py
 SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=,$(COMPILED))
 
+# Tests start processes by the dozen: what these import is compiled once, whatever the user's shell says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: quickstart test check matrix fix report results-estimators install clean
 
 quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)

@@ -34,7 +34,7 @@ from shiva_dit.benchmark.records import check_record_place, record_path, save_re
 from shiva_dit.benchmark.run import ADAPTER, DENSE, FORCED, run_benchmark, run_scaling
 from shiva_dit.benchmark.steps import ALONE, PLAIN, TAUGHT, run_step_benchmark
 from shiva_dit.benchmark.tables import benchmark_rows, scaling_rows
-from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib
+from shiva_dit.benchmark.timing import Samples, interleaved, peak_mib, saved_bytes
 from shiva_dit.benchmark.workloads import WORKLOADS, workload
 from shiva_dit.cli import main
 from shiva_dit.experiments.plots import draw_scaling
@@ -324,11 +324,30 @@ def test_training_steps_are_timed_against_plain_fine_tuning(
         f"keep 0.5, {TAUGHT}",
     ]
     dense = record["rows"][0]
-    assert dense["of_dense"] == dense["of_dense_cpu"] == 1.0
+    assert dense["of_dense"] == dense["of_dense_cpu"] == dense["saved_of_dense"] == 1.0
+    for row in record["rows"]:
+        assert row["saved_of_dense"] == row["saved_bytes"] / dense["saved_bytes"] > 0
     assert all(len(row["latency_ms"]) == 1 for row in record["rows"])
     table = benchmark_table(json.loads(json.dumps(record)))
     assert f"| keep 0.5, {TAUGHT} |" in table
     assert "with their optimizer's part" in table
+    assert "kept for backward" in table
+    for row in record["rows"]:  # records of before have neither number nor column
+        del row["saved_of_dense"]
+    assert "kept for backward" not in benchmark_table(record)
+
+
+def test_what_is_kept_for_backward_is_counted_once_and_while_it_is_kept() -> None:
+    x, weight = torch.ones(4, 8, requires_grad=True), torch.ones(8, 8, requires_grad=True)
+
+    def step(times: int) -> None:
+        for _ in range(times):
+            kept = (x @ weight).exp()  # kept once, though for two steps of backward
+            (kept * kept).sum().backward()
+
+    assert saved_bytes(lambda: step(1), [weight]) == 4 * (4 * 8 + 4 * 8)  # x and `kept`
+    assert saved_bytes(lambda: step(3), [weight]) == 4 * (4 * 8 + 4 * 8)  # never at once
+    assert saved_bytes(lambda: step(1), [weight, x]) == 4 * 4 * 8
 
 
 def test_the_arms_of_training_run_as_named(monkeypatch: pytest.MonkeyPatch) -> None:

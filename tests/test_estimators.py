@@ -25,6 +25,8 @@ from shiva_dit.core.selection import (
 )
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.methods.shiva import ShivaSelector
+from shiva_dit.modules.router import ShivaRouter
 
 B, N, D, K = 3, 20, 16, 8
 TAU_RANK, TAU_SELECT = 0.2, 0.1
@@ -333,6 +335,7 @@ def test_directions_are_kept_in_the_dtype_of_the_tokens(rejected: Any) -> None:
     )
     scores = normal(B, N, seed=2, dtype=torch.float32).requires_grad_()
     output = scatter_tokens(x, gates.choose(scores, K), normal(B, K, D, seed=3).bfloat16())
+    gates.learn(scores)
     kept: list[torch.dtype] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -440,6 +443,7 @@ def run_block(gates: SelectionGates, scores: Tensor, x: Tensor, dtype=torch.floa
     if gates.config.needs_value_gate:
         block.on_value = gates.value
     chosen = gates.choose(scores, K)
+    gates.learn(scores)
     x = gates.enter(x)
     output = scatter_tokens(x, chosen, block(gather_tokens(x, chosen)))
     return gates.leave(x, output)
@@ -520,6 +524,7 @@ def test_the_same_noise_ranks_and_selects_and_a_second_choice_repeats_it():
         generator=torch.Generator().manual_seed(3),
     )
     chosen = gates.choose(scores, K)
+    gates.learn(scores)
     noise = 2.0 * torch.randn(B, N, generator=torch.Generator().manual_seed(3)).double()
     perturbed = standardize(scores) + noise
     assert torch.equal(gates.noise, noise)
@@ -529,6 +534,7 @@ def test_the_same_noise_ranks_and_selects_and_a_second_choice_repeats_it():
     expected = inclusion_scores(soft_rank(perturbed, TAU_RANK), float(K), TAU_SELECT)
     assert torch.equal(first, expected)
     again = gates.choose(scores, K)
+    gates.learn(scores)
     assert torch.equal(again, chosen)
     assert torch.equal(gates.inclusion, first)
 
@@ -539,6 +545,48 @@ def test_a_second_choice_keeps_its_tokens_even_if_the_scores_moved():
     scores = normal(B, N, seed=1)
     chosen = gates.choose(scores, K)
     assert torch.equal(gates.choose(-scores, K), chosen)
+
+
+@pytest.mark.parametrize(
+    ("autocast", "rounding"),
+    # A float32 sum of N products in another order, and 8 bits of bfloat16.
+    [(False, N * 2**-23), (True, 2**-8)],
+)
+def test_scores_computed_anew_have_the_plain_gradient(autocast: bool, rounding: float):
+    torch.manual_seed(0)
+    router = ShivaRouter(D, 6, 7, num_blocks=3, num_groups=2, hidden=8)
+    x, weights = normal(B, N, D).float(), normal(B, N, seed=1).float().abs()
+    time, context = normal(B, 6, seed=2).float(), normal(B, 7, seed=3).float()
+    score = ShivaSelector(router).scorer(1)
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    def gradients(anew: bool) -> dict[str, Tensor]:
+        terms = router.terms(time, context)[1]
+        gates = make_gates(EstimatorConfig())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scores = score(x, terms)
+            if anew:
+                before = gather_tokens(x, gates.choose(scores.detach(), K))
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                    scores = gates.scored(score, terms, scores.detach(), x, before)
+                assert sum(t.data_ptr() == before.data_ptr() for t in kept) == 1
+        router.zero_grad()
+        (weights * scores).sum().backward()
+        found = {"scores": scores.detach()}
+        return found | {n: p.grad for n, p in router.named_parameters() if p.grad is not None}
+
+    plain, found = gradients(False), gradients(True)
+    assert found.keys() == plain.keys()
+    assert torch.equal(found.pop("scores"), plain.pop("scores"))
+    for name, value in found.items():
+        assert (value - plain[name]).norm() <= rounding * plain[name].norm(), name
+    assert found["groups.0.project_tokens.weight"].norm() > 0
+    # The chosen tokens' are those that the block keeps.
+    assert [t.shape for t in kept if t.ndim == 3] == [(B, K, D), (B, N - K, D)]
 
 
 def test_noise_needs_a_generator():
@@ -556,6 +604,7 @@ def test_a_value_gate_that_saw_nothing_is_an_error():
     gates = make_gates(EstimatorConfig(rejected="mean", kv_gate=True))
     x = normal(B, N, D)
     gates.choose(normal(B, N, seed=1), K)
+    gates.learn(normal(B, N, seed=1))
     with pytest.raises(RuntimeError, match=r"KV gate saw nothing.*kv_gate=false"):
         gates.leave(x, x + 1.0)
     # The count starts anew with each choice: an earlier forward does not excuse a later one.

@@ -142,11 +142,14 @@ def test_the_rejected_update_costs_what_the_counter_counts():
 
 
 def test_a_rejected_update_is_below_two_percent_of_the_block_that_it_stands_for():
-    """SD3-Medium at 1024x1024 and SD3.5-Medium's dual blocks, at the largest rank promised."""
+    """SD3-Medium at 1024x1024 and SD3.5-Medium's dual blocks, at the largest rank promised.
+
+    Two blocks cost each what two of 24 do.
+    """
     with META:
         updates = RejectedUpdates(1536, 1536, 2048, 24, 12, 1536 // 9)
-    for layers in ((), tuple(range(13))):
-        wide = {"attention_head_dim": 64, "num_attention_heads": 24, "num_layers": 24}
+    for layers in ((), (0,)):
+        wide = {"attention_head_dim": 64, "num_attention_heads": 24, "num_layers": 2}
         model = sd3(layers, caption_projection_dim=1536, **wide)
         block = model_flops(model, 4096, 333).blocks[0]
         assert updates.flops(4096) < 0.02 * block.at(4096)

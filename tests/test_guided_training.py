@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.examples import Size
 from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.guidance import Pass
@@ -243,3 +244,31 @@ def test_recipes_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         recipe(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("how", [Pass.BOTH, Pass.PAIR])
+def test_scores_that_halves_share_learn_from_both(
+    tmp_path: Path, how: Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computed anew in backward or kept: the routers' gradients are the same."""
+
+    def gradients(out: Path) -> dict[str, Tensor]:
+        trainer = guided_trainer(out, backbone="frozen")
+        monkeypatch.setattr(trainer.student, "passes", how)
+        monkeypatch.setattr(trainer.optimization, "finish", lambda step: None)
+        trainer.train_step()
+        router = trainer.optimization.parts["router"]
+        return {name: p.grad.clone() for name, p in router.items() if p.grad is not None}
+
+    anew = gradients(tmp_path / "anew")
+    monkeypatch.setattr(
+        SelectionGates,
+        "scored",
+        lambda self, score, terms, scores, x, before: score(x.detach(), terms),
+    )
+    kept = gradients(tmp_path / "kept")
+    assert anew.keys() == kept.keys()
+    assert anew
+    for name, value in anew.items():
+        torch.testing.assert_close(value, kept[name], rtol=1e-4, atol=1e-9)
+        assert float(value.abs().max()) > 0

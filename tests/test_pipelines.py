@@ -295,7 +295,12 @@ def test_without_guidance_two_images_choose_for_themselves(made: Any, order: str
 
 
 # Mochi's pipeline divides by half of the steps, rounded down.
-STEPS_OF_EACH = [(n, s) for n in PIPELINES for s in (1, 4, 8, 28, 50) if (n, s) != ("mochi", 1)]
+STEPS_OF_EACH = [
+    pytest.param(n, s, marks=pytest.mark.slow if s == 50 and n != "flux" else ())
+    for n in PIPELINES
+    for s in (1, 4, 8, 28, 50)
+    if (n, s) != ("mochi", 1)
+]
 
 
 @pytest.mark.parametrize(("made", "steps"), STEPS_OF_EACH, indirect=["made"])

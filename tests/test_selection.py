@@ -200,6 +200,22 @@ def test_gradients_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda x, y: scatter_tokens(x, indices, y), (base, updated))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_scatter_keeps_no_tokens_for_backward(batch: int):
+    base, updated = torch.randn(batch, 6, 4), torch.randn(batch, 3, 4, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scattered = scatter_tokens(base, torch.tensor([[5, 0, 2]] * batch), updated)
+    assert [t.dtype for t in kept] == [torch.int64]  # where they lie
+    scattered.sum().backward()
+    assert torch.equal(updated.grad, torch.ones_like(updated))
+
+
 @pytest.mark.parametrize("base_dtype", DTYPES)
 @pytest.mark.parametrize("update_dtype", DTYPES)
 def test_the_base_sets_the_dtype_of_a_scatter(base_dtype, update_dtype):

@@ -92,6 +92,9 @@ class _Held(SelectionGates):
         self.values_gated = 0
         return self.chosen
 
+    def learn(self, scores: Float[Tensor, "B N"]) -> None:
+        """Nothing learns."""
+
     def value(self, value: Float[Tensor, "B k D"]) -> Float[Tensor, "B k D"]:
         # The hooks are on for all estimators, also for those without a KV gate.
         return SelectionGates.value(self, value) if self.config.needs_value_gate else value

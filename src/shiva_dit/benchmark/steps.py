@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiva_dit.benchmark.config import DTYPES, BenchmarkConfig
 from shiva_dit.benchmark.operators import time_operators
 from shiva_dit.benchmark.records import record_what
-from shiva_dit.benchmark.timing import interleaved
+from shiva_dit.benchmark.timing import interleaved, saved_bytes
 from shiva_dit.benchmark.workloads import Grid, Workload, workload
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.models.families import model_spec
@@ -74,8 +74,8 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         config: What is timed; `train` says what is tuned. Not compiled.
 
     Returns:
-        A plain record: per arm all times in ms per step, and their median as a share of the dense
-        one's.
+        A plain record: per arm all times in ms per step, their median as a share of the dense
+        one's, and bytes kept for backward (`saved_bytes`, weights not counted), likewise.
 
     Raises:
         ValueError: If the model is unknown or learned no flow matching (it needs its scheduler).
@@ -100,6 +100,7 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         samples = interleaved(calls, repeats=config.repeats, device=device)
         watched = min(3, config.repeats)
         operators = {name: time_operators(call, repeats=watched) for name, call in calls.items()}
+        saved = {name: saved_bytes(call, _weights(trainers[name])) for name, call in calls.items()}
     finally:
         for trainer in trainers.values():
             trainer.close()
@@ -109,6 +110,7 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         row: dict[str, Any] = {"arm": name, "keep_ratio": arms[name][0], **asdict(found)}
         row["of_dense"], row["of_dense_cpu"] = found.over(dense), found.cpu_over(dense)
         row["operators_ms"] = operators[name]
+        row["saved_bytes"], row["saved_of_dense"] = saved[name], saved[name] / saved[PLAIN]
         rows.append(row)
     return {
         "what": record_what(config),
@@ -118,6 +120,12 @@ def run_step_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         "rows": rows,
         "provenance": provenance(),
     }
+
+
+def _weights(trainer: Trainer) -> list[Tensor]:
+    student = trainer.student
+    modules: tuple[nn.Module, ...] = student.model, student.teacher, student.adapter
+    return [weight for module in modules for weight in module.parameters()]
 
 
 def _recipe(config: BenchmarkConfig, keep_ratio: float, kind: str) -> TrainConfig:

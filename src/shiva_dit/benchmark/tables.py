@@ -70,12 +70,15 @@ def training_rows(record: dict[str, Any]) -> list[list[str]]:
     """Header and rows of a benchmark of training steps."""
     on_cpu = record["rows"][0]["cpu_ms"] is not None
     head = ["arm", "ms per step (quartiles)", "of the dense step"]
-    rows = [head + (["of it, CPU time"] if on_cpu else [])]
+    head += ["of it, CPU time"] if on_cpu else []
+    has_saved = "saved_of_dense" in record["rows"][0]  # older records don't say
+    rows = [head + (["kept for backward, of the dense step's"] if has_saved else [])]
     for row in record["rows"]:
         low, high = quartiles(row["latency_ms"])
         cells = [row["arm"], f"{median(row['latency_ms']):.0f} ({low:.0f} to {high:.0f})"]
         cells.append(f"{row['of_dense']:.2f}")
-        rows.append(cells + ([f"{row['of_dense_cpu']:.2f}"] if on_cpu else []))
+        cells += [f"{row['of_dense_cpu']:.2f}"] if on_cpu else []
+        rows.append(cells + ([f"{row['saved_of_dense']:.2f}"] if has_saved else []))
     return rows
 
 

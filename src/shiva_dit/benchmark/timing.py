@@ -6,10 +6,12 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -133,3 +135,44 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() / 2**20
+
+
+def saved_bytes(call: Callable[[], object], others: Iterable[Tensor]) -> int:
+    """Most bytes of tensors that are kept for backward at once during a call.
+
+    Args:
+        call: Forward and backward.
+        others: What isn't counted: it is there anyway, as weights are.
+
+    >>> x = torch.ones(2, 3, requires_grad=True)
+    >>> saved_bytes(lambda: x.exp().exp().sum().backward(), [x])
+    48
+    """
+    apart = {tensor.untyped_storage().data_ptr() for tensor in others}
+    held: dict[int, int] = {}  # how often each storage is, by its address
+    now = most = 0
+
+    def pack(tensor: Tensor) -> _Saved:
+        nonlocal now, most
+        saved, storage = _Saved(tensor), tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in apart:
+            now += 0 if held.get(address) else storage.nbytes()
+            most = max(most, now)
+            held[address] = held.get(address, 0) + 1
+            weakref.finalize(saved, release, address, storage.nbytes())
+        return saved
+
+    def release(address: int, size: int) -> None:
+        nonlocal now
+        held[address] -= 1
+        now -= 0 if held[address] else size
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        call()
+    return most
+
+
+class _Saved:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -135,8 +135,25 @@ def scatter_tokens(
     """
     batch, num_tokens, width = base.shape
     updated = updated.to(base.dtype)
+    copy = _Copied.apply if updated.requires_grad else torch.index_copy
     if batch == 1:
-        return base.index_copy(1, indices[0], updated)
+        return copy(base, 1, indices[0], updated)
     rows = updated.reshape(-1, width)
     flat = base.reshape(batch * num_tokens, width)
-    return flat.index_copy(0, flat_rows(indices, num_tokens), rows).view(batch, num_tokens, width)
+    return copy(flat, 0, flat_rows(indices, num_tokens), rows).view(batch, num_tokens, width)
+
+
+class _Copied(torch.autograd.Function):
+    """`index_copy`, which by itself keeps the new rows for backward: for their shape."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, dim: int, rows: Tensor, updated: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.dim = dim
+        return base.index_copy(dim, rows, updated)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor]:
+        (grad,), (rows,) = grads, ctx.saved_tensors
+        rest = grad.index_fill(ctx.dim, rows, 0.0) if ctx.needs_input_grad[0] else None
+        return rest, None, None, grad.index_select(ctx.dim, rows)

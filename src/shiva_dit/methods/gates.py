@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shiva_dit.core.estimators import (
     EstimatorConfig,
@@ -14,7 +17,7 @@ from shiva_dit.core.estimators import (
     gate_input,
     selection_benefit,
 )
-from shiva_dit.core.selection import best_tokens
+from shiva_dit.core.selection import best_tokens, gather_tokens
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 
 
@@ -43,26 +46,45 @@ class SelectionGates:
     teacher_update: Float[Tensor, "B N D"] | None = None
     """The unpruned model's update of this block, where the estimator asks for it."""
     noise: Float[Tensor, "B N"] | None = field(default=None, init=False)
+    order: Int[Tensor, "B N"] | None = field(default=None, init=False)
+    """All tokens, the best first."""
     chosen: Int[Tensor, "B k"] | None = field(default=None, init=False)
     inclusion: Float[Tensor, "B N"] | None = field(default=None, init=False)
     values_gated: int = field(default=0, init=False)
 
     def choose(self, scores: Float[Tensor, "B N"], k: int) -> Int[Tensor, "B k"]:
-        """Top-k of the perturbed, standardised scores, and their inclusion scores (Eq. 3, 5, 30).
-
-        The same noise ranks and selects.
-        """
-        scores = standardize(scores)
+        """Top-k of the perturbed, standardised scores (Eq. 3, 30); `learn` follows."""
+        scores = standardize(scores.detach())
         if self.noise is None:
             self.noise = self._draw(scores)
-        scores = scores + self.noise
-        if self.chosen is None:
-            self.chosen = best_tokens(scores.detach(), k)
-        self.inclusion = inclusion_scores(
-            soft_rank(scores, self.tau_rank), self.soft_k, self.tau_select
-        )
+        if self.order is None:
+            self.order = best_tokens(scores + self.noise, scores.shape[1])
+        self.chosen = self.order[:, :k]
         self.values_gated = 0
         return self.chosen
+
+    def learn(self, scores: Float[Tensor, "B N"]) -> None:
+        """Inclusion scores, from the same scores with the same noise (Eq. 5, 6)."""
+        assert self.noise is not None
+        ranks = soft_rank(standardize(scores) + self.noise, self.tau_rank)
+        self.inclusion = inclusion_scores(ranks, self.soft_k, self.tau_select)
+
+    def scored(
+        self,
+        score: Callable[[Tensor, Any], Tensor],
+        terms: tuple[Tensor, ...],
+        scores: Float[Tensor, "B N"],
+        x: Float[Tensor, "B N D"],
+        before: Float[Tensor, "B k D"],
+    ) -> Float[Tensor, "B N"]:
+        """The scores with the gradient of `score(x, terms)`, which is computed anew in backward.
+
+        Kept until then: the rejected tokens, and the chosen ones, which the block keeps as well.
+        """
+        assert self.order is not None
+        rest = gather_tokens(x.detach(), self.order[:, before.shape[1] :])
+        parts = self.order, before.detach(), rest
+        return _Recomputed.apply(score, type(terms), scores, *parts, *terms)
 
     def _draw(self, scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         if not self.noise_std:
@@ -128,3 +150,27 @@ class SelectionGates:
             teacher=self.teacher_update,
         )
         return gate(output, benefit.to(output.dtype), self.inclusion)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Scores that are known already; backward computes them anew, for the terms' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, score: Any, kind: Any, scores: Tensor, *saved: Tensor) -> Tensor:
+        ctx.score, ctx.kind = score, kind
+        ctx.save_for_backward(*saved)
+        device = scores.device.type
+        ctx.autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        return scores.view_as(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        order, chosen, rest, *terms = ctx.saved_tensors
+        leaves = [term.detach().requires_grad_() for term in terms]
+        with torch.enable_grad(), ctx.autocast:
+            scores = ctx.score(torch.cat([chosen, rest], dim=1), ctx.kind(*leaves))
+        found = torch.autograd.grad(scores, leaves, grads[0].gather(1, order))
+        return (*[None] * 6, *found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -134,12 +135,12 @@ class BlockHook(Uncopied, ModelHook):
         plan = self._choose(x, state)
         chosen = plan.chosen
         update = None if self.update is None else self.update(x, state.update_condition)
+        before = plan.reduce(x)  # (B, k, D)
         gates = state.gates
         if gates is not None:
-            x = gates.enter(x)
+            x, before = self._learn(x, before, plan, state)
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
-        before = plan.reduce(x)  # (B, k, D)
         changed = {self.spec.hidden: (self.place, together(text, before, where))}
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
@@ -165,25 +166,46 @@ class BlockHook(Uncopied, ModelHook):
         """The tokens that run, by the scores or another pass's."""
         if state.chosen is not None:
             return GatherPlan(state.chosen)
-        scores = self._score(x, state)
         if state.gates is not None:
-            return GatherPlan(state.gates.choose(scores, state.k))
+            # What terms tell is computed anew in backward (`_learn`).
+            with torch.set_grad_enabled(state.terms is None and torch.is_grad_enabled()):
+                state.scores = self._score(x, state)
+            return GatherPlan(state.gates.choose(state.scores, state.k))
+        scores = self._score(x, state)
         plan = GatherPlan(best_tokens(scores, state.k))
         if state.leads:
             state.chosen = plan.chosen
         return plan
+
+    def _learn(
+        self, x: Tensor, before: Tensor, plan: GatherPlan, state: BlockState
+    ) -> tuple[Tensor, Tensor]:
+        """Let gradients reach what has scored; all tokens and the chosen ones, on their way."""
+        gates, scores = state.gates, state.scores
+        assert gates is not None
+        assert scores is not None
+        if state.terms is not None and not scores.requires_grad:
+            # Both halves have one order, so that sharing goes by rows there as well.
+            score = partial(self._scored, share=state.share)
+            state.scores = scores = gates.scored(score, state.terms, scores, x, before)
+        gates.learn(scores)
+        entered = gates.enter(x)
+        return (x, before) if entered is x else (entered, plan.reduce(entered))
 
     def _score(self, x: Tensor, state: BlockState) -> Tensor:
         """Scores of all tokens, (B, N); the block's before, where that has run and they share."""
         shared = None if state.follows is None else state.follows.scores
         if shared is not None:
             return shared
-        scores = self.scores(x.detach(), state.terms)
-        if state.share is not None:
-            scores = share_between_halves(scores, state.share)
+        scores = self._scored(x.detach(), state.terms, state.share)
         if state.is_followed:
             state.scores = scores
         return scores
+
+    def _scored(self, x: Tensor, terms: Any, share: Share | None) -> Tensor:
+        """Scores of the block's own tokens, shared where guidance halves share them."""
+        scores = self.scores(x, terms)
+        return scores if share is None else share_between_halves(scores, share)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline has ended: nothing is led any more."""

@@ -117,7 +117,7 @@ def _skeleton(cls: type[nn.Module], config: str) -> Skeleton:
 
 @lru_cache(maxsize=64)
 def _widths(cls: type[nn.Module], config: str, text_tokens: int) -> Widths:
-    return _skeleton(cls, config).run(EXAMPLES[0], text_tokens).widths
+    return _skeleton(cls, config).widths(EXAMPLES[0], text_tokens)
 
 
 @lru_cache(maxsize=32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -47,7 +47,6 @@ class Run:
 
     num_tokens: int
     """N."""
-    widths: Widths
     blocks: tuple[int, ...]
     """FLOPs of each block."""
     outside: int
@@ -68,7 +67,12 @@ class _Seen:
     """What a block gave, its FLOPs, and its layers' rows, by what those depend on."""
     width: int = 0
     time_dim: int = TIME_FEATURES
+    only_widths: bool = False
     counter: FlopCounterMode = field(default_factory=lambda: flop_counter())
+
+
+class _AtFirstBlock(Exception):  # noqa: N818
+    pass
 
 
 class Skeleton:
@@ -108,6 +112,21 @@ class Skeleton:
             if hasattr(getattr(module, "processor", None), "_attention_backend"):
                 module.processor._attention_backend = AttentionBackendName.NATIVE
 
+    def widths(self, example: int, text_tokens: int) -> Widths:
+        """What a forward knows when it reaches the first block; the arguments are `run`'s."""
+        self._begin(only_widths=True)
+        inputs = self._inputs(self._size(example, text_tokens))
+        with _undisturbed(), torch.no_grad():
+            with suppress(_AtFirstBlock), _KnownMasks():
+                self.model(**inputs)
+            context = self.spec.context(self.model, inputs)
+        return Widths(
+            num_blocks=len(self._blocks),
+            width=self._seen.width,
+            time_dim=self._seen.time_dim,
+            context_dim=context.shape[-1],
+        )
+
     def run(self, example: int, text_tokens: int) -> Run:
         """One forward of one of the family's small examples.
 
@@ -115,33 +134,33 @@ class Skeleton:
             example: Which one, from 1.
             text_tokens: T.
         """
-        frames, height, width = self.spec.sizes(self.model, example)
-        return self.run_at(Size(frames=frames, height=height, width=width, text=text_tokens))
+        return self.run_at(self._size(example, text_tokens))
 
     def run_at(self, size: Size) -> Run:
         """One forward of one sample of a size."""
-        spec, model = self.spec, self.model
-        seen = self._seen = _Seen(
-            rows=dict.fromkeys(self._linears, 0), blocks=[0] * len(self._blocks)
-        )
-        with _undisturbed(), torch.no_grad():
-            time = spec.timestep_at(torch.full((size.batch,), 0.5))
-            inputs = {**spec.example(model, size), spec.timestep: time}
-            with seen.counter, _KnownMasks():
-                model(**inputs)
-            context = spec.context(model, inputs)
+        seen, inputs = self._begin(), self._inputs(size)
+        with _undisturbed(), torch.no_grad(), seen.counter, _KnownMasks():
+            self.model(**inputs)
         return Run(
-            num_tokens=spec.tokens(model, inputs[spec.sample]),
-            widths=Widths(
-                num_blocks=len(self._blocks),
-                width=seen.width,
-                time_dim=seen.time_dim,
-                context_dim=context.shape[-1],
-            ),
+            num_tokens=self.spec.tokens(self.model, inputs[self.spec.sample]),
             blocks=tuple(seen.blocks),
             outside=seen.counter.get_total_flops() - seen.inside,
             rows=seen.rows,
         )
+
+    def _begin(self, only_widths: bool = False) -> _Seen:
+        rows = dict.fromkeys(self._linears, 0)
+        self._seen = _Seen(rows=rows, blocks=[0] * len(self._blocks), only_widths=only_widths)
+        return self._seen
+
+    def _size(self, example: int, text_tokens: int) -> Size:
+        frames, height, width = self.spec.sizes(self.model, example)
+        return Size(frames=frames, height=height, width=width, text=text_tokens)
+
+    def _inputs(self, size: Size) -> dict[str, Any]:
+        with _undisturbed():
+            time = self.spec.timestep_at(torch.full((size.batch,), 0.5))
+            return {**self.spec.example(self.model, size), self.spec.timestep: time}
 
     def _block(
         self,
@@ -156,6 +175,8 @@ class Skeleton:
         seen, block = self._seen, self._blocks[index]
         if not seen.width:
             seen.width = bind(block, args, kwargs)[block_spec(block).hidden].shape[-1]
+        if seen.only_widths:
+            raise _AtFirstBlock
         key = likeness, _shapes((args, kwargs))
         if key not in seen.ran:
             before = seen.counter.get_total_flops()
