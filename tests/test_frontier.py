@@ -20,6 +20,7 @@ from shiva_dit.experiments.contest import flops_per_image
 from shiva_dit.experiments.frontier.caches import CACHES, cached, fresh
 from shiva_dit.experiments.frontier.config import REFERENCE, Arm, Frontier, Point, points
 from shiva_dit.experiments.frontier.draw import draw_front, draw_sheet
+from shiva_dit.experiments.frontier.executed import counted
 from shiva_dit.experiments.frontier.put import arm_on
 from shiva_dit.experiments.frontier.quality import (
     LARGEST_PSNR,
@@ -28,7 +29,7 @@ from shiva_dit.experiments.frontier.quality import (
     on_front,
     squared_errors,
 )
-from shiva_dit.experiments.frontier.run import counted, run_frontier
+from shiva_dit.experiments.frontier.run import run_frontier
 from shiva_dit.experiments.frontier.source import TaskSource, read_prompts, source_of, twin
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.report.frontier import budget_rows, frontier_rows, frontier_table
@@ -236,7 +237,7 @@ def test_a_cache_that_is_not_installed_says_how(monkeypatch: Any) -> None:
 
 def test_fresh_names_the_run_also_where_the_pipeline_doesnt() -> None:
     model = tiny.sd3()
-    with fresh(model):
+    with fresh(model, "mag_cache"):
         pass
     tiny.run(model, tiny.inputs())
 

@@ -68,7 +68,11 @@ class _Seen:
     width: int = 0
     time_dim: int = TIME_FEATURES
     only_widths: bool = False
-    counter: FlopCounterMode = field(default_factory=lambda: flop_counter())
+    counter: FlopCounterMode = field(
+        default_factory=lambda: FlopCounterMode(
+            display=False, custom_mapping={CPU_ATTENTION: attention_flops}
+        )
+    )
 
 
 class _AtFirstBlock(Exception):  # noqa: N818
@@ -228,12 +232,7 @@ CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention on a CPU, which torch's counter doesn't know."""
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of what runs within, attention on a CPU too."""
-    return FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention})
-
-
-def _attention(
+def attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **options: Any
 ) -> int:
     """FLOPs of attention: scores, and weighted values."""

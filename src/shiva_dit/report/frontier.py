@@ -6,7 +6,7 @@ from typing import Any
 
 from shiva_dit.report.layout import known, markdown_rows
 
-BUDGETS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+BUDGETS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 """In forwards of the unpruned model."""
 
 

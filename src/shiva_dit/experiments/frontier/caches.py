@@ -92,14 +92,20 @@ def _taylor_seer(pipe: Any, threshold: float, steps: int, run: Callable[[], obje
 
 
 def _dbcache(pipe: Any, threshold: float, steps: int, run: Callable[[], object]) -> None:
-    del steps, run
+    """cache-dit's, by the first block's change; a sixth of the steps are whole."""
+    del run
     if find_spec("cache_dit") is None:
         raise ValueError("dbcache needs cache-dit: pip install cache-dit==1.5.3")
     cache_dit = import_module("cache_dit")
+    cls = type(pipe)  # cache-dit 1.5.3 changes the class: that of this pipeline alone
+    pipe.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
     cache_dit.enable_cache(
         pipe,
         cache_config=cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=threshold,
+            max_warmup_steps=max(1, steps // 6),
         ),
     )
 
@@ -143,12 +149,16 @@ def cached(
     finally:
         if kind == "dbcache":
             import_module("cache_dit").disable_cache(pipe)
-        _take_off(pipe.transformer)
+        else:
+            _take_off(pipe.transformer)
 
 
 @contextmanager
-def fresh(model: Any) -> Iterator[None]:
+def fresh(model: Any, kind: CacheKind) -> Iterator[None]:
     """Within: one run, whose steps share a state of their own."""
+    if kind == "dbcache":  # knows its runs by the pipeline's calls
+        yield
+        return
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.reset_stateful_hooks(recurse=True)
     _set_cache_context(model, CacheContext(CONTEXT))

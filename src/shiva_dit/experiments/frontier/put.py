@@ -67,7 +67,7 @@ def arm_on(point: Point, source: Source, *, compiled: bool = False) -> Iterator[
 
         if arm.cache is None:
             return sample()
-        with fresh(pipe.transformer):
+        with fresh(pipe.transformer, arm.cache):
             return sample()
 
     with ExitStack() as stack:

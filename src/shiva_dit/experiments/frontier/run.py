@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.config import to_dict
 from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point, points
+from shiva_dit.experiments.frontier.executed import counted
 from shiva_dit.experiments.frontier.put import adapter_folder, arm_on
 from shiva_dit.experiments.frontier.quality import judged, on_front, to_truth
 from shiva_dit.experiments.frontier.source import Source, source_of
 from shiva_dit.experiments.frontier.times import time_points
 from shiva_dit.experiments.scoring import floors
-from shiva_dit.models.skeleton import flop_counter
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import (
     file_digest,
@@ -110,32 +108,6 @@ def _pictures(frontier: Frontier, source: Source, point: Point) -> tuple[Tensor,
     if not float(images.abs().max()) < LARGEST:
         raise FloatingPointError("its pictures are not finite")
     return images, sum(counts) / frontier.count
-
-
-@contextmanager
-def counted(model: nn.Module) -> Iterator[list[int]]:
-    """Within: the FLOPs of each of a model's forwards are appended to the list."""
-    counts: list[int] = []
-    running: list[FlopCounterMode] = []
-
-    def begin(*_: object) -> None:
-        running.append(flop_counter())
-        running[-1].__enter__()
-
-    def end(*_: object) -> None:
-        counter = running.pop()
-        counter.__exit__(None, None, None)
-        counts.append(counter.get_total_flops())
-
-    handles = [
-        model.register_forward_pre_hook(begin, prepend=True),
-        model.register_forward_hook(end, always_call=True),
-    ]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _identity(frontier: Frontier, source: Source, point: Point) -> dict[str, Any]:
