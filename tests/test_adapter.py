@@ -554,6 +554,18 @@ def test_moving_an_adapter_far_from_what_it_was_trained_for_warns(
     assert [f"ratio of 0.4 and is asked for {asked:g}" in line for line in said] == [True] * warns
 
 
+def test_card_and_adapter_say_which_guidance_it_was_trained_for(tmp_path: Path) -> None:
+    adapter = tiny.adapter(tiny.sd3())
+    assert adapter.trained_for_guidance is None
+    adapter.training_record = {"recipe": {"guidance": [1.0, 7.0]}}
+    adapter.save_pretrained(tmp_path)
+    assert ShivaAdapter.from_pretrained(tmp_path).trained_for_guidance == (1.0, 7.0)
+    card = " ".join((tmp_path / CARD_FILE).read_text(encoding="utf-8").split())
+    assert "steps and guidance 1 to 7." in card
+    adapter.training_record = {"recipe": {"guidance": "often"}}
+    assert adapter.trained_for_guidance is None
+
+
 def test_what_was_trained_for_a_range_may_move_in_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

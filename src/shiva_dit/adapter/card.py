@@ -10,6 +10,8 @@ def model_card(adapter: AdapterModule) -> str:
     """The folder's README.md: front matter for the Hub, use, and what is known of the adapter."""
     config = adapter.config
     base = f"base_model: {config.base_model}\n" if config.base_model else ""
+    scales = adapter.trained_for_guidance
+    guidance = "" if scales is None else f" and guidance {scales[0]:g} to {scales[1]:g}"
     return f"""{CARD_START}{base}tags:
 - shiva-dit
 - token-pruning
@@ -19,7 +21,7 @@ def model_card(adapter: AdapterModule) -> str:
 
 Each block of the transformer runs on a learned part of the image tokens: {config.keep_ratio:.0%}
 on average over the sampler's steps and the blocks that are pruned. Trained for the density of
-{adapter.schedule.law.name} steps. Backbone in training: {config.backbone}.
+{adapter.schedule.law.name} steps{guidance}. Backbone in training: {config.backbone}.
 
 ```python
 import shiva_dit

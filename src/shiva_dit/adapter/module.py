@@ -72,11 +72,21 @@ class AdapterModule(nn.Module):
     @property
     def trained_for(self) -> tuple[float, float]:
         """Mean keep ratios, lowest and highest, that it was trained for."""
+        own = self.config.keep_ratio
+        return self._recorded("recipe", "policy", "target_range") or (own, own)
+
+    @property
+    def trained_for_guidance(self) -> tuple[float, float] | None:
+        """Guidance scales, lowest and highest, that it was trained for; None: none."""
+        return self._recorded("recipe", "guidance")
+
+    def _recorded(self, *keys: str) -> tuple[float, float] | None:
+        """Two numbers of the training's record, where it holds them there."""
         found: Any = self.training_record  # of any form: it is said to be plain data, no more
-        for key in ("recipe", "policy", "target_range"):
+        for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None
         if not isinstance(found, (list, tuple)) or list(map(type, found)) != [float, float]:
-            return self.config.keep_ratio, self.config.keep_ratio
+            return None
         return found[0], found[1]
 
     def warn_if_far(self, schedule: Schedule) -> None:

@@ -97,7 +97,7 @@ def _dbcache(pipe: Any, threshold: float, steps: int, run: Callable[[], object])
     if find_spec("cache_dit") is None:
         raise ValueError("dbcache needs cache-dit: pip install cache-dit==1.5.3")
     cache_dit = import_module("cache_dit")
-    cls = type(pipe)  # cache-dit 1.5.3 changes the class: that of this pipeline alone
+    cls = type(pipe)  # cache-dit 1.5.3 changes it: for this pipeline alone
     pipe.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
     cache_dit.enable_cache(
         pipe,

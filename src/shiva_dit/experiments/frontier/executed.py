@@ -26,7 +26,7 @@ class _Counting(TorchDispatchMode):
     """Sums up FLOPs.
 
     torch's own counter walks the tree of modules to tell them apart, and never comes back where a
-    cache has hung a model into itself (cache-dit 1.5.3).
+    cache hangs the model into itself while it runs (cache-dit 1.5.3).
     """
 
     def __init__(self) -> None:
