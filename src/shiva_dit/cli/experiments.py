@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from shiva_dit.cli.options import Command, bounded, path, positive, use_threads
+from shiva_dit.cli.options import Command, bounded, path, positive, size, use_threads
 
 
 def add_commands(command: Command) -> None:
@@ -22,6 +22,22 @@ def add_commands(command: Command) -> None:
     add("--out", type=path, help="folder to fill or to go on in; runs/<what> by default")
     add("--threads", type=positive, default=1, help="threads; times depend on it")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+
+    add = command("choose", _choose, "steps, keep ratio and cache for a model and a budget")
+    add("--pipeline", help="folder or Hub id of a pipeline")
+    add("--task", help="a demo task instead")
+    add("--adapter", required=True, help='folder of its adapter; "shipped" for a demo task')
+    add("--prompts", type=path, help="a text file, one prompt in a line")
+    add("--budget", type=float, required=True, help="share of the unpruned model's time")
+    add("--steps", type=positive, default=28, help="of the unpruned model")
+    add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none")
+    add("--keep", type=float, nargs="+", default=[], help="keep ratios; the adapter's by default")
+    add("--sampler", default="euler_diffusers", help="euler, unipc or dpmpp; the pipeline's own")
+    add("--count", type=positive, default=32, help="prompts used")
+    add("--batch", type=positive, default=1, help="pictures per call")
+    add("--size", type=size, help="of the pictures in pixels, such as 1024 or 1024x768")
+    add("--device", default="cpu", help="where it runs, such as cuda")
+    add("--threads", type=positive, help="threads; all cores by default")
 
     add = command("merge", _merge, "one record from several whose seeds ran apart")
     add("records", nargs="+", type=path, help="record.json of one comparison, seeds apart")
@@ -76,6 +92,28 @@ def _frontier(options: argparse.Namespace) -> int:
         print(f"\nGuidance {guidance:g}\n{plain_rows(budget_rows(record, guidance))}")
     print(f"\nRecord: {out / 'record.json'}\nPlot:   {out / 'front.png'}")
     print(f"Sheet:  {out / 'sheet.png'}")
+    return 0
+
+
+def _choose(options: argparse.Namespace) -> int:
+    use_threads(options.threads)
+    from shiva_dit.config import from_dict
+    from shiva_dit.experiments.frontier.choose import Wish, choose, frontier_of, said
+    from shiva_dit.experiments.frontier.source import source_of
+
+    names = ("adapter", "budget", "steps", "guidance", "sampler")
+    wish = from_dict(Wish, {n: getattr(options, n) for n in names} | {"keep_ratios": options.keep})
+    frontier = frontier_of(
+        wish,
+        task=options.task,
+        pipeline=options.pipeline,
+        prompts=options.prompts,
+        size=None if options.size is None else options.size[::-1],
+        device=options.device,
+        count=options.count,
+    )
+    found = choose(source_of(frontier), wish, options.count, batch=options.batch)
+    print(f"\n{said(found, wish)}")
     return 0
 
 

@@ -67,13 +67,25 @@ def _mag_cache(pipe: Any, threshold: float, steps: int, run: Callable[[], object
 
 def _calibrated(model: Any) -> list[float]:
     """What a calibration has found."""
+    hook = _mag_cache_hook(model)
+    assert hook is not None
+    (state,) = hook.state_manager._state_cache.values()
+    return list(state.calibration_ratios)
+
+
+def mag_ratios(model: Any) -> list[float] | None:
+    """What the MagCache on a model was calibrated to; None where none is on."""
+    hook = _mag_cache_hook(model)
+    return None if hook is None else hook.config.mag_ratios.tolist()
+
+
+def _mag_cache_hook(model: Any) -> Any:
     for module in model.modules():
         registry = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("mag_cache_leader_block_hook")
+        hook = None if registry is None else registry.get_hook(NAMES[0])
         if hook is not None:
-            (state,) = hook.state_manager._state_cache.values()
-            return list(state.calibration_ratios)
-    return []
+            return hook
+    return None
 
 
 def _first_block(pipe: Any, threshold: float, steps: int, run: Callable[[], object]) -> None:
