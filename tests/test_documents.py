@@ -409,7 +409,7 @@ def prose() -> str:
 def test_the_documents_can_be_read_in_an_hour() -> None:
     """But for the pages on methods and their frontier, which grow with each of them."""
     read = [path for path in DOCUMENTS if path.name not in ("methods.md", "frontier.md")]
-    assert sum(map(prose_words, read)) <= 12_200, prose()
+    assert sum(map(prose_words, read)) <= 12_400, prose()
 
 
 @every

@@ -21,6 +21,7 @@ from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.compiling import compile_options
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.reducing import attach_reducer
+from shiva_dit.provenance import file_digest
 from shiva_dit.saved_folder import CONFIG_FILE
 
 Run = Callable[[int, int], Any]
@@ -35,6 +36,13 @@ def adapter_folder(point: Point, source: Source) -> Path | None:
         assert source.task is not None
         return shipped_adapter(source.task)
     return Path(point.arm.adapter.format(seed=point.seed))
+
+
+def adapter_files(point: Point, source: Source) -> dict[str, str]:
+    """SHA-256 of the files of a point's adapter or control, by name."""
+    folder = adapter_folder(point, source)
+    files = [] if folder is None else sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: file_digest(path) for path in files}
 
 
 @contextmanager

@@ -16,14 +16,13 @@ from tqdm import tqdm
 from shiva_dit.config import to_dict
 from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point, points
 from shiva_dit.experiments.frontier.executed import counted
-from shiva_dit.experiments.frontier.put import adapter_folder, arm_on
+from shiva_dit.experiments.frontier.put import adapter_files, arm_on
 from shiva_dit.experiments.frontier.quality import judged, on_front, to_truth
 from shiva_dit.experiments.frontier.source import Source, source_of
 from shiva_dit.experiments.frontier.times import time_points
 from shiva_dit.experiments.scoring import floors
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import (
-    file_digest,
     load_tensors,
     provenance,
     read_as,
@@ -112,8 +111,6 @@ def _pictures(frontier: Frontier, source: Source, point: Point) -> tuple[Tensor,
 
 def _identity(frontier: Frontier, source: Source, point: Point) -> dict[str, Any]:
     """All that decides a point's pictures."""
-    folder = adapter_folder(point, source)
-    files = [] if folder is None else sorted(path for path in folder.iterdir() if path.is_file())
     said = to_dict(frontier)
     same = ("task", "pipeline", "prompts", "size", "base", "device", "count", "batch")
     return {
@@ -124,7 +121,7 @@ def _identity(frontier: Frontier, source: Source, point: Point) -> dict[str, Any
         "steps": point.steps,
         "guidance": point.guidance,
         "seed": point.seed,
-        "files": {path.name: file_digest(path) for path in files},
+        "files": adapter_files(point, source),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from shiva_dit.benchmark.timing import interleaved, keep_memory
 from shiva_dit.config import to_dict
 from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point, points
-from shiva_dit.experiments.frontier.put import arm_on
+from shiva_dit.experiments.frontier.put import adapter_files, arm_on
 from shiva_dit.experiments.frontier.source import Source
 from shiva_dit.provenance import provenance, read_json, write_json
 
@@ -36,6 +36,8 @@ def time_points(frontier: Frontier, source: Source, out: Path) -> dict[str, Any]
     path = out / "times.json"
     said = to_dict(frontier)
     settings = {name: said[name] for name in ("timing", "guidance", "arms", "device", "reference")}
+    first = [point for point in points(frontier) if point.seed == frontier.seeds[0]]
+    settings["files"] = {point.key: adapter_files(point, source) for point in first}
     if path.is_file():
         found = read_json(path)
         if found["settings"] == settings:
@@ -46,12 +48,7 @@ def time_points(frontier: Frontier, source: Source, out: Path) -> dict[str, Any]
         for mode in frontier.timing.modes:
             made["modes"][mode] = provenance()
             for guidance in frontier.guidance:
-                timed = [
-                    point
-                    for point in points(frontier)
-                    if (point.guidance, point.seed) == (guidance, frontier.seeds[0])
-                    and point.key != REFERENCE
-                ]
+                timed = [p for p in first if p.guidance == guidance and p.key != REFERENCE]
                 for name, values in _in_turn(frontier, source, timed, mode).items():
                     made["points"].setdefault(name, {})[mode] = values
     write_json(path, made)
