@@ -72,7 +72,7 @@ class Nowhere(Source):
     def pipe(self, *, own_weights: bool) -> Any:
         raise NotImplementedError
 
-    def run(self, pipe: Any, count: int, **options: Any) -> Tensor:
+    def run(self, pipe: Any, point: Point, count: int, start: int) -> Tensor:
         raise NotImplementedError
 
 

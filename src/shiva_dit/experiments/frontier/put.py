@@ -62,21 +62,10 @@ def arm_on(point: Point, source: Source, *, compiled: bool = False) -> Iterator[
     pipe = source.pipe(own_weights=folder is not None)
 
     def run(count: int, start: int) -> Any:
-        def sample() -> Any:
-            return source.run(
-                pipe,
-                count,
-                start=start,
-                seed=point.seed,
-                steps=point.steps,
-                sampler=arm.sampler,
-                guidance=point.guidance,
-            )
-
         if arm.cache is None:
-            return sample()
+            return source.run(pipe, point, count, start)
         with fresh(pipe.transformer, arm.cache):
-            return sample()
+            return source.run(pipe, point, count, start)
 
     with ExitStack() as stack:
         if folder is not None:

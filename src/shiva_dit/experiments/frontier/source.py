@@ -17,7 +17,7 @@ from shiva_dit.demo.judge import Judge
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import noise_seed
-from shiva_dit.experiments.frontier.config import Frontier
+from shiva_dit.experiments.frontier.config import Frontier, Point
 from shiva_dit.experiments.scoring import FLOW_SOLVERS, Sampler, sample_through
 from shiva_dit.provenance import read_text
 
@@ -38,27 +38,14 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def run(
-        self,
-        pipe: Any,
-        count: int,
-        *,
-        start: int,
-        seed: int,
-        steps: int,
-        sampler: Sampler,
-        guidance: float,
-    ) -> Float[Tensor, "N C H W"]:
+    def run(self, pipe: Any, point: Point, count: int, start: int) -> Float[Tensor, "N C H W"]:
         """Pictures in [-1, 1], on the CPU.
 
         Args:
             pipe: From `pipe`, with or without something on its transformer.
+            point: How they are sampled.
             count: How many.
             start: The first one's prompt.
-            seed: Of the noise.
-            steps: Sampler steps.
-            sampler: How these are made.
-            guidance: Scale; 1 is none.
         """
 
 
@@ -83,28 +70,18 @@ class TaskSource(Source):
         assert self.task is not None
         return self.task.pipeline(twin(self._model, own_weights=own_weights))
 
-    def run(
-        self,
-        pipe: Any,
-        count: int,
-        *,
-        start: int,
-        seed: int,
-        steps: int,
-        sampler: Sampler,
-        guidance: float,
-    ) -> Float[Tensor, "N C H W"]:
+    def run(self, pipe: Any, point: Point, count: int, start: int) -> Float[Tensor, "N C H W"]:
         """As `sample_through`."""
         assert self.task is not None
         return sample_through(
             self.task,
             pipe,
             count,
-            seed=noise_seed(seed) + start,
+            seed=noise_seed(point.seed) + start,
             start=start,
-            num_steps=steps,
-            sampler=sampler,
-            guidance=guidance,
+            num_steps=point.steps,
+            sampler=point.arm.sampler,
+            guidance=point.guidance,
         )
 
 
@@ -138,27 +115,17 @@ class PipelineSource(Source):
         made.set_progress_bar_config(disable=True)
         return made
 
-    def run(
-        self,
-        pipe: Any,
-        count: int,
-        *,
-        start: int,
-        seed: int,
-        steps: int,
-        sampler: Sampler,
-        guidance: float,
-    ) -> Float[Tensor, "N C H W"]:
+    def run(self, pipe: Any, point: Point, count: int, start: int) -> Float[Tensor, "N C H W"]:
         """Decoded pictures."""
-        places = range(start, start + count)
-        seeds = [1000 * noise_seed(seed) + place for place in places]
-        pipe.scheduler = self._solver(sampler)
-        steps_by = {"num_inference_steps": steps}
-        if sampler == "euler":
+        places, steps = range(start, start + count), point.steps
+        seeds = [1000 * noise_seed(point.seed) + place for place in places]
+        pipe.scheduler = self._solver(point.arm.sampler)
+        steps_by: dict[str, Any] = {"num_inference_steps": steps}
+        if point.arm.sampler == "euler":
             steps_by = {"sigmas": [1.0 - step / steps for step in range(steps)]}
         images: Tensor = pipe(
             prompt=[self.prompts[place] for place in places],
-            guidance_scale=guidance,
+            guidance_scale=point.guidance,
             generator=[torch.Generator().manual_seed(number) for number in seeds],
             output_type="pt",
             **self._size,
