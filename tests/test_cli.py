@@ -609,6 +609,7 @@ CAPTIONS: dict[str, Any] = {"true": {}, "empty": {}, "swapped": {}, "chance": {}
         ("plot comparison", {"rows": []}, "there is nothing to draw"),
         ("plot tradeoff", {"rows": [], "config": {"arms": {}}}, "there is nothing to draw"),
         ("plot scaling", {"sizes": []}, "there is nothing to draw"),
+        ("plot frontier", {"fronts": [], "modes": {}}, "there is nothing to draw"),
         ("table captions", {"shares": CAPTIONS}, "it gives an empty table"),
         ("table quickstart", {**QUICKSTART, "rows": [{**ROW, "frechet_by_seed": []}]}, "is empty"),
     ],

@@ -78,8 +78,9 @@ def _frontier(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     from shiva_dit.config import load_recipe
     from shiva_dit.experiments.frontier.config import Frontier
-    from shiva_dit.experiments.frontier.draw import draw_front, draw_sheet
     from shiva_dit.experiments.frontier.run import run_frontier
+    from shiva_dit.experiments.frontier.sheet import draw_sheet
+    from shiva_dit.experiments.plots import draw_front
     from shiva_dit.report.frontier import budget_rows
     from shiva_dit.report.layout import plain_rows
 

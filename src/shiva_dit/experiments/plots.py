@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from shiva_dit.provenance import read_as, read_json, write_atomically
 
+Cost = Callable[[Mapping[str, Any]], float | None]
+"""What a row costs, where that is known."""
 GROUP_COLOURS = {"all": "0.25", "selected": "tab:blue", "rejected": "tab:orange"}
 
 
@@ -229,12 +232,71 @@ def draw_scaling(record: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_front(record: dict[str, Any], path: Path) -> None:
+    """PSNR over cost: a column for each guidance, FLOPs above and, where it was taken, time below.
+
+    The front is drawn through all arms; what is on it has a ring.
+    """
+    fronts, modes = record["fronts"], list(record["modes"])
+    _some(fronts)
+    costs: dict[str, Cost] = {
+        "FLOPs, in forwards of the unpruned model": lambda row: row.get("forwards")
+    }
+    for mode in modes:
+        costs[f"time, {mode}, share of the unpruned model's"] = _time(mode)
+    figure, axes = plt.subplots(
+        len(costs),
+        len(fronts),
+        figsize=(7.2 * len(fronts), 5.2 * len(costs)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, (label, cost) in zip(axes, costs.items(), strict=True):
+        for axis, front in zip(line, fronts, strict=True):
+            _draw(axis, front["rows"], cost)
+            axis.set_xlabel(label)
+            axis.set_ylabel("PSNR to the unpruned model, dB")
+            scale = front["guidance"]
+            axis.set_title("no guidance" if scale == 1 else f"guidance {scale:g}")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    save_figure(figure, path)
+
+
+def _time(mode: str) -> Cost:
+    return lambda row: row.get("times", {}).get(mode, {}).get("share")
+
+
+def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], cost: Cost) -> None:
+    found = [(c, row) for row in rows if "psnr" in row and (c := cost(row)) is not None]
+    colours = plt.get_cmap("tab20")
+    for place, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+        mine = sorted((c, row["psnr"]) for c, row in found if row["series"] == series)
+        costs, values = [c for c, _ in mine], [value for _, value in mine]
+        colour = colours(place % 20)
+        axis.plot(costs, values, "o-", color=colour, label=series, ms=4, lw=1.2, alpha=0.9)
+    best, front = -float("inf"), []
+    for c, row in sorted(found, key=lambda pair: (pair[0], -pair[1]["psnr"])):
+        if row["psnr"] > best:
+            best = row["psnr"]
+            front.append((c, best))
+    axis.step(
+        [c for c, _ in front], [v for _, v in front], where="post", color="0.6", lw=3, zorder=0
+    )
+    axis.plot([c for c, _ in front], [v for _, v in front], "o", mfc="none", mec="black", ms=9)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "comparison": draw_comparison,
     "flips": draw_flips,
     "scaling": draw_scaling,
     "schedules": draw_schedules,
     "synthetic": draw_synthetic,
+    "frontier": draw_front,
     "tradeoff": draw_tradeoff,
 }
 _MARKER = re.compile(
