@@ -138,13 +138,16 @@ def test_wrong_settings_are_named(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("which", "ratio"), [(["--random", "0.5"], 0.5), ([], 0.4)], ids=["random", "shipped"]
+)
 def test_the_command_writes_record_plot_and_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    which: list[str], ratio: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["images=1", "tokens=8", "--random", "0.5", "--out", str(tmp_path)]
+    few = ["images=1", "tokens=8", *which, "--out", str(tmp_path)]
     assert main(["inspect", "flips", *few]) == 0
     record = json.loads((tmp_path / "flips.json").read_text())
-    assert record["keep_ratio"] == 0.5
+    assert record["keep_ratio"] == pytest.approx(ratio, abs=0.01)
     assert (tmp_path / "flips.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "teacher, KV" in capsys.readouterr().out
     assert main(["inspect", "flips", "--task", "scenes64", "--out", str(tmp_path)]) == 2

@@ -184,7 +184,8 @@ class BlockHook(Uncopied, ModelHook):
         gates, scores = state.gates, state.scores
         assert gates is not None
         assert scores is not None
-        if state.terms is not None and not scores.requires_grad:
+        has_order = gates.order is not None  # a choice that is given learns nothing
+        if state.terms is not None and has_order and not scores.requires_grad:
             # Both halves have one order, so that sharing goes by rows there as well.
             score = partial(self._scored, share=state.share)
             state.scores = scores = gates.scored(score, state.terms, scores, x, before)
