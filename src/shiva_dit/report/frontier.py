@@ -43,7 +43,7 @@ def budget_rows(record: dict[str, Any], guidance: float) -> list[list[str]]:
         best = _best(found, budget)
         if best is None:
             continue
-        other = _best([row for row in found if row["series"] != best["series"]], budget)
+        other = _best([row for row in found if row["kind"] != best["kind"]], budget)
         cells = [f"{budget:g}", _said(best), f"{best['psnr']:.1f}"]
         cells += ["-", "-"] if other is None else [_said(other), f"{other['psnr']:.1f}"]
         rows.append(cells)

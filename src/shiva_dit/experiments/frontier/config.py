@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from shiva_dit.config import check_seeds, check_types, from_dict
+from shiva_dit.config import check_seeds, check_types, from_dict, to_dict
 from shiva_dit.experiments.scoring import Sampler
 from shiva_dit.methods.registry import METHODS
 
@@ -23,6 +23,9 @@ class Arm:
     """As tables show it."""
     series: str = ""
     """Its line in the plot; by default its name."""
+    kind: str = ""
+    """What it counts as where the best of another kind stands beside the best; by default its
+    line."""
     steps: tuple[int, ...] = (4, 8, 12)
     """Sampler steps; each is a point."""
     sampler: Sampler = "unipc"
@@ -68,6 +71,11 @@ class Arm:
     def line(self) -> str:
         """Its line in the plot."""
         return self.series or self.name
+
+    def runs_by(self) -> dict[str, Any]:
+        """All that decides its pictures and times."""
+        shown = ("name", "series", "kind", "steps")
+        return {name: value for name, value in to_dict(self).items() if name not in shown}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,9 +115,7 @@ def _identity(frontier: Frontier, source: Source, point: Point) -> dict[str, Any
     same = ("task", "pipeline", "prompts", "size", "base", "device", "count", "batch")
     return {
         **{name: said[name] for name in same},
-        "arm": {
-            k: v for k, v in to_dict(point.arm).items() if k not in ("name", "series", "steps")
-        },
+        "arm": point.arm.runs_by(),
         "steps": point.steps,
         "guidance": point.guidance,
         "seed": point.seed,
@@ -182,6 +180,7 @@ def _row(
         "arm": first.key,
         "name": first.arm.name,
         "series": first.arm.line,
+        "kind": first.arm.kind or first.arm.line,
         "steps": first.steps,
     }
     failed = next((r for p in found if (r := _number(out, p, "failed")) is not None), None)

@@ -35,9 +35,12 @@ def time_points(frontier: Frontier, source: Source, out: Path) -> dict[str, Any]
     """
     path = out / "times.json"
     said = to_dict(frontier)
-    settings = {name: said[name] for name in ("timing", "guidance", "arms", "device", "reference")}
+    settings = {name: said[name] for name in ("timing", "guidance", "device", "reference")}
     first = [point for point in points(frontier) if point.seed == frontier.seeds[0]]
-    settings["files"] = {point.key: adapter_files(point, source) for point in first}
+    settings["points"] = {
+        point.name: {**point.arm.runs_by(), "files": adapter_files(point, source)}
+        for point in first
+    }
     if path.is_file():
         found = read_json(path)
         if found["settings"] == settings:
