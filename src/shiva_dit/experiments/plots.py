@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from shiva_dit.provenance import read_as, read_json, write_atomically
@@ -285,6 +286,7 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], cost: Cost) -> None:
     )
     axis.plot([c for c, _ in front], [v for _, v in front], "o", mfc="none", mec="black", ms=9)
     axis.set_xscale("log")
+    axis.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3)

@@ -58,11 +58,15 @@ def frontier_table(record: dict[str, Any]) -> str:
         parts.append("**No guidance**" if scale == 1 else f"**Guidance {scale:g}**")
         parts.append(markdown_rows(budget_rows(record, scale)))
         parts.append(markdown_rows(frontier_rows(record, scale)))
+    floor = ""
+    if "floor" in record:
+        floor = f" Floor of the distance to real: {record['floor']['frechet']:.2f}."
     parts.append(
         f"{record['about']} {config['count']} pictures per point and seed, "
         f"{len(config['seeds'])} seeds; the truth is the unpruned model by UniPC in "
         f"{config['reference_steps']} steps. In brackets 95% of sets of pictures drawn anew; bold: "
         "on the front by FLOPs. A forward is the unpruned model's, of both halves where guided."
+        f"{floor}"
     )
     return "\n\n".join(parts)
 
