@@ -152,3 +152,4 @@ def test_choosing_for_the_digits_on_the_command_line(
     out = capsys.readouterr().out
     assert "Within 0.9 of the unpruned model's time:" in out
     assert "image = pipe(prompt, num_inference_steps=" in out
+    assert '"shipped"' not in out

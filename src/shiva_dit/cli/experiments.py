@@ -99,10 +99,15 @@ def _frontier(options: argparse.Namespace) -> int:
 def _choose(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     from shiva_dit.config import from_dict
+    from shiva_dit.demo.base import shipped_adapter
+    from shiva_dit.demo.tasks import load_task
     from shiva_dit.experiments.frontier.choose import Wish, choose, frontier_of, said
+    from shiva_dit.experiments.frontier.config import SHIPPED
     from shiva_dit.experiments.frontier.source import source_of
 
     names = ("adapter", "budget", "steps", "guidance", "sampler")
+    if options.adapter == SHIPPED and options.task is not None:
+        options.adapter = str(shipped_adapter(load_task(options.task)))
     wish = from_dict(Wish, {n: getattr(options, n) for n in names} | {"keep_ratios": options.keep})
     frontier = frontier_of(
         wish,
