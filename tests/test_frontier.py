@@ -20,7 +20,7 @@ from shiva_dit.experiments.contest import flops_per_image
 from shiva_dit.experiments.frontier.caches import CACHES, cached, fresh
 from shiva_dit.experiments.frontier.config import REFERENCE, Arm, Frontier, Point, points
 from shiva_dit.experiments.frontier.executed import counted
-from shiva_dit.experiments.frontier.put import arm_on
+from shiva_dit.experiments.frontier.put import arm_on, refusals
 from shiva_dit.experiments.frontier.quality import (
     LARGEST_PSNR,
     decibels,
@@ -150,6 +150,46 @@ def test_a_changed_adapter_is_run_anew(tmp_path: Path) -> None:
     assert first != second
 
 
+def test_what_was_refused_is_tried_again(tmp_path: Path, monkeypatch: Any) -> None:
+    """A library that was missing may have been installed since."""
+    arms = {"unpruned": ARMS["unpruned"], "cached": ARMS["cached"]}
+    frontier = made(arms=arms, seeds=[0], guidance=[1.0], timing={"batch": 1, "repeats": 1})
+
+    def missing(*_: Any) -> None:
+        raise ImportError("no such library")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(CACHES, "taylor_seer", missing)
+        first = rows(run_frontier(frontier, tmp_path))["cached", 3]
+    assert first["failed"] == "ImportError: no such library"
+    second = rows(run_frontier(frontier, tmp_path))["cached", 3]
+    assert second["psnr"] > 0
+    assert second["times"]["eager"]["share"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arm", "error", "is_result"),
+    [
+        ("ours", ValueError, False),
+        ("ours", FloatingPointError, True),
+        ("merging", ValueError, True),
+        ("merging", TypeError, False),
+        ("cached", TypeError, True),
+    ],
+)
+def test_faults_of_ours_are_no_results(arm: str, error: type[Exception], is_result: bool) -> None:
+    made_arm = from_dict(Arm, ARMS[arm])
+    assert issubclass(error, refusals(made_arm)) == is_result
+    assert issubclass(error, refusals(made_arm, compiled=True))
+
+
+def test_a_missing_adapter_is_said_before_anything_runs(tmp_path: Path) -> None:
+    arms = {"unpruned": ARMS["unpruned"], "mine": {"name": "mine", "adapter": "no/such-{seed}"}}
+    with pytest.raises(ValueError, match=r"arms\.mine: there is no folder no/such-0"):
+        run_frontier(made(arms=arms), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_plot_sheet_and_tables_are_made_of_the_record(run: Any, tmp_path: Path) -> None:
     frontier, record, out = run
     draw_front(record, tmp_path / "front.png")
@@ -267,6 +307,9 @@ def test_a_pipeline_of_ones_own_is_held_against_itself(pipeline: Path, tmp_path:
     assert "frechet" not in found["unpruned", 2]
     assert "floor" not in record
     draw_sheet(frontier, record, tmp_path / "out", tmp_path / "sheet.png")
+    prompts.write_text("a star\na square\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="other settings"):
+        run_frontier(frontier, tmp_path / "out")
     with pytest.raises(ValueError, match="has 2 prompts"):
         read_prompts(prompts, 3)
 

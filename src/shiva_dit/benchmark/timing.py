@@ -43,6 +43,11 @@ class Samples:
             return None
         return _paired(self.cpu_ms, other.cpu_ms)
 
+    def share_of(self, other: Samples) -> float:
+        """These as a share of others of the same rounds: CPU times where there are any."""
+        cpu = self.cpu_over(other)
+        return self.over(other) if cpu is None else cpu
+
 
 def _paired(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

@@ -120,7 +120,7 @@ class Student:
         return None if reducer is None else reducer.to(self.device)
 
     def loss(
-        self, part: Part, batch: Batch, progress: float, empty: Mapping[str, Tensor] | None = None
+        self, part: Part, batch: Batch, progress: float, empty: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss of one micro-batch, and the squared errors of its predictions to the teacher's.
 
@@ -130,7 +130,7 @@ class Student:
             part: Times and counts.
             batch: Clean samples, on the model's device: b, or fewer that have several times each.
             progress: Share of the training done, for the temperatures.
-            empty: Conditioning of "no caption", where guided samples run in two passes.
+            empty: Conditioning of "no caption": guided samples may run with it, too.
 
         Returns:
             The loss, and by name "distill" and, where samples are guided, "guided".
@@ -142,7 +142,6 @@ class Student:
         if self.config.guidance is not None:
             scales = self._scales(self.config.guidance, len(t)).to(self.device)
         if self.runs_both_ways:
-            assert empty is not None
             batch, noise, t = both_ways(batch, empty), torch.cat([noise] * 2), t.repeat(2)
         arguments = self.arguments(self.path.noisy(batch.latents, noise, t), t, batch)
         if scales is not None and not self.runs_both_ways:

@@ -16,7 +16,7 @@ from shiva_dit.benchmark.timing import interleaved
 from shiva_dit.config import check_types
 from shiva_dit.experiments.frontier.caches import mag_ratios
 from shiva_dit.experiments.frontier.config import Arm, CacheKind, Frontier, Point
-from shiva_dit.experiments.frontier.put import arm_on
+from shiva_dit.experiments.frontier.put import arm_on, reason, refusals
 from shiva_dit.experiments.frontier.quality import LARGEST_PSNR, decibels, on_front, squared_errors
 from shiva_dit.experiments.frontier.source import Source
 from shiva_dit.experiments.scoring import Sampler
@@ -162,16 +162,13 @@ def _time(source: Source, found: Sequence[Candidate], batch: int, repeats: int) 
     calls: dict[str, Callable[[], object]] = {}
     pipe: Any = None
     with ExitStack() as stack:
-        for place, candidate in enumerate(tqdm(found, desc="putting on", unit="setting")):
+        for candidate in tqdm(found, desc="putting on", unit="setting"):
             try:
                 pipe, run = stack.enter_context(arm_on(candidate.point, source))
                 call = partial(run, batch, 0)
                 call()
-            except Exception as error:  # of whatever library it is made of
-                if place == 0:
-                    raise
-                said = str(error).strip().splitlines() or [type(error).__name__]
-                candidate.failed = said[0][:200]
+            except refusals(candidate.point.arm) as error:
+                candidate.failed = reason(error)
                 continue
             candidate.mag_ratios = mag_ratios(pipe.transformer)
             calls[candidate.name] = call
@@ -180,9 +177,7 @@ def _time(source: Source, found: Sequence[Candidate], batch: int, repeats: int) 
     whole = samples[found[0].name]
     for candidate in found:
         if candidate.failed is None:
-            mine = samples[candidate.name]
-            cpu = mine.cpu_over(whole)
-            candidate.share = mine.over(whole) if cpu is None else cpu
+            candidate.share = samples[candidate.name].share_of(whole)
 
 
 def _halve(

@@ -28,14 +28,38 @@ Run = Callable[[int, int], Any]
 """Makes so many pictures, from the prompt of that number on."""
 
 
+def refusals(arm: Arm, *, compiled: bool = False) -> tuple[type[Exception], ...]:
+    """Errors of an arm that are a result, not a fault of ours.
+
+    Caches and the compiler are others' code, and raise whatever they like; our methods say what
+    they can't do by a ValueError.
+    """
+    if arm.cache is not None or compiled:
+        return (Exception,)
+    return (FloatingPointError,) if arm.method is None else (FloatingPointError, ValueError)
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0]}"[:200]
+
+
 def adapter_folder(point: Point, source: Source) -> Path | None:
-    """Where a point's adapter or control is."""
+    """Where a point's adapter or control is.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
     if point.arm.adapter is None:
         return None
     if point.arm.adapter == SHIPPED:
         assert source.task is not None
         return shipped_adapter(source.task)
-    return Path(point.arm.adapter.format(seed=point.seed))
+    folder = Path(point.arm.adapter.format(seed=point.seed))
+    if not folder.is_dir():
+        raise ValueError(f"arms.{point.key}: there is no folder {folder} of an adapter or control.")
+    return folder
 
 
 def adapter_files(point: Point, source: Source) -> dict[str, str]:

@@ -16,7 +16,13 @@ from tqdm import tqdm
 from shiva_dit.config import to_dict
 from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point, points
 from shiva_dit.experiments.frontier.executed import counted
-from shiva_dit.experiments.frontier.put import adapter_files, arm_on
+from shiva_dit.experiments.frontier.put import (
+    adapter_files,
+    adapter_folder,
+    arm_on,
+    reason,
+    refusals,
+)
 from shiva_dit.experiments.frontier.quality import judged, on_front, to_truth
 from shiva_dit.experiments.frontier.source import Source, source_of
 from shiva_dit.experiments.frontier.times import time_points
@@ -56,6 +62,8 @@ def run_frontier(frontier: Frontier, out: Path) -> dict[str, Any]:
     """
     source = source_of(frontier)
     todo = points(frontier)
+    for point in todo:
+        adapter_folder(point, source)  # what is missing is said before anything runs
     with owned(out), torch.no_grad():
         (out / POINTS).mkdir(exist_ok=True)
         start = time.perf_counter()
@@ -63,7 +71,8 @@ def run_frontier(frontier: Frontier, out: Path) -> dict[str, Any]:
         for point in bar:
             bar.set_postfix_str(point.name)
             _point(frontier, source, point, out)
-        times = time_points(frontier, source, out)
+        ran = [point for point in todo if _number(out, point, "failed") is None]
+        times = time_points(frontier, source, ran, out)
         record = _record(frontier, source, times, out)
         record["wall_s"] = time.perf_counter() - start
         write_json(out / "record.json", record)
@@ -75,26 +84,18 @@ def _point(frontier: Frontier, source: Source, point: Point, out: Path) -> None:
     path = out / POINTS / f"{point.name}.json"
     run = _identity(frontier, source, point)
     if path.is_file() and _is_same(path, run):
-        return
+        return  # one that was refused is tried again: what it lacked may be there now
     plain: dict[str, Any] = {"run": run, "provenance": provenance()}
     try:
         images, flops = _pictures(frontier, source, point)
-    except Exception as error:
-        if point.arm.cache is None and point.arm.method is None:
-            raise
-        plain["failed"] = _reason(error)
+    except refusals(point.arm) as error:
+        plain["failed"] = reason(error)
     else:
         file = path.with_suffix(".safetensors")
         shown = images.clamp(-1, 1).half().contiguous()  # off by 2.4e-4 at most: 84 dB
         write_atomically(file, lambda path: save_file({"images": shown}, path))
         plain["flops"] = flops
     write_json(path, plain)
-
-
-def _reason(error: Exception) -> str:
-    """An error in a line."""
-    said = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {said[0]}"[:200]
 
 
 def _pictures(frontier: Frontier, source: Source, point: Point) -> tuple[Tensor, float]:
@@ -120,19 +121,21 @@ def _identity(frontier: Frontier, source: Source, point: Point) -> dict[str, Any
         "guidance": point.guidance,
         "seed": point.seed,
         "files": adapter_files(point, source),
+        "source": source.identity,
     }
 
 
 def _is_same(path: Path, run: Mapping[str, Any]) -> bool:
-    """Whether a point was made with these settings; one of another adapter is made anew."""
+    """Whether a point was made with these settings and this adapter, and has pictures."""
     with read_as("point of a frontier", path):
-        found = read_json(path)["run"]
+        plain = read_json(path)
+        found = plain["run"]
     if {**found, "files": None} != {**run, "files": None}:
         raise ValueError(
             f"{path} was made with other settings: remove it to run that point again, or use "
             "another folder (--out)."
         )
-    return found["files"] == run["files"]
+    return found["files"] == run["files"] and "failed" not in plain
 
 
 def _record(

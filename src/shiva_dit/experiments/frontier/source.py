@@ -19,7 +19,7 @@ from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import noise_seed
 from shiva_dit.experiments.frontier.config import Frontier, Point
 from shiva_dit.experiments.scoring import FLOW_SOLVERS, Sampler, sample_through
-from shiva_dit.provenance import read_text
+from shiva_dit.provenance import data_digest, module_digest, read_text
 
 
 class Source(ABC):
@@ -28,6 +28,8 @@ class Source(ABC):
     task: DemoTask | None = None
     judge: Judge | None = None
     """Of a demo task's pictures; others are held against the unpruned model's alone."""
+    identity: str
+    """Digest of the model's weights and of the prompts."""
 
     @abstractmethod
     def pipe(self, *, own_weights: bool) -> Any:
@@ -62,8 +64,8 @@ class TaskSource(Source):
         base = frontier.base or ASSETS
         self.judge = load_judge(self.task, base)
         model: Any = load_backbone(self.task, base)
+        self.identity = data_digest([module_digest(model), self.task.prompts(0, frontier.count)[0]])
         self._model = model.to(usable_device(frontier.device))
-        self.task.prompts(0, frontier.count)  # raises where there are fewer
 
     def pipe(self, *, own_weights: bool) -> Any:
         """The pipeline around a model of its own."""
@@ -102,6 +104,7 @@ class PipelineSource(Source):
         self._pipe: Any = DiffusionPipeline.from_pretrained(frontier.pipeline)
         self._pipe.to(usable_device(frontier.device))
         self._pipe.set_progress_bar_config(disable=True)
+        self.identity = data_digest([module_digest(self._pipe.transformer), self.prompts])
         self._scheduler = self._pipe.scheduler
         self._size = {}
         if frontier.size is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,15 @@ import torch
 
 from shiva_dit.benchmark.timing import interleaved, keep_memory
 from shiva_dit.config import to_dict
-from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point, points
-from shiva_dit.experiments.frontier.put import adapter_files, arm_on
+from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point
+from shiva_dit.experiments.frontier.put import adapter_files, arm_on, reason, refusals
 from shiva_dit.experiments.frontier.source import Source
 from shiva_dit.provenance import provenance, read_json, write_json
 
 
-def time_points(frontier: Frontier, source: Source, out: Path) -> dict[str, Any]:
+def time_points(
+    frontier: Frontier, source: Source, ran: Sequence[Point], out: Path
+) -> dict[str, Any]:
     """Seconds per picture of every point, and as share of the reference arm's at its most steps.
 
     All points of a guidance take turns in one process, each on a model of its own; those that
@@ -27,6 +29,7 @@ def time_points(frontier: Frontier, source: Source, out: Path) -> dict[str, Any]
     Args:
         frontier: What is timed.
         source: Whose pictures.
+        ran: Points that have pictures.
         out: Folder for `times.json`; what is there is kept where nothing has changed.
 
     Returns:
@@ -36,7 +39,7 @@ def time_points(frontier: Frontier, source: Source, out: Path) -> dict[str, Any]
     path = out / "times.json"
     said = to_dict(frontier)
     settings = {name: said[name] for name in ("timing", "guidance", "device", "reference")}
-    first = [point for point in points(frontier) if point.seed == frontier.seeds[0]]
+    first = [point for point in ran if point.seed == frontier.seeds[0]]
     settings["points"] = {
         point.name: {**point.arm.runs_by(), "files": adapter_files(point, source)}
         for point in first
@@ -72,9 +75,8 @@ def _in_turn(
                 call = partial(run, frontier.timing.batch, 0)
                 for _ in range(2 if mode == "compiled" else 1):
                     call()
-            except Exception as error:  # of whatever library the arm is made of
-                said = str(error).strip().splitlines() or [type(error).__name__]
-                made[name] = {"failed": said[0][:200]}
+            except refusals(point.arm, compiled=mode == "compiled") as error:
+                made[name] = {"failed": reason(error)}
             else:
                 calls[name] = call
         reference = f"{frontier.reference}-{_most(frontier)}-{timed[0].guidance:g}"
@@ -87,9 +89,8 @@ def _in_turn(
         )
     for name, found in samples.items():
         whole = samples[reference]
-        cpu = found.cpu_over(whole)
         made[name] = {
-            "share": found.over(whole) if cpu is None else cpu,
+            "share": found.share_of(whole),
             "seconds": found.median_ms / 1000.0 / frontier.timing.batch,
         }
     return made
