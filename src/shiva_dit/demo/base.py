@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
+from torch.nn.functional import interpolate as resized
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.budget import logit_normal, stratified
 from shiva_dit.demo.judge import Judge, JudgeTraining, shift, train_judge
 from shiva_dit.demo.task import DemoTask
+from shiva_dit.demo.tasks import TASKS, load_task
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import load_tensors, provenance, write_atomically, write_json
 from shiva_dit.signals import undisturbed
@@ -64,6 +66,9 @@ class BaseTraining:
     """"digits", "scenes" or "scenes64"."""
     seed: int = 0
     """Of initial weights, data order and noise."""
+    start: str | None = None
+    """The task whose shipped backbone it starts from, its places spread over this task's grid; None
+    starts from random weights."""
     steps: int = 2500
     """Optimizer steps."""
     batch_size: int = 16
@@ -87,6 +92,8 @@ class BaseTraining:
     def __post_init__(self) -> None:
         check_types(self)
         whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
+        if self.start is not None and self.start not in TASKS:
+            raise ValueError(f"start: there is no task {self.start!r}; known: {', '.join(TASKS)}.")
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -206,6 +213,8 @@ def _train_backbone(
 ) -> tuple[torch.nn.Module, float]:
     generator = torch.Generator().manual_seed(config.seed)
     model: Any = task.build_backbone()
+    if config.start is not None:
+        _start_from(model, load_backbone(load_task(config.start)))
     model.train().to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(
@@ -248,6 +257,27 @@ def _train_backbone(
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}")
     return average.module.eval(), running
+
+
+@torch.no_grad()
+def _start_from(model: Any, other: Any) -> None:
+    """Give a backbone another's weights, its places spread over this one's grid.
+
+    Raises:
+        ValueError: If they differ in more than their grids.
+    """
+    state = other.state_dict()
+    places = model.pos_embed.pos_embed  # (1, N, D)
+    side, old = (math.isqrt(p.shape[1]) for p in (places, other.pos_embed.pos_embed))
+    grid = other.pos_embed.pos_embed.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = resized(grid, size=(side, side), mode="bicubic", align_corners=False)
+    state["pos_embed.pos_embed"] = grid.flatten(2).transpose(1, 2)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"start: the backbones differ in more than their grids: {error}"
+        ) from error
 
 
 @torch.no_grad()
