@@ -833,3 +833,46 @@ def test_distillation_sees_direction_not_scale() -> None:
     assert distillation_loss([x], [-x]).item() == pytest.approx(4.0, rel=1e-3)
     with pytest.raises(ValueError, match="as many teacher as student layers"):
         distillation_loss([x], [])
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "frozen"])
+def test_training_starts_from_an_adapter(tmp_path: Path, backbone: Any) -> None:
+    first = train(recipe(tmp_path / "a", backbone=backbone), tiny.sd3(), TinyData(), resume=False)
+    config = recipe(tmp_path / "b", backbone=backbone, start=first, keep_ratio=0.6)
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    served, given = tiny.sd3(), shiva_dit.ShivaAdapter.from_pretrained(first)
+    shiva_dit.apply(served, first, keep_ratio=0.6)
+    student, inputs = trainer.student, tiny.inputs()
+    for name, value in student.adapter.state_dict().items():
+        assert torch.equal(value, given.state_dict()[name])
+    ours, theirs = attachment_of(student.model), attachment_of(served)
+    assert ours is not None
+    assert theirs is not None
+    ours.counts.use(theirs.schedule)
+    with torch.no_grad():
+        assert torch.allclose(tiny.run(student.model, inputs), tiny.run(served, inputs), atol=1e-5)
+        taught = tiny.run(student.teacher, inputs) if backbone == "full" else None
+    if taught is not None:  # by the model as it was given
+        assert torch.equal(taught, tiny.run(tiny.sd3(), inputs))
+    trainer.train_step()
+    trainer.save()
+    other = train(
+        recipe(tmp_path / "c", backbone=backbone, seed=1), tiny.sd3(), TinyData(), resume=False
+    )
+    changed = dataclasses.replace(config, start=other)
+    with pytest.raises(ValueError, match="other values of start"):
+        Trainer(changed, tiny.sd3(), TinyData()).resume()
+    shutil.copytree(other, first, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="another adapter to start from"):
+        Trainer(config, tiny.sd3(), TinyData()).resume()
+
+
+def test_an_adapter_of_another_shape_is_no_start(tmp_path: Path) -> None:
+    first = train(recipe(tmp_path / "a"), tiny.sd3(), TinyData(), resume=False)
+    for change in ({"backbone": "lora"}, {"router": RouterConfig(hidden=8)}):
+        with pytest.raises(ValueError, match="the recipe asks for"):
+            Trainer(recipe(tmp_path / "b", start=first, **change), tiny.sd3(), TinyData())
+    with pytest.raises(ValueError, match="has none"):
+        recipe(tmp_path / "b", start=first, method="random")
+    with pytest.raises(ValueError, match="neither a folder nor"):
+        Trainer(recipe(tmp_path / "b", start=tmp_path / "none"), tiny.sd3(), TinyData())

@@ -23,6 +23,7 @@ COMPARED = (
     ("data", "identity", "data"),
     ("backbone", "sha256", "model"),
     ("sampler", "time_law", "scheduler"),
+    ("start", "sha256", "adapter to start from"),
 )
 """What an origin is compared by, and the word for it."""
 
@@ -76,7 +77,8 @@ def check_origin(ours: dict[str, Any], state: dict[str, Any], path: Path) -> Non
             file=sys.stderr,
         )
     for kind, key, what in COMPARED:
-        found, wanted = ours[kind][key], then.get(kind, {}).get(key, ours[kind][key])
+        found = ours.get(kind, {}).get(key)
+        wanted = then.get(kind, {}).get(key, found)
         if found != wanted:
             raise ValueError(
                 f"{path} was made with another {what} than this run's ({wanted} then, {found} "

@@ -35,6 +35,9 @@ class TrainConfig:
     """Folder for checkpoints, log and adapter."""
     seed: int = 0
     """Of initial weights, data order and noise; in [0, 2^32)."""
+    start: Path | None = None
+    """Folder of an adapter whose router, ratios and tuned weights the training starts from; the
+    teacher stays the model as it is given. None starts untrained. Ours only."""
     method: MethodName = "shiva"
     """What runs on fewer tokens: ours, or one of `methods/registry.py`: "random", "norm", "centre"
     (a fixed map of the middle), "fixed_map" (a learned one), "dense" (no pruning), or one that runs
@@ -144,6 +147,10 @@ class TrainConfig:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}.")
 
     def _check_combination(self) -> None:
+        if self.start is not None and self.method != "shiva":
+            raise ValueError(
+                f'start is an adapter\'s folder, and method = "{self.method}" has none.'
+            )
         tuned = self.backbone != "frozen" or self.rejected != "identity"
         if tuned and not METHODS[self.method].tunes:
             raise ValueError(

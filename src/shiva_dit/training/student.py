@@ -38,6 +38,7 @@ from shiva_dit.training.paths import NoisePath
 from shiva_dit.training.plan import Part
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import ShapeConfig
+from shiva_dit.training.start import start_from
 
 
 class Student:
@@ -85,6 +86,10 @@ class Student:
         self.adapter = _adapter(config, model, law).to(self.device)
         if config.backbone in ("lora", "dora"):
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
+        self.started: str | None = None
+        """SHA-256 of the adapter that training starts from."""
+        if config.start is not None:
+            self.started = start_from(config.start, self.adapter, model)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.reducer = self._reducer(sample)

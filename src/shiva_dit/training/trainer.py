@@ -92,6 +92,8 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.student = Student(config, model, sample, self.generator, path, law)
+        if self.student.started is not None:
+            self.origin["start"] = {"sha256": self.student.started}
         try:
             self._prepare()
         except BaseException:
@@ -101,7 +103,8 @@ class Trainer:
     def _prepare(self) -> None:
         """What stands between a student and its first step."""
         config = self.config
-        fit_updates(self.student, self.data)
+        if self.student.started is None:
+            fit_updates(self.student, self.data)
         adapter = self.student.adapter
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
         self.planner = Planner(
