@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from shiva_dit.experiments.frontier.choose import (
     Wish,
     candidates,
     choose,
+    keep_ratios_of,
     said,
     snippet,
 )
 from shiva_dit.experiments.frontier.config import Arm, Point
 from shiva_dit.experiments.frontier.source import Source
+from tests import tiny
 
 COUNT = 32
 
@@ -119,6 +122,14 @@ def test_keep_ratios_are_tried_one_by_one() -> None:
     assert names["adapter at 0.6 + mag_cache 0.06"] == 0.6
     assert names["unpruned"] is None
     assert [c.point.steps for c in candidates(wish())][:6] == [20, 15, 10, 8, 6, 4]
+
+
+def test_ratios_of_an_adapter_for_a_range_are_tried_by_themselves(tmp_path: Path) -> None:
+    adapter = tiny.adapter(tiny.sd3())
+    for trained, ratios in ((None, ()), ([0.3, 0.8], (0.3, 0.467, 0.633))):
+        adapter.training_record = {"recipe": {"policy": {"target_range": trained}}}
+        adapter.save_pretrained(tmp_path)
+        assert keep_ratios_of(str(tmp_path)) == ratios
 
 
 def test_the_snippet_is_code_that_does_it() -> None:

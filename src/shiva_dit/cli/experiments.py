@@ -31,7 +31,7 @@ def add_commands(command: Command) -> None:
     add("--budget", type=float, required=True, help="share of the unpruned model's time")
     add("--steps", type=positive, default=28, help="of the unpruned model")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none")
-    add("--keep", type=float, nargs="+", default=[], help="keep ratios; the adapter's by default")
+    add("--keep", type=float, nargs="+", default=[], help="keep ratios; those it was trained for")
     add("--sampler", default="euler_diffusers", help="euler, unipc or dpmpp; the pipeline's own")
     add("--count", type=positive, default=32, help="prompts used")
     add("--batch", type=positive, default=1, help="pictures per call")
@@ -101,14 +101,21 @@ def _choose(options: argparse.Namespace) -> int:
     from shiva_dit.config import from_dict
     from shiva_dit.demo.base import shipped_adapter
     from shiva_dit.demo.tasks import load_task
-    from shiva_dit.experiments.frontier.choose import Wish, choose, frontier_of, said
+    from shiva_dit.experiments.frontier.choose import (
+        Wish,
+        choose,
+        frontier_of,
+        keep_ratios_of,
+        said,
+    )
     from shiva_dit.experiments.frontier.config import SHIPPED
     from shiva_dit.experiments.frontier.source import source_of
 
     names = ("adapter", "budget", "steps", "guidance", "sampler")
     if options.adapter == SHIPPED and options.task is not None:
         options.adapter = str(shipped_adapter(load_task(options.task)))
-    wish = from_dict(Wish, {n: getattr(options, n) for n in names} | {"keep_ratios": options.keep})
+    keep = options.keep or keep_ratios_of(options.adapter)
+    wish = from_dict(Wish, {n: getattr(options, n) for n in names} | {"keep_ratios": keep})
     frontier = frontier_of(
         wish,
         task=options.task,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.benchmark.timing import interleaved
 from shiva_dit.config import check_types
 from shiva_dit.experiments.frontier.caches import mag_ratios
@@ -95,6 +96,19 @@ class Choice:
     """Made for it, without those that times were taken of."""
     whole_grid: int
     """That trying all affordable ones on all prompts would have made."""
+
+
+def keep_ratios_of(adapter: str) -> tuple[float, ...]:
+    """Those to try of an adapter that was trained for a range: its lowest, and two within.
+
+    Args:
+        adapter: Folder or Hub id.
+
+    Returns:
+        None where it was trained for one alone: its own is tried.
+    """
+    low, high = ShivaAdapter.from_pretrained(adapter).trained_for
+    return () if low == high else tuple(round(low + (high - low) * i / 3, 3) for i in range(3))
 
 
 def candidates(wish: Wish) -> list[Candidate]:
