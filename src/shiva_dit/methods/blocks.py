@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shiva_dit.methods.base import Reducer, Site, Where
 
-Width = Float[Tensor, "b H"] | tuple[int, ...]
+Width = Float[Tensor, "*b H"] | tuple[int, ...]
 """Which of H equal parts are on: a mask by sample, which is multiplied; or, the same for all, those
 that run, the others being left out of the products."""
 

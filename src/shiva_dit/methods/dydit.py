@@ -109,7 +109,8 @@ class DyDiT(BlockReducer):
     def _token_logits(self, x: Float[Tensor, "B N D"], block: int) -> Float[Tensor, "B N"]:
         with without_autocast(x.device):
             inner = F.relu(F.linear(x.float(), self.token_in[block], self.token_in_bias[block]))
-            return inner @ self.token_out[block] + self.token_bias[block]
+            logits = F.linear(inner, self.token_out[block][None], self.token_bias[block][None])
+            return logits[..., 0]
 
     def _gate(self, logits: Tensor, lesson: Lesson) -> Tensor:
         """1 where the soft gate is above 1/2, whose gradient it has; with noise."""
