@@ -15,6 +15,7 @@ from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.selection import keep_count
 from shiva_dit.methods.base import Reducer, Selector
+from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.recipe import StageName, TrainConfig
 
@@ -88,7 +89,8 @@ class Planner:
 
     def step(self, stage: StageName, generator: torch.Generator) -> StepPlan:
         """The plan of one optimizer step in a stage."""
-        if self.config.method == "dense":
+        keeps_all = self.config.method == "dense" or isinstance(self.reducer, BlockReducer)
+        if keeps_all and (self.reducer is None or self.reducer.num_bins is None):
             counts = (self.num_tokens,) * self.policy.num_blocks
             return self._mixed_times([counts] * self.config.micro_batches, generator, 1.0)
         if self.reducer is not None and self.reducer.num_bins is not None:
