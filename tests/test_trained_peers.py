@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shiva_dit import guided
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM
 from shiva_dit.experiments.frontier.executed import counted
@@ -96,7 +97,8 @@ def test_training_leaves_no_trace_and_goes_on_to_the_bit(tmp_path: Path, method:
 
 @pytest.mark.parametrize("method", PEERS)
 def test_every_parameter_of_its_own_gets_a_gradient(tmp_path: Path, method: str) -> None:
-    trainer = trainer_of(method, tmp_path, steps=20)
+    # With a seed by which no unit of DyDiT's two in a block is off for all tokens (ReLU).
+    trainer = trainer_of(method, tmp_path, steps=20, seed=1)
     seen: dict[str, Tensor] = {}
     # Regions come one to a part; ratios leave their first value, where routers have no say, soon.
     for _ in range(8):
@@ -125,6 +127,21 @@ def test_its_own_objective_or_the_recipes(tmp_path: Path, method: str) -> None:
         own.student.reducer.objective
     )
     assert own.student.needs_teacher == bool(found.output or found.distillation)
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_beside_a_lora_both_ways_and_in_16_bits(tmp_path: Path, method: str) -> None:
+    changes = {"backbone": "lora", "lora_rank": 4, "guidance": (1.0, 4.0), "precision": "bfloat16"}
+    trainer = trainer_of(method, tmp_path, steps=2, **changes)
+    trained = trainer.run(show_progress=False)
+    trainer.close()
+    assert torch.equal(tiny.run(trainer.student.model.eval(), tiny.inputs()), bare())
+    model = tiny.sd3()
+    put_trained_on(trained, trained.schedule, model, seed=0)
+    with guided(model, "both"):
+        found = tiny.run(model, tiny.inputs())
+    assert torch.isfinite(found).all()
+    assert not torch.equal(found, bare())
 
 
 # --- DiffCR -----------------------------------------------------------------------------------
@@ -349,6 +366,24 @@ def test_samples_with_other_times_have_other_widths() -> None:
         alone = tiny.run(model, {name: value[b : b + 1] for name, value in arguments.items()})
         # One masked, the other sliced, as above.
         torch.testing.assert_close(both[b : b + 1], alone, rtol=0.0, atol=2e-6)
+
+
+def test_layers_that_are_not_plain_are_masked() -> None:
+    """What lies on a layer runs as ever, and nothing is saved there."""
+    model = tiny.sd3()
+    attach_reducer(model, dydit(spread=1e6))
+    with counted(model) as fewer:
+        sliced = tiny.run(model, tiny.inputs())
+    seen: list[int] = []
+    for block in model.transformer_blocks:
+        for layer in (block.attn.to_v, block.ff.net[2]):
+            layer.register_forward_hook(lambda m, a, out: seen.append(a[0].shape[-1]))
+    with counted(model) as more:
+        masked = tiny.run(model, tiny.inputs())
+    assert sorted(set(seen)) == [32, 128]
+    # Products of fewer terms, in other orders, of values of size 1.
+    torch.testing.assert_close(masked, sliced, rtol=0.0, atol=2e-6)
+    assert more[0] > fewer[0]
 
 
 def test_flops_of_dydit_are_those_that_its_gates_say() -> None:
