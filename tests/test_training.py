@@ -17,6 +17,7 @@ from shiva_dit.core.estimators import RejectedUpdate
 from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.registry import METHODS
+from shiva_dit.methods.settings import SparseDiTConfig
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.features import record_blocks
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
@@ -42,6 +43,13 @@ from shiva_dit.training.settings import LossConfig, OptimizerConfig, PolicyConfi
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
 
+OWN = {
+    "fixed_map": ("router",),
+    "diffcr": ("router", "policy"),
+    "dydit": ("router",),
+    "sparsedit": ("updates",),
+}
+"""What training updates of a control's own."""
 TUNABLE = [name for name, method in METHODS.items() if method.tunes and name != "shiva"]
 
 
@@ -92,6 +100,7 @@ def recipe(out: Path, **changes: Any) -> TrainConfig:
         micro_batches=2,
         checkpoint_every=100,
         policy=PolicyConfig(num_bins=8),
+        sparsedit=SparseDiTConfig(groups=(1, 0, 1, 1)),  # four blocks
         optimizer=OptimizerConfig(router=1e-2, policy=1e-2, backbone=1e-3, warmup_steps=1),
     )
     return dataclasses.replace(base, **changes)
@@ -616,14 +625,13 @@ def test_tuning_all_of_a_model_in_16_bits_is_refused(tmp_path: Path, dtype: torc
     assert tiny.footprint(model) == before
 
 
-@pytest.mark.parametrize("method", [name for name in TUNABLE if name != "dense"])
+@pytest.mark.parametrize("method", [n for n in TUNABLE if n != "dense" and METHODS[n].rejects])
 def test_controls_learn_what_rejected_tokens_get_too(tmp_path: Path, method: Any) -> None:
     config = recipe(tmp_path, method=method, rejected="low_rank", backbone="frozen")
     trainer = Trainer(config, tiny.sd3(), TinyData())
     before = values(trainer)
     trained = trainer.run(show_progress=False)
-    expected = {"updates", "router"} if method == "fixed_map" else {"updates"}
-    assert changed(before, trainer) == expected
+    assert changed(before, trainer) == {"updates", *OWN.get(method, ())}
     assert trained.updates is not None
     assert trained.updates.group(1).up.weight.abs().max() > 0
 
@@ -633,8 +641,7 @@ def test_controls_train_their_backbone_for_all_steps(tmp_path: Path, method: Any
     trainer = Trainer(recipe(tmp_path, method=method), tiny.sd3(), TinyData())
     before = values(trainer)
     trained = trainer.run(show_progress=False)
-    expected = {"backbone", "router"} if method == "fixed_map" else {"backbone"}
-    assert changed(before, trainer) == expected
+    assert changed(before, trainer) == {"backbone", *OWN.get(method, ())}
     assert trainer.step == 6
     assert trained.adapter is None
     assert (trained.reducer is None) == (method == "dense")

@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
-from shiva_dit.experiments.contestants import Contestant, Diverged, Job, Outcome, Settings
+from shiva_dit.experiments.contestants import (
+    MIN_COUNT,
+    Contestant,
+    Diverged,
+    Job,
+    Outcome,
+    Settings,
+)
+from shiva_dit.experiments.frontier.executed import counted
 from shiva_dit.experiments.held_out import HeldOut, held_out
 from shiva_dit.experiments.kept import keep, put_trained_on
 from shiva_dit.experiments.maps import kept_maps
@@ -25,6 +33,7 @@ from shiva_dit.experiments.scoring import (
     sampler_times,
     score,
 )
+from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
@@ -189,10 +198,17 @@ def flops_per_image(
     num_steps: int,
     sampler: Sampler = "euler",
 ) -> float:
-    """True FLOPs of one image without guidance: every sampler step with its own tokens."""
+    """True FLOPs of one image without guidance: every sampler step with its own tokens.
+
+    Where they differ from picture to picture, it is the mean of the first few.
+    """
     size = task.num_tokens, task.captions.max_words
     if attachment is None:
         return float(num_steps * model_flops(backbone, *size).dense())
+    if isinstance(attachment, Reduction) and isinstance(attachment.reducer, BlockReducer):
+        with counted(backbone) as executed:
+            sample(task, backbone, MIN_COUNT, seed=0, num_steps=num_steps, sampler=sampler)
+        return sum(executed) / MIN_COUNT
     if isinstance(attachment, Reduction):
         grid = grid_of(backbone, task.held_out_images)
         return float(attachment.run_flops(*grid, task.captions.max_words, num_steps))

@@ -15,17 +15,15 @@ from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Reducer, Selector
-from shiva_dit.methods.registry import METHODS, Making
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.attachment import Attachment
-from shiva_dit.models.families import model_spec
 from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import file_digest, write_atomically, write_json
 from shiva_dit.saved_folder import CONFIG_FILE
+from shiva_dit.training.making import adapter_config, made_reducer
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.student import adapter_config
 from shiva_dit.training.trained import Trained
 
 CONTROL_FILE = "control.json"
@@ -116,14 +114,13 @@ def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def _reducer(recipe: TrainConfig, model: Any, state: dict[str, Tensor]) -> Reducer | None:
-    making = Making(
-        num_blocks=len(model_spec(model).blocks(model)),
-        grid=lambda: _own_grid(model),
-        keep_ratio=recipe.keep_ratio,
+    reducer = made_reducer(
+        recipe,
+        model,
+        lambda: _own_grid(model),
         router=None,  # ours is an adapter
         generator=torch.Generator(),
     )
-    reducer = METHODS[recipe.method].make(making)
     if reducer is not None:
         reducer.load_state_dict(state)
     return reducer

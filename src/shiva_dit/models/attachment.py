@@ -23,7 +23,7 @@ from shiva_dit.models.compiling import compile_blocks
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.forward import Forwards
-from shiva_dit.models.gating import gate_values, ungate_values
+from shiva_dit.models.gating import gate_values, ungate_values, unweigh_updates, weigh_updates
 from shiva_dit.models.graphs import GRAPHS, Recorder, put_on
 from shiva_dit.models.guidance import Passes
 from shiva_dit.models.neighbours import (
@@ -158,6 +158,9 @@ class Attachment(Uncopied):
         if self.gates_values:
             self._undo.add(partial(ungate_values, self.blocks, self.hooks))
             gate_values(self.blocks, self.hooks)
+        if self.selector.weighs == "feed_forward":
+            self._undo.add(partial(unweigh_updates, self.blocks, self.hooks))
+            weigh_updates(self.blocks, self.hooks)
         model, forwards = self.model, self.forwards
         self._undo.add(partial(unhook, model, forwards.before_model))
         model.register_forward_pre_hook(forwards.before_model, with_kwargs=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -12,7 +12,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from shiva_dit.core.selection import Share, best_tokens, share_between_halves
-from shiva_dit.methods.base import Selector
+from shiva_dit.methods.base import Mixture, Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.plans import GatherPlan
 from shiva_dit.models.families import block_spec
@@ -53,6 +53,10 @@ class BlockState:
     is_followed: bool = False
     scores: Tensor | None = None
     """Left for those who follow, (B, N)."""
+    mixture: Mixture | None = None
+    """How often the block runs in training, where it does so more than once."""
+    weights: Tensor | None = None
+    """What its feed-forward's update is multiplied by, (B, k, 1), while it runs."""
 
 
 IDLE = BlockState(k=0, dense=True, idle=True)
@@ -112,6 +116,8 @@ class BlockHook(Uncopied, ModelHook):
         super().__init__()
         self.owner = owner
         self.scores = selector.scorer(index)
+        self.weights = None if selector.weighs is None else partial(selector.weights, block=index)
+        self.weighs = selector.weighs
         self.update = None if updates is None else updates.group(index)
         self.index = index
         self.passes = passes
@@ -128,11 +134,34 @@ class BlockHook(Uncopied, ModelHook):
             if state.idle:
                 self.refuse_idle()
             return self.run(*args, **kwargs)
+        if state.mixture is not None:
+            return self._mixed(state.mixture, state, args, kwargs)
+        return self._selected(state.k, state, args, kwargs)
+
+    def _mixed(
+        self, mixture: Mixture, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The mean, by weights, of what the block gives with other numbers of tokens."""
+        outputs = [
+            self.run(*args, **kwargs)
+            if k == state.num_tokens
+            else self._selected(k, state, args, kwargs)
+            for k in mixture.counts
+        ]
+        weights = mixture.weights.unbind()
+        if isinstance(outputs[0], Tensor):
+            return _mean(outputs, weights)
+        return tuple(_mean(parts, weights) for parts in zip(*outputs, strict=True))
+
+    def _selected(
+        self, k: int, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The block on k tokens, and the others beside it."""
         by_name = self.spec.hidden in kwargs
         tokens = kwargs[self.spec.hidden] if by_name else args[self.place]
         where = self.spec.text
         text, x = apart(tokens, state.num_tokens, where)  # (B, T, D) or None, (B, N, D)
-        plan = self._choose(x, state)
+        plan = self._choose(x, k, state)
         chosen = plan.chosen
         update = None if self.update is None else self.update(x, state.update_condition)
         before = plan.reduce(x)  # (B, k, D)
@@ -141,20 +170,20 @@ class BlockHook(Uncopied, ModelHook):
             x, before = self._learn(x, before, plan, state)
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
-        changed = {self.spec.hidden: (self.place, together(text, before, where))}
-        for name, row_place, take in self.rows:
-            value = kwargs.get(name) if row_place >= len(args) else args[row_place]
-            if value is not None:
-                changed[name] = row_place, take(value, chosen, x.shape[1])
-        for name, (at, value) in changed.items():
-            if at < len(args):
-                args = (*args[:at], value, *args[at + 1 :])
-            else:
-                kwargs = {**kwargs, name: value}
+        new = together(text, before, where)
+        args, kwargs = self._for_rows(new, chosen, x.shape[1], args, kwargs)
+        weights = None
+        if self.weights is not None:
+            weights = self.weights(before)[..., None].to(before.dtype)  # (B, k, 1)
+            state.weights = weights if self.weighs == "feed_forward" else None
         output = self.run(*args, **kwargs)
+        if self.weights is not None:
+            state.weights = None
         place = self.spec.output
         after = output if place is None else output[place]
         text, after = apart(after, before.shape[1], where)
+        if weights is not None and self.weighs == "block":
+            after = before + weights * (after - before)
         rest = x if update is None else x + update
         new = plan.restore(after, rest)  # (B, N, D)
         if gates is not None:
@@ -162,7 +191,28 @@ class BlockHook(Uncopied, ModelHook):
         new = together(text, new, where)
         return new if place is None else (*output[:place], new, *output[place + 1 :])
 
-    def _choose(self, x: Tensor, state: BlockState) -> GatherPlan:
+    def _for_rows(
+        self,
+        tokens: Tensor,
+        chosen: Tensor,
+        num_tokens: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The block's arguments with its chosen tokens, and what lies beside these."""
+        changed = {self.spec.hidden: (self.place, tokens)}
+        for name, row_place, take in self.rows:
+            value = kwargs.get(name) if row_place >= len(args) else args[row_place]
+            if value is not None:
+                changed[name] = row_place, take(value, chosen, num_tokens)
+        for name, (at, value) in changed.items():
+            if at < len(args):
+                args = (*args[:at], value, *args[at + 1 :])
+            else:
+                kwargs = {**kwargs, name: value}
+        return args, kwargs
+
+    def _choose(self, x: Tensor, k: int, state: BlockState) -> GatherPlan:
         """The tokens that run, by the scores or another pass's."""
         if state.chosen is not None:
             return GatherPlan(state.chosen)
@@ -170,9 +220,9 @@ class BlockHook(Uncopied, ModelHook):
             # What terms tell is computed anew in backward (`_learn`).
             with torch.set_grad_enabled(state.terms is None and torch.is_grad_enabled()):
                 state.scores = self._score(x, state)
-            return GatherPlan(state.gates.choose(state.scores, state.k))
+            return GatherPlan(state.gates.choose(state.scores, k))
         scores = self._score(x, state)
-        plan = GatherPlan(best_tokens(scores, state.k))
+        plan = GatherPlan(best_tokens(scores, k))
         if state.leads:
             state.chosen = plan.chosen
         return plan
@@ -228,6 +278,12 @@ class BlockHook(Uncopied, ModelHook):
         assert forward is not None
         return forward(*args, **kwargs)
 
+    def weigh(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Torch hook on the block's feed-forward (`Selector.weighs`)."""
+        del module, args
+        weights = self.slot.state.weights
+        return output if weights is None else output * weights
+
     def gate_value(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Torch hook on the block's value projections (KV gate); the text's values pass."""
         del module
@@ -247,3 +303,9 @@ class BlockHook(Uncopied, ModelHook):
         if self.spec.values_of_text_last:
             return torch.cat([gates.value(values[:, :k]), values[:, k:]], dim=1)
         return torch.cat([values[:, :text], gates.value(values[:, text:])], dim=1)
+
+
+def _mean(parts: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """Of all that blocks gave; the last block of some models gives no text."""
+    products = [part * w for part, w in zip(parts, weights, strict=True) if part is not None]
+    return sum(products[1:], products[0]) if products else None

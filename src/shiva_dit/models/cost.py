@@ -29,4 +29,6 @@ def pruned_flops(
     if pruned:
         total += sum(part.condition_flops() for part in attachment.learned)
     leaders = [attachment.counts.leader(block, counts, num_tokens) for block in pruned]
+    if selector.weighs is not None:
+        total += sum(selector.weight_flops(counts[block]) for block in pruned)
     return total + leaders.count(None) * selector.flops(num_tokens)

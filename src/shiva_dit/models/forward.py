@@ -139,12 +139,16 @@ class Forwards(Uncopied):
         """Give every block its state for this forward."""
         prunable = self.counts.prunable
         gates = {} if self._gated is None else self._gated.made(prunable)
-        selecting = prunable if self.always_select else [b in gates for b in range(len(prunable))]
+        mixtures = {} if self._gated is None else self._gated.mixtures
+        selecting = [b in gates or b in mixtures for b in range(len(prunable))]
+        selecting = prunable if self.always_select else selecting
         plan = self._plan = self.counts.plan(counts, num_tokens, selecting)
         led = self.passes.led(which, batch, plan.counts)
         states = plan.states(which, led, self.observer, gates)
         for hook, state in zip(self.hooks, states, strict=True):
             hook.slot.state = state
+        for block, mixture in mixtures.items():
+            states[block].mixture = mixture
 
     def read_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Text and, where the model has no embedder for all blocks, time, as routers read them.

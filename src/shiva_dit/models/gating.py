@@ -1,12 +1,13 @@
-"""What training adds to forwards: counts of its own, and gates on what blocks select."""
+"""What training adds to forwards (counts, gates, mixtures), and weights of what is selected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from shiva_dit.methods.base import Mixture
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.block_hook import BlockHook
 from shiva_dit.models.guidance import Pass
@@ -23,6 +24,8 @@ class GatedForward:
     """Makes the gates of a block; None trains nothing there."""
     which: Pass = Pass.ALONE
     """The pass of guidance that the forward is."""
+    mixtures: Mapping[int, Mixture] = field(default_factory=dict)
+    """Of blocks that run more than once."""
 
     def made(self, prunable: Sequence[bool]) -> dict[int, SelectionGates]:
         """The gates of all blocks that have any.
@@ -46,6 +49,36 @@ def ungate_values(blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]) -> No
     """Take back what `gate_values` did, or as much of it as was done."""
     for layer, hook in _value_layers(blocks, hooks):
         unhook(layer, hook.gate_value)
+
+
+def weigh_updates(blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]) -> None:
+    """Let the blocks' feed-forwards be multiplied by the selector's weights.
+
+    Raises:
+        ValueError: If it isn't known where a block has its feed-forward.
+    """
+    for block, hook in zip(blocks, hooks, strict=True):
+        if not hook.spec.sites.get("feed_forward"):
+            raise ValueError(
+                f"it isn't known where {type(block).__name__} has its feed-forward, whose update "
+                'the method multiplies: set its weight_site = "block".'
+            )
+    for layer, hook in _feed_forwards(blocks, hooks):
+        layer.register_forward_hook(hook.weigh)
+
+
+def unweigh_updates(blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]) -> None:
+    """Take back what `weigh_updates` did, or as much of it as was done."""
+    for layer, hook in _feed_forwards(blocks, hooks):
+        unhook(layer, hook.weigh)
+
+
+def _feed_forwards(
+    blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]
+) -> Iterator[tuple[nn.Module, BlockHook]]:
+    for block, hook in zip(blocks, hooks, strict=True):
+        for place in hook.spec.sites.get("feed_forward", ()):
+            yield block.get_submodule(place.module), hook
 
 
 def _value_layers(

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry
-from torch import nn
+from torch import Tensor, nn
 
-from shiva_dit.methods.base import Reducer, Selector, Site, Where
+from shiva_dit.methods.base import Lesson, Reducer, Selector, Site, Where
+from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.models import examples
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.block_hook import Uncopied
 from shiva_dit.models.counted import recipe
 from shiva_dit.models.families import block_spec, model_spec
 from shiva_dit.models.guidance import Passes
+from shiva_dit.models.joint_block import JointHook, refuse_other_blocks
 from shiva_dit.models.neighbours import (
     REDUCER,
     forget_registries,
@@ -48,12 +51,16 @@ class Reduction(Uncopied):
         self.turns = turns_of(model)
         self.runs = Runs()
         self.running: Forward | None = None
+        self._lesson: Lesson | None = None
         self._undo = Undo()
         _refuse(model, reducer)
-        self._hooks = [
+        blocks = self.spec.blocks(model)
+        self._hooks: list[tuple[nn.Module, SiteHook | JointHook]] = [
             (module, SiteHook(self, block, site, place))
-            for module, block, site, place in _places(self.spec.blocks(model), reducer.sites)
+            for module, block, site, place in _places(blocks, reducer.sites)
         ]
+        if isinstance(reducer, BlockReducer):
+            self._hooks = [(block, JointHook(self, index)) for index, block in enumerate(blocks)]
 
     def put_back(self) -> None:
         """Put on what was taken off: for undoing that."""
@@ -88,6 +95,11 @@ class Reduction(Uncopied):
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         self._undo.add(partial(unhook, model, self._after_model))
         model.register_forward_hook(self._after_model, always_call=True)
+        if "embedding" in self.reducer.needs:
+            assert self.spec.time_embedder is not None
+            embedder = model.get_submodule(self.spec.time_embedder)
+            self._undo.add(partial(unhook, embedder, self._after_embedder))
+            embedder.register_forward_hook(self._after_embedder)
         forget_registries(model)
 
     def detach(self) -> None:
@@ -105,6 +117,15 @@ class Reduction(Uncopied):
     def passes(self) -> Passes:
         """Told by pipelines and by `shiva_dit.guided` which pass of guidance runs."""
         return self.runs.passes
+
+    @contextmanager
+    def taught(self, lesson: Lesson) -> Iterator[None]:
+        """Within: forwards are of a training, and what they note is for its loss."""
+        self._lesson = lesson
+        try:
+            yield
+        finally:
+            self._lesson = None
 
     def run(self, num_steps: int) -> OwnRun:
         """A run of a loop of your own, for methods that go by its steps.
@@ -152,6 +173,11 @@ class Reduction(Uncopied):
 
     def _counted(self, height: int, width: int, text_tokens: int, num_steps: int) -> int:
         """FLOPs of all steps of a run."""
+        if isinstance(self.reducer, BlockReducer):
+            raise ValueError(
+                f"what {type(self.reducer).__name__} costs depends on times and pictures: a "
+                "comparison or a frontier counts what is executed."
+            )
         cls, config = recipe(self.model, self.spec, text_tokens)
         skeleton = Skeleton(cls, json.loads(config), blocks_differ=True)
         reduction, total = attach_reducer(skeleton.model, self.reducer), 0
@@ -189,9 +215,16 @@ class Reduction(Uncopied):
             num_blocks=len(self.spec.blocks(model)),
             grid=grid,
             time=time.flatten()[0].float(),
+            times=self.spec.time(time.flatten().float()),
+            lesson=self._lesson,
             **call.told(),
         )
         self.running = Forward(grid, sample.shape[1], call, where, is_dense)
+
+    def _after_embedder(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        del module, args
+        if self.running is not None:
+            self.running.within["embedded"] = output
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del module, args
@@ -210,7 +243,7 @@ def reduction_of(model: nn.Module) -> Reduction | None:
     for module in model.modules():
         registry = module.__dict__.get("_diffusers_hook")
         hook = None if registry is None else registry.get_hook(REDUCER)
-        if isinstance(hook, SiteHook):
+        if isinstance(hook, SiteHook | JointHook):
             return hook.owner
     return None
 
@@ -235,6 +268,9 @@ def _refuse(model: nn.Module, reducer: Reducer) -> None:
             f"{type(reducer).__name__} chooses tokens, and a schedule says how many: put it on by "
             "shiva_dit.models.attach.attach(model, selector, schedule)."
         )
+    if isinstance(reducer, BlockReducer):
+        refuse_other_blocks(model, reducer)
+        return
     spec = model_spec(model)
     kinds = {type(block).__name__: block_spec(block) for block in spec.blocks(model)}
     if not all(kind.sites for kind in kinds.values()) or (

@@ -31,6 +31,16 @@ class Forward:
     """Whether the model runs as it is (`shiva_dit.disabled`)."""
     plans: dict[int, Plan | None] = field(default_factory=dict)
     """The last plan of each block."""
+    within: dict[Any, Any] = field(default_factory=dict)
+    """What reducers remember until its end."""
+
+
+def ran_outside() -> RuntimeError:
+    """What is wrong where no forward is going on."""
+    return RuntimeError(
+        "a block ran outside of a call of its model, so that nothing says what its grid is: call "
+        "model(...), not model.forward(...) or a block by itself."
+    )
 
 
 class SiteHook(Uncopied, ModelHook):
@@ -62,10 +72,7 @@ class SiteHook(Uncopied, ModelHook):
         assert run is not None
         forward: Forward | None = self.owner.running
         if forward is None:
-            raise RuntimeError(
-                "a block ran outside of a call of its model, so that nothing says what its grid "
-                "is: call model(...), not model.forward(...) or a block by itself."
-            )
+            raise ran_outside()
         if forward.is_dense:
             return run(*args, **kwargs)
         x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -75,6 +82,8 @@ class SiteHook(Uncopied, ModelHook):
             site=self.site,
             block=self.block,
             place=self.place.module,
+            within=forward.within,
+            embedded=forward.within.get("embedded"),
             earlier=forward.plans.get(self.block),
         )
         plan = forward.plans[self.block] = self.owner.reducer.plan(x, where)

@@ -29,7 +29,7 @@ def fit_updates(student: Student, data: TrainingData) -> None:
     size = config.batch_size // config.micro_batches
     generator = torch.Generator().manual_seed(config.seed)
     indices = ShuffledIndices(len(data), config.seed)
-    blocks = student.attachment.schedule.prunable_blocks
+    blocks = student.adapter.schedule.prunable_blocks
     sums: dict[Any, tuple[Tensor, Tensor]] = {}
     for _ in range(NUM_BATCHES):
         batch = data.batch(indices.take(size), generator).to(student.device)

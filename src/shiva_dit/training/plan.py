@@ -14,6 +14,8 @@ from shiva_dit.core.budget import BudgetController, logit_normal, stratified, st
 from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.selection import keep_count
+from shiva_dit.methods.base import Reducer, Selector
+from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
 from shiva_dit.training.recipe import StageName, TrainConfig
 
@@ -66,6 +68,7 @@ class Planner:
         fixed: The schedule executed where no policy is on. Its law says how much each time
             counts for the mean ratio.
         budget: Controller of the mean ratio.
+        reducer: What runs on fewer tokens, where it says by itself how many.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class Planner:
         policy: AdaptiveRatioPolicy,
         fixed: Schedule,
         budget: BudgetController,
+        reducer: Reducer | None = None,
     ) -> None:
+        self.reducer = reducer
         self.config, self.num_tokens = config, num_tokens
         self.policy, self.budget = policy, budget
         self.full_blocks, self.law = fixed.full_blocks, fixed.law
@@ -84,9 +89,12 @@ class Planner:
 
     def step(self, stage: StageName, generator: torch.Generator) -> StepPlan:
         """The plan of one optimizer step in a stage."""
-        if self.config.method == "dense":
+        keeps_all = self.config.method == "dense" or isinstance(self.reducer, BlockReducer)
+        if keeps_all and (self.reducer is None or self.reducer.num_bins is None):
             counts = (self.num_tokens,) * self.policy.num_blocks
             return self._mixed_times([counts] * self.config.micro_batches, generator, 1.0)
+        if self.reducer is not None and self.reducer.num_bins is not None:
+            return self._in_bins(self.reducer, self.reducer.num_bins, generator)
         if stage == "warmup":
             return self._warmup(generator)
         if not self.config.learns_policy and self.config.policy.shape.time:
@@ -209,6 +217,19 @@ class Planner:
             for t, row in zip(times, rows, strict=True)
         ]
         return StepPlan(parts=parts, mean_keep_ratio=self.fixed.mean_keep_ratio)
+
+    def _in_bins(self, reducer: Reducer, num_bins: int, generator: torch.Generator) -> StepPlan:
+        """One time bin of the method's own for each part: others move into that of one of them."""
+        times, leaders = self._led_times(generator)
+        of_each = (times * num_bins).long().clamp(max=num_bins - 1)
+        bins = (leaders * num_bins).long().clamp(max=num_bins - 1)
+        jitter = torch.rand(times.shape, generator=generator)
+        times = torch.where(of_each == bins, times, (bins + jitter) / num_bins)
+        learned = reducer.learned_schedule(self.law) if isinstance(reducer, Selector) else None
+        counts = (self.num_tokens,) * self.policy.num_blocks
+        parts = [Part(t=t, counts=counts, soft_k=[float(k) for k in counts]) for t in times]
+        mean = 1.0 if learned is None else learned.mean_keep_ratio
+        return StepPlan(parts=parts, mean_keep_ratio=mean)
 
     def _led_times(
         self, generator: torch.Generator

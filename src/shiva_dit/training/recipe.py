@@ -10,6 +10,7 @@ from shiva_dit.adapter.config import BackboneKind, RejectedKind
 from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.methods.registry import METHODS
+from shiva_dit.methods.settings import DiffCRConfig, DyDiTConfig, SparseDiTConfig
 from shiva_dit.training.settings import (
     LossConfig,
     OptimizerConfig,
@@ -40,10 +41,12 @@ class TrainConfig:
     teacher stays the model as it is given. None starts untrained. Ours only."""
     method: MethodName = "shiva"
     """What runs on fewer tokens: ours, or one of `methods/registry.py`: "random", "norm", "centre"
-    (a fixed map of the middle), "fixed_map" (a learned one), "dense" (no pruning), or one that runs
-    without training: "tomesd" (Token Merging), "tofu", "ibtm", "toma", "sdtm"."""
+    (a fixed map of the middle), "fixed_map" (a learned one), "dense" (no pruning), a published one
+    that is trained: "diffcr", "dydit", "sparsedit", or one that runs without training: "tomesd"
+    (Token Merging), "tofu", "ibtm", "toma", "sdtm"."""
     keep_ratio: float = 0.6
-    """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1)."""
+    """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1); of
+    "dydit" the share of FLOPs, of "sparsedit" that of the tokens in sparse blocks."""
     backbone: BackboneKind = "dora"
     """What the joint stage does to the backbone: "frozen", "lora", "dora" or "full"."""
     lora_rank: int = 32
@@ -100,6 +103,14 @@ class TrainConfig:
     """How the keep ratios are learned."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Weights of the losses."""
+    objective: Literal["method", "recipe"] = "method"
+    """Whose weights these are where the method was published with its own: its, or `loss`'s."""
+    diffcr: DiffCRConfig = field(default_factory=DiffCRConfig)
+    """How "diffcr" learns."""
+    dydit: DyDiTConfig = field(default_factory=DyDiTConfig)
+    """How "dydit" learns."""
+    sparsedit: SparseDiTConfig = field(default_factory=SparseDiTConfig)
+    """What the blocks of "sparsedit" do."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Learning rates, clipping and averaging."""
 
@@ -156,6 +167,11 @@ class TrainConfig:
             raise ValueError(
                 f'method = "{self.method}" runs without training: set backbone = "frozen" and '
                 'rejected = "identity".'
+            )
+        if self.rejected != "identity" and not METHODS[self.method].rejects:
+            raise ValueError(
+                f'method = "{self.method}" leaves no tokens out of whole blocks: set rejected = '
+                '"identity".'
             )
         if self.learns_policy and self.time_sampling != "uniform":
             raise ValueError(

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.core.annealing import anneal
-from shiva_dit.core.hand_made import hand_made
-from shiva_dit.core.schedule import Schedule
+from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
-from shiva_dit.methods.base import Reducer, Selector
+from shiva_dit.methods.base import Lesson, Mixture, Reducer, Selector
+from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.methods.registry import METHODS, Making
-from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.attach import attach, attachment_of, paused
 from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
+from shiva_dit.models.families import model_spec
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.guidance import Pass
+from shiva_dit.models.joint_block import refuse_other_blocks
+from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.spec import grid_of
 from shiva_dit.training.data import Batch, repeated
 from shiva_dit.training.guided import TOLD, both_ways, guided, passes_in_training
+from shiva_dit.training.making import made_adapter, made_reducer
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
@@ -37,7 +40,7 @@ from shiva_dit.training.objective import (
 from shiva_dit.training.paths import NoisePath
 from shiva_dit.training.plan import Part
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.settings import ShapeConfig
+from shiva_dit.training.settings import LossConfig
 from shiva_dit.training.start import start_from
 
 
@@ -83,7 +86,8 @@ class Student:
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
-        self.adapter = _adapter(config, model, law).to(self.device)
+        self.adapter = made_adapter(config, model, law).to(self.device)
+        self.reducer, self.weights = self._method(sample)
         if config.backbone in ("lora", "dora"):
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
         self.started: str | None = None
@@ -92,37 +96,61 @@ class Student:
             self.started = start_from(config.start, self.adapter, model)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        self.reducer = self._reducer(sample)
         self.selector = self.reducer if isinstance(self.reducer, Selector) else None
         self.updates = None if self.selector is None else self.adapter.updates
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
-        self.attachment = attach(
-            model,
-            self.selector or self.adapter.selector(),
-            self.adapter.schedule,
-            updates=self.updates,
-            select_every=self.adapter.config.select_every,
-            gate_values=config.estimator.needs_value_gate and self.learns_scores,
-        )
+        self.spec = model_spec(model)
+        self._put_on()
         self.passes = Pass.ALONE
         if config.guidance is not None:
-            self.passes = passes_in_training(model, self.attachment.spec)
-        self.num_tokens = self.attachment.spec.tokens(model, sample.latents)
+            self.passes = passes_in_training(model, self.spec)
+        self.num_tokens = self.spec.tokens(model, sample.latents)
         last = self.adapter.config.num_blocks - 1
         every = range(config.loss.distill_every - 1, last, config.loss.distill_every)
         self.distilled = (*every, last)
 
-    def _reducer(self, sample: Batch) -> Reducer | None:
-        """What the recipe's method runs on; None for the dense control."""
-        making = Making(
-            num_blocks=self.adapter.config.num_blocks,
-            grid=lambda: grid_of(self.model, sample.latents),
-            keep_ratio=self.config.keep_ratio,
+    def _method(self, sample: Batch) -> tuple[Reducer | None, LossConfig]:
+        """What the recipe's method runs on (None for the dense control), and the losses' weights.
+
+        Raises:
+            ValueError: If the model or these losses can't go along with it.
+        """
+        config, model = self.config, self.model
+        reducer = made_reducer(
+            config,
+            model,
+            lambda: grid_of(model, sample.latents),
             router=self.adapter.router,
             generator=self.generator,
         )
-        reducer = METHODS[self.config.method].make(making)
-        return None if reducer is None else reducer.to(self.device)
+        if reducer is None:
+            return None, config.loss
+        own = reducer.objective if config.objective == "method" else {}
+        weights = dataclasses.replace(config.loss, **own)
+        if isinstance(reducer, BlockReducer):
+            refuse_other_blocks(model, reducer)
+            if reducer.resizes and weights.distillation:
+                raise ValueError(
+                    f'method = "{config.method}" has other numbers of tokens within the model than '
+                    "the teacher: set loss.distillation = 0."
+                )
+        return reducer.to(self.device), weights
+
+    def _put_on(self) -> None:
+        """Hooks on the model: of a method that changes blocks by itself, or of a selector."""
+        config, made = self.config, self.adapter.config
+        self.reduction: Reduction | None = None
+        if isinstance(self.reducer, BlockReducer):
+            self.reduction = attach_reducer(self.model, self.reducer)
+            return
+        self.attachment = attach(
+            self.model,
+            self.selector or self.adapter.selector(),
+            self.adapter.schedule,
+            updates=self.updates,
+            select_every=made.select_every,
+            gate_values=config.estimator.needs_value_gate and self.learns_scores,
+        )
 
     def loss(
         self, part: Part, batch: Batch, progress: float, empty: Mapping[str, Tensor]
@@ -140,7 +168,8 @@ class Student:
         Returns:
             The loss, and by name "distill" and, where samples are guided, "guided".
         """
-        weights, scales, samples = self.config.loss, None, len(batch.latents)
+        weights, scales, samples = self.weights, None, len(batch.latents)
+        lesson = Lesson(progress=progress, generator=self.generator)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         t = part.t.to(self.device)
         batch, noise = repeated(batch, self.config.times_per_sample, noise)
@@ -150,15 +179,10 @@ class Student:
             batch, noise, t = both_ways(batch, empty), torch.cat([noise] * 2), t.repeat(2)
         arguments = self.arguments(self.path.noisy(batch.latents, noise, t), t, batch)
         if scales is not None and not self.runs_both_ways:
-            arguments[TOLD] = self.attachment.spec.told_guidance * scales
+            arguments[TOLD] = self.spec.told_guidance * scales
         teacher, taught = self.teach(arguments) if self.needs_teacher else (BlockFeatures(), None)
-        forward = GatedForward(
-            counts=part.counts,
-            gates=self._gates(part, progress, teacher),
-            which=self.passes,
-        )
         with (
-            self.attachment.forwards.gated(forward),
+            self._in_training(part, lesson, teacher),
             record_blocks(
                 self.model, inputs=(), outputs=self.distilled, num_tokens=self.num_tokens
             ) as student,
@@ -184,11 +208,30 @@ class Student:
         if weights.diffusion:
             target = self.path.target(batch.latents, noise, t)
             loss = loss + weights.diffusion * denoising_loss(prediction, target, by_time)
-        return loss, errors
+        own = None if self.reducer is None else self.reducer.loss(lesson)
+        return loss if own is None else loss + own, errors
+
+    def _in_training(
+        self, part: Part, lesson: Lesson, teacher: BlockFeatures
+    ) -> AbstractContextManager[None]:
+        """Within: what is on the model runs as its training wants it."""
+        if self.reduction is not None:
+            return self.reduction.taught(lesson)
+        mixtures: Mapping[int, Mixture] = {}
+        if self.selector is not None and self.selector.num_bins is not None:
+            time_bin = nearest_bin(float(part.t[0]), self.selector.num_bins)
+            mixtures = self.selector.mixtures(time_bin, self.num_tokens)
+        forward = GatedForward(
+            counts=part.counts,
+            gates=self._gates(part, lesson.progress, teacher),
+            which=self.passes,
+            mixtures=mixtures,
+        )
+        return self.attachment.forwards.gated(forward)
 
     def _off(self, ours: Tensor, theirs: Tensor, samples: int, weights: Tensor | None) -> Tensor:
         """Squared error of a prediction, and of what the times of a sample have in common."""
-        times, weight = self.config.times_per_sample, self.config.loss.drift
+        times, weight = self.config.times_per_sample, self.weights.drift
         off = squared_error(ours, theirs, weights)
         if weight:
             off = off + weight * drift(ours, theirs, samples, times, weights)
@@ -209,7 +252,7 @@ class Student:
     @property
     def needs_teacher(self) -> bool:
         """Whether a loss or the estimator asks for the unpruned model."""
-        weights = self.config.loss
+        weights = self.weights
         estimates = self.learns_scores and self.config.estimator.needs_teacher
         guides = self.runs_both_ways and weights.guided
         return bool(weights.output or weights.distillation or guides or estimates)
@@ -217,7 +260,7 @@ class Student:
     def teach(self, arguments: dict[str, Any]) -> tuple[BlockFeatures, Tensor]:
         """The unpruned model's features and prediction, with its own weights."""
         needs_updates = self.learns_scores and self.config.estimator.needs_teacher
-        updates = self.attachment.schedule.prunable_blocks if needs_updates else ()
+        updates = self.adapter.schedule.prunable_blocks if needs_updates else ()
         wanted = {*updates, *self.distilled}
         with (
             torch.no_grad(),
@@ -232,7 +275,7 @@ class Student:
 
     def close(self) -> None:
         """Give the model back as it came: its own weights, no hooks, no LoRA."""
-        self.attachment.detach()
+        (self.reduction or self.attachment).detach()
         if self.config.backbone in ("lora", "dora"):
             remove_lora(self.model)
         elif self.teacher is not self.model:
@@ -247,7 +290,7 @@ class Student:
 
     def arguments(self, noisy: Tensor, t: Tensor, batch: Batch) -> dict[str, Any]:
         """What a model is called with for noisy samples at their times, in its dtype."""
-        spec = self.attachment.spec
+        spec = self.spec
         return {
             spec.sample: noisy.to(self.dtype),
             spec.timestep: self.path.timestep(t),
@@ -287,13 +330,16 @@ class Student:
             yield
             return
         lora = self.config.backbone in ("lora", "dora")
-        self.attachment.enabled = False
+        if self.reduction is None:
+            self.attachment.enabled = False
         if lora:
             enable_lora(self.model, False)
         try:
-            yield
+            with nullcontext() if self.reduction is None else paused(self.model):
+                yield
         finally:
-            self.attachment.enabled = True
+            if self.reduction is None:
+                self.attachment.enabled = True
             if lora:
                 enable_lora(self.model, True)
 
@@ -301,47 +347,3 @@ class Student:
         """Within: forwards in the recipe's precision."""
         enabled = self.config.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def _adapter(config: TrainConfig, model: Any, law: TimeLaw) -> ShivaAdapter:
-    made = adapter_config(config, model)
-    shape = config.policy.shape
-    if shape == ShapeConfig():
-        schedule = Schedule.uniform(
-            config.keep_ratio,
-            num_blocks=made.num_blocks,
-            full_blocks=made.full_blocks,
-            law=law,
-        )
-        return ShivaAdapter(made, schedule)
-    schedule = hand_made(
-        config.keep_ratio,
-        depth=shape.depth,
-        time=shape.time,
-        form=shape.form,
-        num_blocks=made.num_blocks,
-        num_bins=made.num_bins,
-        full_blocks=made.full_blocks,
-        law=law,
-    )
-    return ShivaAdapter(made, schedule)
-
-
-def adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
-    """What an adapter for a model is, by a recipe."""
-    options: dict[str, Any] = {
-        "keep_ratio": config.keep_ratio,
-        "hidden": config.router.hidden,
-        "normalize_inputs": config.router.normalize_inputs,
-        "router_inputs": config.router.inputs,
-        "select_every": config.router.select_every,
-        "num_bins": config.policy.num_bins,
-        "rejected": config.rejected,
-        "rejected_rank": config.rejected_rank,
-        "backbone": config.backbone,
-        "lora_rank": config.lora_rank,
-        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-    }
-    if config.router.num_groups is not None:
-        options["num_groups"] = config.router.num_groups
-    return ShivaConfig.for_model(model, **options)

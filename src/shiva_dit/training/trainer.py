@@ -16,6 +16,7 @@ from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.core.time_law import UNIFORM
+from shiva_dit.methods.registry import METHODS
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
@@ -108,7 +109,12 @@ class Trainer:
         adapter = self.student.adapter
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
         self.planner = Planner(
-            config, self.student.num_tokens, adapter.policy, adapter.schedule, self.budget
+            config,
+            self.student.num_tokens,
+            adapter.policy,
+            adapter.schedule,
+            self.budget,
+            self.student.reducer,
         )
         self.optimization = Optimization(self._parts(), config.optimizer)
 
@@ -116,10 +122,13 @@ class Trainer:
         student = self.student
         scores = student.selector if student.learns_scores else None
         policy = student.adapter.policy if self.config.learns_policy else None
+        own = {} if student.reducer is None else student.reducer.parts()
         return {
-            "router": dict(scores.named_parameters()) if scores is not None else {},
-            "policy": dict(policy.named_parameters()) if policy is not None else {},
-            "updates": dict(student.updates.named_parameters()) if student.updates else {},
+            "router": dict(scores.named_parameters()) if scores else own.get("router", {}),
+            "policy": dict(policy.named_parameters()) if policy else own.get("policy", {}),
+            "updates": dict(student.updates.named_parameters())
+            if student.updates
+            else own.get("updates", {}),
             "backbone": trainable_parameters(student.model, self.config.backbone),
         }
 
@@ -235,7 +244,11 @@ class Trainer:
         with self.optimization.averaged():
             weights = backbone_weights(student.model, self.config.backbone)
             adapter = copy.deepcopy(student.adapter).cpu().eval()
-            reducer = copy.deepcopy(student.reducer) if student.learns_scores else student.reducer
+            learns = METHODS[self.config.method].learns
+            reducer = copy.deepcopy(student.reducer) if learns else student.reducer
+        learned = student.selector and student.selector.learned_schedule(adapter.schedule.law)
+        if learned:
+            adapter.schedule = learned
         if self.config.learns_policy:
             adapter.schedule = adapter.policy.schedule(
                 self.config.keep_ratio, self.config.policy.num_bins, adapter.schedule.law

@@ -1,0 +1,103 @@
+"""What a recipe makes for a model: an adapter, or what a method runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.core.hand_made import hand_made
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.core.time_law import TimeLaw
+from shiva_dit.methods.base import Reducer
+from shiva_dit.methods.registry import METHODS, Making, Shape
+from shiva_dit.models.families import model_spec
+from shiva_dit.modules.router import ShivaRouter
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import ShapeConfig
+
+
+def made_reducer(
+    config: TrainConfig,
+    model: Any,
+    grid: Callable[[], tuple[int, int]],
+    *,
+    router: ShivaRouter | None,
+    generator: torch.Generator,
+) -> Reducer | None:
+    """What the recipe's method runs on; None for the dense control.
+
+    Args:
+        config: The recipe.
+        model: The backbone.
+        grid: Height and width of its images in tokens.
+        router: Of ours.
+        generator: Source of choices of chance, and of first weights.
+    """
+
+    def shape() -> Shape:
+        made = adapter_config(config, model)
+        return Shape(
+            width=made.width,
+            time_dim=made.time_dim,
+            num_heads=model.config.num_attention_heads,
+            full_blocks=made.full_blocks,
+        )
+
+    making = Making(
+        num_blocks=len(model_spec(model).blocks(model)),
+        grid=grid,
+        keep_ratio=config.keep_ratio,
+        router=router,
+        generator=generator,
+        shape=shape,
+        settings=getattr(config, config.method, None),
+    )
+    return METHODS[config.method].make(making)
+
+
+def made_adapter(config: TrainConfig, model: Any, law: TimeLaw) -> ShivaAdapter:
+    """An untrained adapter for a model, with the schedule that the recipe starts from."""
+    made = adapter_config(config, model)
+    shape = config.policy.shape
+    if shape == ShapeConfig():
+        schedule = Schedule.uniform(
+            config.keep_ratio,
+            num_blocks=made.num_blocks,
+            full_blocks=made.full_blocks,
+            law=law,
+        )
+        return ShivaAdapter(made, schedule)
+    schedule = hand_made(
+        config.keep_ratio,
+        depth=shape.depth,
+        time=shape.time,
+        form=shape.form,
+        num_blocks=made.num_blocks,
+        num_bins=made.num_bins,
+        full_blocks=made.full_blocks,
+        law=law,
+    )
+    return ShivaAdapter(made, schedule)
+
+
+def adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
+    """What an adapter for a model is, by a recipe."""
+    options: dict[str, Any] = {
+        "keep_ratio": config.keep_ratio,
+        "hidden": config.router.hidden,
+        "normalize_inputs": config.router.normalize_inputs,
+        "router_inputs": config.router.inputs,
+        "select_every": config.router.select_every,
+        "num_bins": config.policy.num_bins,
+        "rejected": config.rejected,
+        "rejected_rank": config.rejected_rank,
+        "backbone": config.backbone,
+        "lora_rank": config.lora_rank,
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+    }
+    if config.router.num_groups is not None:
+        options["num_groups"] = config.router.num_groups
+    return ShivaConfig.for_model(model, **options)
