@@ -134,14 +134,15 @@ def test_exactly_k_rows_run_and_all_come_back(name: str, k: int) -> None:
 
 
 def told(model: nn.Module, attached: Any, batch: int = 2, t: float = 0.5) -> Tensor:
-    """A call; of methods that go by the steps of a run, that of its second and last one."""
+    """A call; of methods that go by the steps of a run, that of its third and last one."""
     if "steps" not in getattr(attached, "reducer", NormSelector()).needs:
         return run(model, "sd3", batch, t)
-    own = attached.run(2)
+    own = attached.run(3)
     with shiva_dit.guided(model, "both"):
-        with own.step(0):
-            run(model, "sd3", batch, 1.0)
-        with own.step(1):
+        for step, time in enumerate((1.0, 0.9)):
+            with own.step(step):
+                run(model, "sd3", batch, time)
+        with own.step(2):
             return run(model, "sd3", batch, t)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shiva_dit.api.supported import supported
     from shiva_dit.core.schedule import Schedule
     from shiva_dit.methods.ibtm import IBTM
+    from shiva_dit.methods.refresh import Refresh
     from shiva_dit.methods.sdtm import SDTM
     from shiva_dit.methods.tofu import ToFu
     from shiva_dit.methods.toma import ToMA
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IBTM",
     "SDTM",
+    "Refresh",
     "Schedule",
     "ShivaAdapter",
     "ShivaConfig",
@@ -45,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "IBTM": "shiva_dit.methods.ibtm",
+    "Refresh": "shiva_dit.methods.refresh",
     "SDTM": "shiva_dit.methods.sdtm",
     "Schedule": "shiva_dit.core.schedule",
     "ShivaAdapter": "shiva_dit.adapter",

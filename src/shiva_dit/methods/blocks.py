@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -35,6 +35,13 @@ class BlockRun:
     )
     """From the image's tokens after attention: which get an update by the feed-forward. What
     multiplies it or, if boolean, those that run through it; None: all."""
+    finish: Callable[[Float[Tensor, "B n D"]], Float[Tensor, "B m D"]] | None = None
+    """From the image's tokens that it ran on to those that it gives; None: the same."""
+
+    @property
+    def is_inside_alike(self) -> bool:
+        """Whether the block itself runs as ever."""
+        return replace(self, finish=None) == BlockRun()
 
 
 class BlockReducer(Reducer):

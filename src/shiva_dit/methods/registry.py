@@ -18,6 +18,7 @@ from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.methods.ibtm import IBTM
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.methods.random_tokens import RandomSelector
+from shiva_dit.methods.refresh import Refresh
 from shiva_dit.methods.sdtm import SDTM
 from shiva_dit.methods.settings import DiffCRConfig, DyDiTConfig, SparseDiTConfig
 from shiva_dit.methods.shiva import ShivaSelector
@@ -135,5 +136,6 @@ METHODS: Mapping[str, Method] = {
     "ibtm": Method("merging by importance", lambda m: IBTM(m.keep_ratio), tunes=False),
     "toma": Method("merging by attention", lambda m: ToMA(m.keep_ratio), tunes=False),
     "sdtm": Method("structure, then detail", lambda m: SDTM(m.keep_ratio), tunes=False),
+    "refresh": Method("last updates", lambda m: Refresh(m.keep_ratio), tunes=False),
     "dense": Method("no pruning", lambda m: None),
 }

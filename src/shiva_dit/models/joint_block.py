@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +73,15 @@ class JointHook(Uncopied, ModelHook):
         how = self.owner.reducer.around(given["hidden_states"], where)
         if how is None:
             return run(*args, **kwargs)
+        text, x = self._ran(module, how, given, partial(run, *args, **kwargs))
+        return text, x if how.finish is None else how.finish(x)
+
+    def _ran(
+        self, module: Any, how: BlockRun, given: dict[str, Any], run: Callable[[], Any]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Text and image as the block gives them."""
+        if how.is_inside_alike:
+            return run()
         if given.get("joint_attention_kwargs") or module._chunk_size is not None:
             raise ValueError(
                 f"{type(self.owner.reducer).__name__} can't go along with arguments of attention "

@@ -43,7 +43,7 @@ class TrainConfig:
     """What runs on fewer tokens: ours, or one of `methods/registry.py`: "random", "norm", "centre"
     (a fixed map of the middle), "fixed_map" (a learned one), "dense" (no pruning), a published one
     that is trained: "diffcr", "dydit", "sparsedit", or one that runs without training: "tomesd"
-    (Token Merging), "tofu", "ibtm", "toma", "sdtm"."""
+    (Token Merging), "tofu", "ibtm", "toma", "sdtm", "refresh" (ours)."""
     keep_ratio: float = 0.6
     """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1); of
     "dydit" the share of FLOPs, of "sparsedit" that of the tokens in sparse blocks."""
