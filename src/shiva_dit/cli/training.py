@@ -39,6 +39,7 @@ def add_commands(command: Command) -> None:
     add("--out", type=path, required=True, help="folder for weights and record")
     add("--threads", type=positive, default=1, help="threads; results depend on it")
     add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
 
@@ -133,16 +134,33 @@ def _encode(options: argparse.Namespace) -> int:
 def _train_base(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     from shiva_dit.config import from_dict, load_recipe, with_overrides
-    from shiva_dit.demo.base import BaseTraining, train_base
     from shiva_dit.demo.tasks import load_task
+    from shiva_dit.demo.train_base import BaseTraining, train_base
+    from shiva_dit.training.interrupt import TrainingInterrupted
 
     if options.recipe is None:
         config = from_dict(BaseTraining, with_overrides({}, options.overrides))
     else:
         config = load_recipe(BaseTraining, options.recipe, options.overrides)
-    record = train_base(load_task(config.task), config, options.out, options.device)
+    try:
+        record = train_base(
+            load_task(config.task), config, options.out, options.device, resume=options.resume
+        )
+    except TrainingInterrupted as stop:
+        return _interrupted(stop, "train-base", options)
     print(
         f"{options.out}: judge right on {record['judge_accuracy_on_held_out']['all']:.1%} of "
         "unseen reals"
     )
     return 0
+
+
+def _interrupted(stop: Any, command: str, options: argparse.Namespace) -> int:
+    """Say how to go on with a backbone's training; the exit status."""
+    words = [program(), command, "--out", str(options.out), *options.overrides, "--resume"]
+    words += ["--recipe", str(options.recipe)] if options.recipe is not None else []
+    words += ["--threads", str(options.threads)] if options.threads != 1 else []
+    words += ["--device", options.device] if options.device != "cpu" else []
+    again = shlex.join(words)
+    print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
+    return 128 + stop.number
