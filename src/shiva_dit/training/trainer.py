@@ -15,10 +15,12 @@ from tqdm import tqdm
 from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.core.time_law import UNIFORM
+from shiva_dit.core.keep_table import nearest_bin
+from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
+from shiva_dit.models.spec import ModelSpec
 from shiva_dit.models.target import unwrapped
 from shiva_dit.provenance import provenance
 from shiva_dit.training.checkpoint import (
@@ -85,9 +87,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.indices = ShuffledIndices(len(data), config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
-        law = UNIFORM
-        if sampler.scheduler is not None:
-            law = sampler.law(spec, spec.tokens(model, sample.latents))
+        law = _law(config, sampler, spec, spec.tokens(model, sample.latents))
         self.origin["sampler"] = {"time_law": law.name}
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -319,3 +319,23 @@ class Trainer:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
         self.last_good = path
         return path
+
+
+def _law(config: TrainConfig, sampler: Sampler, spec: ModelSpec, num_tokens: int) -> TimeLaw:
+    """Whose steps the mean keep ratio is over.
+
+    Raises:
+        ValueError: If a recipe for a sampler's few steps comes without one, or two of these steps
+            share a time bin.
+    """
+    if config.num_steps is None:
+        return UNIFORM if sampler.scheduler is None else sampler.law(spec, num_tokens)
+    if sampler.scheduler is None:
+        raise ValueError('time_sampling = "sampler" needs one: pass scheduler=pipe.scheduler.')
+    law, bins = sampler.law_of(spec, num_tokens, config.num_steps), config.policy.num_bins
+    if len({nearest_bin(t, bins) for t in law.steps}) < len(law.steps):
+        raise ValueError(
+            f"policy.num_bins = {bins} puts two of the sampler's steps at t = "
+            f"{', '.join(f'{t:g}' for t in law.steps)} into one time bin: take more bins."
+        )
+    return law
