@@ -102,8 +102,8 @@ def test_a_started_backbone_knows_what_the_other_knew() -> None:
 
     random = loss()
     start_from(model, load_backbone(small))
-    # Measured 1.46 and 0.11; its own training ends near 0.02.
-    assert loss() < 0.15 * random
+    # Measured 1.77 and 0.033; the smaller one's own training ended at 0.029.
+    assert loss() < 0.05 * random
     same = small.build_backbone()
     start_from(same, load_backbone(small))
     for name, value in load_backbone(small).state_dict().items():
@@ -146,8 +146,8 @@ def test_a_student_draws_its_teachers_guided_pictures_in_fewer_steps(tmp_path: P
     forwards = {name: row["forwards"] for name, row in rows.items()}
     assert forwards == {"truth": 96, "student": 2, "teacher": 4, "teacher unguided": 2}
     assert rows["truth"]["psnr"] == 100.0
-    # Measured 17.4 dB, beside 13.7 of the teacher without guidance in as many forwards.
-    assert rows["student"]["psnr"] > rows["teacher unguided"]["psnr"] + 1.5
+    # Measured 24.3 dB, beside 22.2 of the teacher without guidance in as many forwards.
+    assert rows["student"]["psnr"] > rows["teacher unguided"]["psnr"] + 1.0
     assert (tmp_path / judge_file(task)).read_bytes() == (ASSETS / judge_file(task)).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         backbone_file(task),

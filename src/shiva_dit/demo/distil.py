@@ -98,17 +98,15 @@ def distilled(
     began = origin(teacher, task)
     learner = Learner(student, config, config.trajectories, checkpoints=checkpoints, origin=began)
     learner.resume()
-    start = time.process_time()
     paths = Paths(task, config, data_digest(began), checkpoints)
     paths.draw(teacher)
-    paths_s = learner.notes.setdefault("paths_cpu_s", time.process_time() - start)
     learner.run(partial(_loss, config, learner, paths, place), f"{task.name} in few steps")
     record = {
         "what": f"{task.name}-{config.num_steps}-steps-base",
         "config": config,
         "device": device,
         "base": began["backbone"],
-        "paths_cpu_s": paths_s,
+        "paths_cpu_s": paths.cpu_s,
         "backbone_cpu_s": learner.cpu_s,
         "final_loss": learner.loss,
         "num_parameters": sum(p.numel() for p in student.parameters()),
@@ -131,6 +129,8 @@ class Paths:
         drawn_by = (config.seed, config.num_steps, config.substeps, config.guidance)
         self.digest = data_digest([origin, *drawn_by])[:16]
         self.indices = ShuffledIndices(len(task), config.seed).take(config.trajectories)
+        self.cpu_s = 0.0
+        """Seconds that drawing them took."""
         self._states: list[Float[Tensor, "P n C H W"]] = []
 
     def draw(self, teacher: Any) -> None:
@@ -140,9 +140,13 @@ class Paths:
             file = self.folder / f"paths-{self.digest}-{number:04d}.safetensors"
             if not file.is_file():
                 generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + number)
-                made = {"states": self._sampled(teacher, part, generator)}
-                write_atomically(file, partial(save_file, made))
-            self._states.append(load_tensors(file)["states"])
+                began = time.process_time()
+                states = self._sampled(teacher, part, generator)
+                took = torch.tensor(time.process_time() - began)
+                write_atomically(file, partial(save_file, {"states": states, "cpu_s": took}))
+            found = load_tensors(file)
+            self._states.append(found["states"])
+            self.cpu_s += float(found["cpu_s"])
 
     def take(self, chosen: Tensor) -> tuple[Float[Tensor, "B n C H W"], dict[str, Tensor]]:
         """Some of them, and their conditioning."""
