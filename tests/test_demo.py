@@ -19,19 +19,18 @@ from shiva_dit.config import from_dict, load_recipe
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.demo.base import (
     ASSETS,
-    BaseTraining,
     backbone_file,
     judge_file,
     load_backbone,
     load_judge,
     record_file,
     shipped_adapter,
-    train_base,
 )
 from shiva_dit.demo.captions import CaptionEncoder
 from shiva_dit.demo.digits import MAX_WORDS, DigitsTask
 from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.tasks import load_task
+from shiva_dit.demo.train_base import BaseTraining, train_base
 from shiva_dit.experiments.contest import flops_per_image
 from shiva_dit.experiments.contestants import Settings
 from shiva_dit.experiments.maps import kept_maps

@@ -31,7 +31,7 @@ import shiva_dit
 from shiva_dit.benchmark.config import BenchmarkConfig
 from shiva_dit.cli import command_line
 from shiva_dit.config import from_dict, load_recipe, with_overrides
-from shiva_dit.demo.base import BaseTraining
+from shiva_dit.demo.train_base import BaseTraining
 from shiva_dit.experiments.compare import Comparison
 from shiva_dit.inspection import FlipConfig
 from shiva_dit.models.neighbours import BLOCK_CACHES, REFUSED

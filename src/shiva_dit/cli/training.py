@@ -14,7 +14,7 @@ from shiva_dit.cli.options import Command, path, positive, program, use_threads
 
 
 def add_commands(command: Command) -> None:
-    """train, encode, train-base."""
+    """train, encode, train-base, distil-base."""
     add = command("train", _train, "train an adapter by a recipe")
     add("recipe", type=path, help="a TOML file, such as recipes/digits.toml")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
@@ -39,6 +39,16 @@ def add_commands(command: Command) -> None:
     add("--out", type=path, required=True, help="folder for weights and record")
     add("--threads", type=positive, default=1, help="threads; results depend on it")
     add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+
+    add = command("distil-base", _distil_base, "distil a demo backbone into a few-step one")
+    add("--recipe", type=path, required=True, help="such as recipes/scenes-4steps-base.toml")
+    add("--out", type=path, required=True, help="folder for weights and record")
+    add("--base", type=path, help="folder of the backbone to distil; the shipped one by default")
+    add("--threads", type=positive, default=1, help="threads; results depend on it")
+    add("--device", default="cpu", help="where it is trained, such as cuda")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
     add("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
 
 
@@ -64,7 +74,7 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
     device = usable_device(options.device)
     check_folder(recipe.out)
-    made = _demo(recipe.task, options.base) if options.data is None else _own(options)
+    made = _demo(recipe, options.base) if options.data is None else _own(options)
     model, data, scheduler = made
     model.to(device)
     try:
@@ -75,15 +85,15 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(name: str | None, base: Path | None) -> tuple[Any, Any, Any]:
-    """A demo task's backbone, data and scheduler."""
+def _demo(recipe: Any, base: Path | None) -> tuple[Any, Any, Any]:
+    """A demo task's backbone, data and sampler."""
     from shiva_dit.demo.base import ASSETS, load_backbone
     from shiva_dit.demo.tasks import load_task
 
-    if name is None:
+    if recipe.task is None:
         raise ValueError("the recipe names no task: set task=..., or give --data and --pipeline.")
-    task = load_task(name)
-    return load_backbone(task, base or ASSETS), task, task.scheduler()
+    task = load_task(recipe.task)
+    return load_backbone(task, base or ASSETS), task, task.sampler(recipe.num_steps)
 
 
 def _own(options: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -133,16 +143,64 @@ def _encode(options: argparse.Namespace) -> int:
 def _train_base(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     from shiva_dit.config import from_dict, load_recipe, with_overrides
-    from shiva_dit.demo.base import BaseTraining, train_base
     from shiva_dit.demo.tasks import load_task
+    from shiva_dit.demo.train_base import BaseTraining, train_base
+    from shiva_dit.training.interrupt import TrainingInterrupted
 
     if options.recipe is None:
         config = from_dict(BaseTraining, with_overrides({}, options.overrides))
     else:
         config = load_recipe(BaseTraining, options.recipe, options.overrides)
-    record = train_base(load_task(config.task), config, options.out, options.device)
+    try:
+        record = train_base(
+            load_task(config.task), config, options.out, options.device, resume=options.resume
+        )
+    except TrainingInterrupted as stop:
+        return _interrupted(stop, "train-base", options)
     print(
         f"{options.out}: judge right on {record['judge_accuracy_on_held_out']['all']:.1%} of "
         "unseen reals"
     )
     return 0
+
+
+def _distil_base(options: argparse.Namespace) -> int:
+    use_threads(options.threads)
+    from shiva_dit.config import load_recipe
+    from shiva_dit.demo.base import ASSETS
+    from shiva_dit.demo.distil import Distillation
+    from shiva_dit.demo.tasks import load_task
+    from shiva_dit.experiments.few_steps import distil_base
+    from shiva_dit.training.interrupt import TrainingInterrupted
+
+    config = load_recipe(Distillation, options.recipe, options.overrides)
+    try:
+        record = distil_base(
+            load_task(config.task),
+            config,
+            options.out,
+            base=options.base or ASSETS,
+            device=options.device,
+            resume=options.resume,
+        )
+    except TrainingInterrupted as stop:
+        return _interrupted(stop, "distil-base", options)
+    for name, row in record["held_out"]["rows"].items():
+        print(
+            f"{name}: {row['forwards']} forwards, {row['psnr']:.2f} dB, right on "
+            f"{row['right']['all']:.1%}"
+        )
+    return 0
+
+
+def _interrupted(stop: Any, command: str, options: argparse.Namespace) -> int:
+    """Say how to go on with a backbone's training; the exit status."""
+    words = [program(), command, "--out", str(options.out), *options.overrides, "--resume"]
+    words += ["--recipe", str(options.recipe)] if options.recipe is not None else []
+    base = getattr(options, "base", None)
+    words += ["--base", str(base)] if base is not None else []
+    words += ["--threads", str(options.threads)] if options.threads != 1 else []
+    words += ["--device", options.device] if options.device != "cpu" else []
+    again = shlex.join(words)
+    print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
+    return 128 + stop.number

@@ -126,7 +126,8 @@ class Schedule:
 
         Returns:
             A table whose mean ratio, over steps as the law spreads them, is within 0.1% of the
-            schedule's (where that is at least 1 / N: no block keeps fewer tokens than one).
+            schedule's (where that is at least 1 / N: no block keeps fewer tokens than one), or the
+            nearest where the law names its few steps.
 
         Raises:
             ValueError: If no multiple comes that low: k is at least one `multiple`.
@@ -135,7 +136,8 @@ class Schedule:
         wanted, weights = self.mean_keep_ratio, self.law.weights(self.num_bins)
         table = self._table(self.ratios, weights, num_tokens, multiple, segments)
         reachable = min(multiple, num_tokens) <= wanted * num_tokens  # else k = 1 is the nearest
-        if segments is None and reachable and not _met(table, wanted):
+        splits = segments is None and not self.law.steps  # a step is in one bin, however many
+        if splits and reachable and not _met(table, wanted):
             # The mean of n entries misses by half a step at most: multiple / (2 n N).
             entries = len(self.prunable_blocks) * self.num_bins
             needed = multiple / (2 * MEAN_TOLERANCE * wanted * num_tokens * entries)
@@ -258,6 +260,8 @@ class Schedule:
         data: dict[str, Any] = {"full_blocks": self.full_blocks, "ratios": self.ratios}
         if self.law != UNIFORM:
             data["law"] = {"name": self.law.name, "times": self.law.times}
+            if self.law.steps:
+                data["law"]["steps"] = self.law.steps
         return json.dumps(data, sort_keys=True)
 
     @classmethod

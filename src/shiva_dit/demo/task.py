@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shiva_dit.demo.captions import CaptionEncoder
 from shiva_dit.demo.judge import Judge
+from shiva_dit.models.sampling import Sampler
 from shiva_dit.provenance import tensors_digest
 from shiva_dit.training.data import Batch
 
@@ -145,6 +146,10 @@ class DemoTask(ABC):
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The sampler's."""
         return FlowMatchEulerDiscreteScheduler()
+
+    def sampler(self, num_steps: int | None) -> Sampler:
+        """How steps are taken: few ones (`TrainConfig.num_steps`) at 1, 1 - 1/n, ..., 1/n."""
+        return Sampler(scheduler=self.scheduler(), asks_evenly=num_steps is not None)
 
     def pipeline(self, backbone: nn.Module) -> Any:
         """The stock SD3 pipeline around a backbone; `output_type="latent"` gives images.

@@ -101,7 +101,7 @@ def _train(job: Job, task: DemoTask, recipe: TrainConfig) -> tuple[Trained | Div
     label = _label("train", job.contestants[0].name, job.seed)
     with tempfile.TemporaryDirectory() as out:
         config = dataclasses.replace(recipe, task=task.name, seed=job.seed, out=Path(out))
-        trainer = Trainer(config, job.settings.backbone(task), task, task.scheduler())
+        trainer = Trainer(config, job.settings.backbone(task), task, task.sampler(config.num_steps))
         if config.trains_nothing:
             trained = trainer.result()
             trainer.close()

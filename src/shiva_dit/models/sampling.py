@@ -60,6 +60,8 @@ class Sampler:
     """The pipeline's own."""
     part: Literal["all", "first", "second"] = "all"
     """Of two transformers the second takes over below the config's `boundary_ratio` (Wan 2.2)."""
+    asks_evenly: bool = False
+    """Whether the pipeline is called with `sigmas` of 1, 1 - 1/n, ..., 1/n."""
 
     @classmethod
     def of(cls, pipeline: Any, model: Any) -> Sampler:
@@ -139,6 +141,7 @@ class Sampler:
         accepted = inspect.signature(own.set_timesteps).parameters
         config = {**self.config, **own.config}
         asked = STEPS.get(self.pipeline) or STEPS.get(spec.model_class, _own_steps)
+        asked = _even_sigmas if self.asks_evenly else asked
         options = asked(own, num_steps)
         if config.get("use_flow_sigmas") or not options.keys() <= accepted.keys():
             options = {}
@@ -176,6 +179,21 @@ class Sampler:
                 problem = error
         kind = type(self.scheduler).__name__
         raise ValueError(f"{kind} gives no list of steps: {problem}") from problem
+
+    def law_of(self, spec: ModelSpec, num_tokens: int, num_steps: int) -> TimeLaw:
+        """The law of a run of so few steps that all are told.
+
+        Args:
+            spec: Of the transformer.
+            num_tokens: Image tokens N, which shift the times of some schedulers.
+            num_steps: What the pipeline is called with.
+
+        Raises:
+            ValueError: If the scheduler can't take so many steps.
+        """
+        times = self.times(spec, num_tokens, num_steps)
+        steps = tuple(sorted({round(t, 6) for t in times}))
+        return TimeLaw(name=f"{num_steps} {self._name(num_tokens)}", steps=steps)
 
     def _name(self, num_tokens: int) -> str:
         """Class and what moves its steps."""

@@ -19,8 +19,8 @@ NUM_BATCHES = 16
 def fit_updates(student: Student, data: TrainingData) -> None:
     """Fit every group's update to what its blocks do to all tokens of the unpruned model.
 
-    Sixteen micro-batches on the model's own path, at times spread over [0, 1]; sums alone are
-    kept, in float64. The training's own randomness is left alone.
+    Sixteen micro-batches on the model's own path, at times spread over [0, 1], or at a sampler's
+    few steps; sums alone are kept, in float64. The training's own randomness is left alone.
     """
     updates = student.updates
     if updates is None:
@@ -29,12 +29,13 @@ def fit_updates(student: Student, data: TrainingData) -> None:
     size = config.batch_size // config.micro_batches
     generator = torch.Generator().manual_seed(config.seed)
     indices = ShuffledIndices(len(data), config.seed)
-    blocks = student.adapter.schedule.prunable_blocks
+    schedule = student.adapter.schedule
+    blocks = schedule.prunable_blocks
     sums: dict[Any, tuple[Tensor, Tensor]] = {}
     for _ in range(NUM_BATCHES):
         batch = data.batch(indices.take(size), generator).to(student.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
-        t = stratified(size, generator).to(student.device)
+        t = schedule.law.at(stratified(size, generator)).to(student.device)
         noisy = student.path.noisy(batch.latents, noise, t)
         with (
             student.as_teacher(),

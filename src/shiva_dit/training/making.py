@@ -9,11 +9,14 @@ import torch
 
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.core.hand_made import hand_made
+from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.core.time_law import TimeLaw
+from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.methods.base import Reducer
 from shiva_dit.methods.registry import METHODS, Making, Shape
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.sampling import Sampler
+from shiva_dit.models.spec import ModelSpec
 from shiva_dit.modules.router import ShivaRouter
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import ShapeConfig
@@ -101,3 +104,23 @@ def adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
     if config.router.num_groups is not None:
         options["num_groups"] = config.router.num_groups
     return ShivaConfig.for_model(model, **options)
+
+
+def made_law(config: TrainConfig, sampler: Sampler, spec: ModelSpec, num_tokens: int) -> TimeLaw:
+    """Whose steps the mean keep ratio is over.
+
+    Raises:
+        ValueError: If a recipe for a sampler's few steps comes without one, or two of these steps
+            share a time bin.
+    """
+    if config.num_steps is None:
+        return UNIFORM if sampler.scheduler is None else sampler.law(spec, num_tokens)
+    if sampler.scheduler is None:
+        raise ValueError('time_sampling = "sampler" needs one: pass scheduler=pipe.scheduler.')
+    law, bins = sampler.law_of(spec, num_tokens, config.num_steps), config.policy.num_bins
+    if len({nearest_bin(t, bins) for t in law.steps}) < len(law.steps):
+        raise ValueError(
+            f"policy.num_bins = {bins} puts two of the sampler's steps at t = "
+            f"{', '.join(f'{t:g}' for t in law.steps)} into one time bin: take more bins."
+        )
+    return law

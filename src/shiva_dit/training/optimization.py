@@ -113,10 +113,7 @@ class Optimization:
         for name, parameter, mean in self._all():
             tensors[name] = parameter
             tensors[f"average.{name}"] = mean
-        for index, values in self.adamw.state_dict()["state"].items():
-            for key, value in values.items():
-                tensors[f"adamw.{index}.{key}"] = torch.as_tensor(value)
-        return tensors
+        return tensors | adamw_tensors(self.adamw)
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -124,14 +121,28 @@ class Optimization:
         for name, parameter, mean in self._all():
             parameter.copy_(tensors[name])
             mean.copy_(tensors[f"average.{name}"])
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("adamw."):
-                _, index, key = name.split(".")
-                states.setdefault(int(index), {})[key] = value
-        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": states})
+        load_adamw(self.adamw, tensors)
 
     def _all(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         for part, parameters in self.parts.items():
             for (name, parameter), mean in zip(parameters.items(), self.average[part], strict=True):
                 yield f"{part}.{name}", parameter, mean
+
+
+def adamw_tensors(adamw: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Moments and steps of an optimizer, by name."""
+    return {
+        f"adamw.{index}.{key}": torch.as_tensor(value)
+        for index, values in adamw.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+def load_adamw(adamw: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what `adamw_tensors` gave, among other tensors."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("adamw."):
+            _, index, key = name.split(".")
+            states.setdefault(int(index), {})[key] = value
+    adamw.load_state_dict({**adamw.state_dict(), "state": states})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from tqdm import tqdm
 from shiva_dit.config import from_dict, to_dict
 from shiva_dit.provenance import module_digest
 from shiva_dit.training.data import TrainingData, data_origin
-from shiva_dit.training.recipe import TrainConfig
 
 FREE = {"out", "checkpoint_every", "optimizer", "gradient_checkpointing", "backbone_dtype", "task"}
 """What a resumed run may change: where and how often it saves, and how fast it learns. The task is
@@ -39,8 +39,16 @@ def origin(model: torch.nn.Module, data: TrainingData) -> dict[str, Any]:
     return {"backbone": backbone, "data": data_origin(data)}
 
 
-def check_recipe(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
+def check_recipe(
+    config: object, saved: dict[str, Any], path: Path, free: Collection[str] = FREE
+) -> None:
     """Raise unless a run that was saved with other settings could go on with these.
+
+    Args:
+        config: The recipe.
+        saved: The one that it was saved with.
+        path: Named in errors.
+        free: Settings that may differ.
 
     Raises:
         ValueError: Names what was changed.
@@ -48,13 +56,13 @@ def check_recipe(config: TrainConfig, saved: dict[str, Any], path: Path) -> None
     current, then = (
         json.loads(json.dumps(to_dict(config)))
         # Settings that it was saved without count as their defaults.
-        for config in (config, from_dict(TrainConfig, saved, str(path)))
+        for config in (config, from_dict(type(config), saved, str(path)))
     )
-    changed = sorted(k for k in current if k not in FREE and then[k] != current[k])
+    changed = sorted(k for k in current if k not in free and then[k] != current[k])
     if changed:
         raise ValueError(
             f"{path} was made with other values of {', '.join(changed)}: resume with the same "
-            "recipe, or train into another folder (out=...)."
+            "recipe, or train into another folder."
         )
 
 
@@ -82,5 +90,5 @@ def check_origin(ours: dict[str, Any], state: dict[str, Any], path: Path) -> Non
         if found != wanted:
             raise ValueError(
                 f"{path} was made with another {what} than this run's ({wanted} then, {found} "
-                "now): resume with the same, or train into another folder (out=...)."
+                "now): resume with the same, or train into another folder."
             )

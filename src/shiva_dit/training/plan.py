@@ -236,10 +236,15 @@ class Planner:
     ) -> tuple[Float[Tensor, "M b"], Float[Tensor, "M 1"]]:
         """Times of each part in order, and the one of its samples whose bin gives its counts."""
         num_parts = self.config.micro_batches
+        if self.config.time_sampling == "sampler":
+            leaders = self._times(num_parts, generator)[:, None]
+            return leaders.expand(-1, self.config.batch_size // num_parts), leaders
         times = self._times(self.config.batch_size, generator).view(num_parts, -1)
         picked = torch.randint(times.shape[1], (num_parts, 1), generator=generator)
         return times, times.gather(1, picked)
 
     def _times(self, count: int, generator: torch.Generator) -> Float[Tensor, " S"]:
         strata = stratified(count, generator)
+        if self.config.time_sampling == "sampler":
+            return self.law.at(strata)
         return strata if self.config.time_sampling == "uniform" else logit_normal(strata)

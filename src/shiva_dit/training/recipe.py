@@ -75,10 +75,14 @@ class TrainConfig:
     sees only as many times as there are parts, and its gradient is noisier."""
     warmup_ratios: tuple[float, float] = (0.2, 0.9)
     """Range of the stratified keep ratios of the warm-up, within (0, 1]."""
-    time_sampling: Literal["logit_normal", "uniform"] = "uniform"
-    """Law of t in training. Where the policy learns it must be "uniform": its losses are an
-    integral over t, and the budget counts each t by the steps that the sampler takes there. How
-    much a time counts for the losses is `loss.time_weighting`'s to say."""
+    time_sampling: Literal["logit_normal", "uniform", "sampler"] = "uniform"
+    """Law of t in training. Where the policy learns it must not be "logit_normal": its losses are
+    an integral over t, and the budget counts each t by the steps that the sampler takes there. How
+    much a time counts for the losses is `loss.time_weighting`'s to say. "sampler": the times of the
+    sampler's `num_steps` steps and no others, alike, one for each part of a batch: for a backbone
+    that was distilled to few steps. The mean keep ratio is over these, then."""
+    num_steps: int | None = None
+    """Steps of the sampler, where `time_sampling` is "sampler"."""
     guidance: tuple[float, float] | None = None
     """Lowest and highest guidance scale, at least 1, that the adapter is for: one is drawn evenly
     for each sample. Every sample then runs with and without its caption, in two halves that keep
@@ -147,6 +151,7 @@ class TrainConfig:
             raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}.")
         self._check_steps()
         self._check_combination()
+        self._check_sampler()
 
     def _check_steps(self) -> None:
         for name in ("warmup_steps", "policy_steps", "joint_steps"):
@@ -173,11 +178,26 @@ class TrainConfig:
                 f'method = "{self.method}" leaves no tokens out of whole blocks: set rejected = '
                 '"identity".'
             )
-        if self.learns_policy and self.time_sampling != "uniform":
+        if self.learns_policy and self.time_sampling == "logit_normal":
             raise ValueError(
                 'a learned policy needs time_sampling = "uniform": its losses are an integral over '
                 't. To count some times more, set loss.time_weighting = "logit_normal", or '
                 "policy.adaptive = false to train with other laws of t."
+            )
+
+    def _check_sampler(self) -> None:
+        if (self.num_steps is not None) != (self.time_sampling == "sampler"):
+            raise ValueError(
+                'time_sampling = "sampler" and num_steps go together, the number of its steps; got '
+                f"{self.time_sampling!r} and {self.num_steps}."
+            )
+        if self.num_steps is None:
+            return
+        whole_number("num_steps", self.num_steps, least=1)
+        if self.shared_bin or self.times_per_sample > 1:
+            raise ValueError(
+                'time_sampling = "sampler" gives each part of a batch one time: leave shared_bin '
+                "and times_per_sample as they are by default."
             )
 
     @property

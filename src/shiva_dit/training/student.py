@@ -41,7 +41,7 @@ from shiva_dit.training.paths import NoisePath
 from shiva_dit.training.plan import Part
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import LossConfig
-from shiva_dit.training.start import start_from
+from shiva_dit.training.start import read_start, start_from
 
 
 class Student:
@@ -88,12 +88,11 @@ class Student:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
         self.adapter = made_adapter(config, model, law).to(self.device)
         self.reducer, self.weights = self._method(sample)
+        start = None if config.start is None else read_start(config.start, self.adapter, model)
         if config.backbone in ("lora", "dora"):
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
-        self.started: str | None = None
+        self.started = None if start is None else start_from(start, self.adapter, model)
         """SHA-256 of the adapter that training starts from."""
-        if config.start is not None:
-            self.started = start_from(config.start, self.adapter, model)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.selector = self.reducer if isinstance(self.reducer, Selector) else None

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.core.time_law import UNIFORM
 from shiva_dit.methods.registry import METHODS
 from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
 from shiva_dit.models.families import model_spec
@@ -37,6 +36,7 @@ from shiva_dit.training.data import (
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
 from shiva_dit.training.log import LOG_FILE, open_log
+from shiva_dit.training.making import made_law
 from shiva_dit.training.optimization import Optimization
 from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
@@ -86,9 +86,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.indices = ShuffledIndices(len(data), config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
-        law = UNIFORM
-        if sampler.scheduler is not None:
-            law = sampler.law(spec, spec.tokens(model, sample.latents))
+        law = made_law(config, sampler, spec, spec.tokens(model, sample.latents))
         self.origin["sampler"] = {"time_law": law.name}
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
