@@ -984,6 +984,7 @@ def test_importing_the_package_imports_neither_diffusers_nor_torch() -> None:
 def test_the_public_names() -> None:
     names = [
         "IBTM",
+        "Refresh",
         "SDTM",
         "Schedule",
         "ShivaAdapter",
