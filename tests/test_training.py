@@ -881,5 +881,5 @@ def test_an_adapter_of_another_shape_is_no_start(tmp_path: Path) -> None:
             Trainer(recipe(tmp_path / "b", start=first, **change), tiny.sd3(), TinyData())
     with pytest.raises(ValueError, match="has none"):
         recipe(tmp_path / "b", start=first, method="random")
-    with pytest.raises(ValueError, match="neither a folder nor"):
-        Trainer(recipe(tmp_path / "b", start=tmp_path / "none"), tiny.sd3(), TinyData())
+    with pytest.raises(ValueError, match="there is no folder no/adapter: train that"):
+        Trainer(recipe(tmp_path / "b", start=Path("no/adapter")), tiny.sd3(), TinyData())

@@ -29,6 +29,8 @@ def read_start(folder: Path, adapter: ShivaAdapter, model: nn.Module) -> ShivaAd
     Raises:
         ValueError: If there is no adapter, or it is of another shape.
     """
+    if not folder.is_dir():  # names of two parts would be looked for on the Hub
+        raise ValueError(f"start: there is no folder {folder}: train that adapter first.")
     given = ShivaAdapter.from_pretrained(folder)
     given.check_fits(model)
     for field in fields(ShivaConfig):
