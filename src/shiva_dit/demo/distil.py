@@ -23,6 +23,7 @@ from shiva_dit.demo.made import Made
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.provenance import data_digest, load_tensors, write_atomically
 from shiva_dit.training.data import Batch, ShuffledIndices
+from shiva_dit.training.guided import both_ways, guided
 from shiva_dit.training.objective import squared_error
 from shiva_dit.training.origin import origin
 
@@ -163,10 +164,8 @@ class Paths:
         """Guided by UniPC, as `experiments.scoring` samples."""
         config, batch = self.config, self._captioned(indices)
         device = next(teacher.parameters()).device
-        both = {
-            name: torch.cat([value, self.task.unconditional()[name].expand_as(value)]).to(device)
-            for name, value in batch.conditioning.items()
-        }
+        both = both_ways(batch, self.task.unconditional()).to(device).conditioning
+        scales = torch.full((len(indices),), config.guidance)
         solver = UniPCMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
         )
@@ -176,9 +175,7 @@ class Paths:
         for step, timestep in enumerate(solver.timesteps, start=1):
             times = timestep.to(device, x.dtype).expand(2 * len(x))
             out = teacher(torch.cat([x, x]), timestep=times, return_dict=False, **both)[0]
-            captioned, plain = out.chunk(2)
-            guided = plain + config.guidance * (captioned - plain)
-            x = solver.step(guided, timestep, x, return_dict=False)[0]
+            x = solver.step(guided(out, scales), timestep, x, return_dict=False)[0]
             if step % config.substeps == 0:
                 states.append(x)
         return torch.stack(states, 1).cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -41,7 +41,8 @@ class BlockRun:
     @property
     def is_inside_alike(self) -> bool:
         """Whether the block itself runs as ever."""
-        return replace(self, finish=None) == BlockRun()
+        others = (self.tokens, self.keys, self.heads, self.hidden, self.kept)
+        return not self.is_pooled and all(other is None for other in others)
 
 
 class BlockReducer(Reducer):

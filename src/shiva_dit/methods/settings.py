@@ -24,7 +24,9 @@ class DiffCRConfig:
         check_types(self)
         whole_number("diffcr regions", self.regions, least=1, most=1000)
         if not 0.0 <= self.budget_weight <= 1e6:
-            raise ValueError(f"diffcr budget_weight must lie in [0, 1e6], got {self.budget_weight}")
+            raise ValueError(
+                f"diffcr budget_weight must lie in [0, 1e6], got {self.budget_weight}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

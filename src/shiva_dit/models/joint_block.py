@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from shiva_dit.methods.blocks import BlockReducer, BlockRun, Width
 from shiva_dit.methods.plans import RaggedPlan
-from shiva_dit.models.block_hook import Uncopied
 from shiva_dit.models.families import model_spec
-from shiva_dit.models.guidance import Passes
-from shiva_dit.models.site_hook import Forward, ran_outside
+from shiva_dit.models.site_hook import Forward, ReducerHook
 from shiva_dit.models.spec import bind
 
 BLOCK, PROCESSOR = "JointTransformerBlock", "JointAttnProcessor2_0"
@@ -34,43 +31,20 @@ def refuse_other_blocks(model: nn.Module, reducer: BlockReducer) -> None:
             )
 
 
-class JointHook(Uncopied, ModelHook):
-    """Runs one block as the reducer says.
+class JointHook(ReducerHook):
+    """Runs one block as the reducer says."""
 
-    Args:
-        owner: The `Reduction` that it belongs to.
-        block: Index of the block.
-    """
-
-    _is_stateful = True
-
-    def __init__(self, owner: Any, block: int) -> None:
-        super().__init__()
-        self.owner, self.block = owner, block
-        self.passes: Passes = owner.passes  # `cache_context` looks for it here
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """A pipeline has ended: nothing is led any more."""
-        self.passes.reset()
-        return module
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def reduced(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """The block as the reducer says; the block itself where it says nothing."""
-        run = self.fn_ref.original_forward
-        assert run is not None
-        forward: Forward | None = self.owner.running
-        if forward is None:
-            raise ran_outside()
-        if forward.is_dense:
-            return run(*args, **kwargs)
         given = bind(module, args, kwargs)
-        where = replace(
-            forward.where,
-            block=self.block,
-            within=forward.within,
-            embedded=forward.within.get("embedded"),
-        )
-        how = self.owner.reducer.around(given["hidden_states"], where)
+        how = self.owner.reducer.around(given["hidden_states"], self.where(forward))
         if how is None:
             return run(*args, **kwargs)
         text, x = self._ran(module, how, given, partial(run, *args, **kwargs))

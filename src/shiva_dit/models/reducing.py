@@ -32,7 +32,7 @@ from shiva_dit.models.neighbours import (
     unregister,
 )
 from shiva_dit.models.runs import Call, OwnRun, Runs
-from shiva_dit.models.site_hook import Forward, SiteHook
+from shiva_dit.models.site_hook import Forward, ReducerHook, SiteHook
 from shiva_dit.models.skeleton import Skeleton
 from shiva_dit.models.spec import SitePlace, bind, given, grid_of
 from shiva_dit.models.turns import turns_of
@@ -55,7 +55,7 @@ class Reduction(Uncopied):
         self._undo = Undo()
         _refuse(model, reducer)
         blocks = self.spec.blocks(model)
-        self._hooks: list[tuple[nn.Module, SiteHook | JointHook]] = [
+        self._hooks: list[tuple[nn.Module, ReducerHook]] = [
             (module, SiteHook(self, block, site, place))
             for module, block, site, place in _places(blocks, reducer.sites)
         ]
@@ -243,7 +243,7 @@ def reduction_of(model: nn.Module) -> Reduction | None:
     for module in model.modules():
         registry = module.__dict__.get("_diffusers_hook")
         hook = None if registry is None else registry.get_hook(REDUCER)
-        if isinstance(hook, SiteHook | JointHook):
+        if isinstance(hook, ReducerHook):
             return hook.owner
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,15 +37,71 @@ class Forward:
     """What reducers remember until its end."""
 
 
-def ran_outside() -> RuntimeError:
-    """What is wrong where no forward is going on."""
-    return RuntimeError(
-        "a block ran outside of a call of its model, so that nothing says what its grid is: call "
-        "model(...), not model.forward(...) or a block by itself."
-    )
+class ReducerHook(Uncopied, ModelHook):
+    """Around one module of a block: runs it otherwise while a forward of the model goes on.
+
+    Args:
+        owner: The `Reduction` that it belongs to.
+        block: Index of the module's block.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, owner: Any, block: int) -> None:
+        super().__init__()
+        self.owner, self.block = owner, block
+        self.passes: Passes = owner.passes  # `cache_context` looks for it here
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """A pipeline has ended: nothing is led any more."""
+        self.passes.reset()
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The module as the reducer has it; the module itself where the model runs as it is."""
+        run = self.fn_ref.original_forward
+        assert run is not None
+        forward: Forward | None = self.owner.running
+        if forward is None:
+            raise RuntimeError(
+                "a block ran outside of a call of its model, so that nothing says what its grid "
+                "is: call model(...), not model.forward(...) or a block by itself."
+            )
+        if forward.is_dense:
+            return run(*args, **kwargs)
+        return self.reduced(module, forward, run, args, kwargs)
+
+    @abstractmethod
+    def reduced(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What the module gives in its place.
+
+        Args:
+            module: The module.
+            forward: The forward that is going on.
+            run: Its own forward.
+            args: Of its call.
+            kwargs: Of its call.
+        """
+
+    def where(self, forward: Forward, **more: Any) -> Where:
+        """What the reducer is told of its place."""
+        return replace(
+            forward.where,
+            block=self.block,
+            within=forward.within,
+            embedded=forward.within.get("embedded"),
+            **more,
+        )
 
 
-class SiteHook(Uncopied, ModelHook):
+class SiteHook(ReducerHook):
     """Runs one module on what a plan leaves of its input.
 
     Args:
@@ -53,37 +111,25 @@ class SiteHook(Uncopied, ModelHook):
         place: How it returns the image's tokens.
     """
 
-    _is_stateful = True
-
     def __init__(self, owner: Any, block: int, site: Site, place: SitePlace) -> None:
-        super().__init__()
-        self.owner, self.block, self.place = owner, block, place
-        self.site: Site = site
-        self.passes: Passes = owner.passes  # `cache_context` looks for it here
+        super().__init__(owner, block)
+        self.site, self.place = site, place
 
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """A pipeline has ended: nothing is led any more."""
-        self.passes.reset()
-        return module
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def reduced(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """The module within the plan; the module itself where there is none."""
-        run = self.fn_ref.original_forward
-        assert run is not None
-        forward: Forward | None = self.owner.running
-        if forward is None:
-            raise ran_outside()
-        if forward.is_dense:
-            return run(*args, **kwargs)
         x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self._check(module, x, forward.grid, kwargs)
-        where = replace(
-            forward.where,
+        where = self.where(
+            forward,
             site=self.site,
-            block=self.block,
             place=self.place.module,
-            within=forward.within,
-            embedded=forward.within.get("embedded"),
             earlier=forward.plans.get(self.block),
         )
         plan = forward.plans[self.block] = self.owner.reducer.plan(x, where)

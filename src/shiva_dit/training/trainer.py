@@ -244,8 +244,10 @@ class Trainer:
             adapter = copy.deepcopy(student.adapter).cpu().eval()
             learns = METHODS[self.config.method].learns
             reducer = copy.deepcopy(student.reducer) if learns else student.reducer
-        learned = student.selector and student.selector.learned_schedule(adapter.schedule.law)
-        if learned:
+        learned = None
+        if student.selector is not None:
+            learned = student.selector.learned_schedule(adapter.schedule.law)
+        if learned is not None:
             adapter.schedule = learned
         if self.config.learns_policy:
             adapter.schedule = adapter.policy.schedule(
