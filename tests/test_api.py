@@ -995,10 +995,12 @@ def test_the_public_names() -> None:
         "apply",
         "attach_reducer",
         "compile",
+        "correct",
         "cuda_graphs",
         "disabled",
         "guided",
         "remove",
+        "steps",
         "summary",
         "supported",
     ]

@@ -34,14 +34,14 @@ COUNT = 32
 
 def worth(point: Point) -> float:
     """Of a setting in the made-up world, as standard deviation of its error: smaller is better."""
-    kind = {"unpruned": 1.0, "adapter": 0.5}[point.arm.name.split(" + ")[0].split(" at ")[0]]
+    kind = 0.5 - 0.09 * point.arm.whole_steps if point.arm.adapter else 1.0
     return kind * (1.0 + 0.3 * (point.arm.cache is not None)) / point.steps
 
 
 def cost(point: Point) -> float:
     """Share of the time of 20 unpruned steps."""
     kind = 0.6 if point.arm.adapter else 1.0
-    return kind * (0.7 if point.arm.cache else 1.0) * point.steps / 20
+    return (kind * (0.7 if point.arm.cache else 1.0) * point.steps + point.arm.whole_steps) / 20
 
 
 @pytest.fixture
@@ -120,6 +120,7 @@ def test_keep_ratios_are_tried_one_by_one() -> None:
     names = {c.point.arm.name: c.point.arm.run_at for c in candidates(wish(keep_ratios=(0.3, 0.6)))}
     assert names["adapter at 0.3"] == 0.3
     assert names["adapter at 0.6 + mag_cache 0.06"] == 0.6
+    assert names["adapter at 0.6, 2 whole"] == 0.6
     assert names["unpruned"] is None
     assert [c.point.steps for c in candidates(wish())][:6] == [20, 15, 10, 8, 6, 4]
 
@@ -141,6 +142,14 @@ def test_the_snippet_is_code_that_does_it() -> None:
     assert names == {"shiva_dit.apply", "apply_mag_cache", "MagCacheConfig", "pipe"}
     assert 'shiva_dit.apply(pipe, "me/mine", keep_ratio=0.4)' in code
     assert "pipe(prompt, num_inference_steps=8, guidance_scale=4)" in code
+    whole = Point(
+        key="x",
+        arm=Arm(name="x", adapter="me/mine", whole_steps=2),
+        steps=8,
+        guidance=4.0,
+        seed=0,
+    )
+    assert "\nshiva_dit.correct(pipe, 2)\n" in snippet(Candidate(point=whole))
 
 
 @pytest.mark.parametrize(

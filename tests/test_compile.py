@@ -185,6 +185,22 @@ def test_a_pipeline_runs_compiled_and_leaves_the_graphs_again() -> None:
     assert counter.frame_count == GRAPHS["plain"] + 1  # eager
 
 
+def test_whole_steps_take_one_graph_more() -> None:
+    """Tuned weights and the model's own take turns, without a graph for each."""
+    model = tiny.sd3()
+    adapter = tiny.adapter(model, many_rows(4), backbone="full")
+    adapter.backbone_weights = tiny.tuned("full")[0]
+    pipe = shiva_dit.apply(tiny.pipeline(model), adapter)
+    shiva_dit.correct(pipe, (1, 3))
+    eager = tiny.generate(pipe, 5.0)
+    counter = CompileCounterWithBackend("eager")
+    shiva_dit.compile(pipe, backend=counter)
+    assert near([tiny.generate(pipe, 5.0)], [eager])
+    assert counter.frame_count == GRAPHS["plain"] + 1  # the last block dense
+    with dynamo.patch(error_on_recompile=True):
+        assert near([tiny.generate(pipe, 5.0)], [eager])
+
+
 def test_full_graphs_are_the_default() -> None:
     model = tiny.sd3()
 

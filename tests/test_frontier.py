@@ -261,6 +261,36 @@ def test_a_cache_saves_forwards_and_leaves_the_model_as_it_was(kind: Any) -> Non
     assert not torch.equal(rough, images)
 
 
+def test_whole_steps_cost_a_forward_each_and_come_nearer() -> None:
+    source, steps = source_of(made(guidance=[1.0])), 6
+    found = {}
+    for whole in (0, 1, 2, steps):
+        arm = Arm(name="x", adapter="shipped", whole_steps=whole, half_life=1e6, steps=(steps,))
+        point = Point(key="x", arm=arm, steps=steps, guidance=1.0, seed=0)
+        with arm_on(point, source) as (pipe, call), counted(pipe.transformer) as counts:
+            found[whole] = call(4, 0), sum(counts)
+    truth, dense = found[steps]
+    costs = [cost for _, cost in found.values()]
+    assert costs[1] - costs[0] == pytest.approx(dense / steps, rel=1e-3)
+    assert costs[2] - costs[1] == pytest.approx(dense / steps, rel=1e-3)
+    errors = [float((images - truth).square().mean()) for images, _ in found.values()]
+    assert errors[0] > 1.3 * errors[1] > 1.3 * 1.3 * errors[2] > 0 == errors[3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"whole_steps": -1}, "whole_steps must be at least 0"),
+        ({"whole_steps": 1}, "for an adapter or a method"),
+        ({"whole_steps": 1, "adapter": "x", "cache": "mag_cache"}, "without a cache"),
+        ({"adapter": "x", "half_life": 0.0}, "half_life must be positive"),
+    ],
+)
+def test_whole_steps_that_make_no_sense_are_refused(changes: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Arm(name="x", **changes)
+
+
 def _hooks(model: nn.Module) -> Iterator[str]:
     for module in model.modules():
         registry = getattr(module, "_diffusers_hook", None)

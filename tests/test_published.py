@@ -73,7 +73,7 @@ def predictions(
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
     """Both passes' predictions (uncond, cond) at each step of a guided loop, two images."""
-    own = None if attached is None else attached.run(steps)
+    own = None if attached is None else shiva_dit.steps(attached.model, steps)
     x = normal(2, 4, *size, seed=seed).to(dtype)
 
     def predict(given: dict[str, Any], step: int, passes: str) -> Tensor:
@@ -358,7 +358,7 @@ def test_a_pass_is_what_its_context_says() -> None:
     model = tiny.sd3()
     attached = attach_reducer(model, IBTM(0.6))
     calls = noted(attached.reducer)
-    own = attached.run(2)
+    own = shiva_dit.steps(attached.model, 2)
     for step in range(2):
         for name, seed in (("pred_cond", 1), ("pred_uncond", 2)):
             _set_cache_context(model, CacheContext(name))
@@ -370,7 +370,10 @@ def test_a_pass_is_what_its_context_says() -> None:
     assert all(memory is memories[4] for memory in (*memories[4:8], *memories[12:]))
     assert memories[0] is not memories[4]
     HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks()
-    with pytest.raises(ValueError, match=r"of no guided run"), attached.run(2).step(0):
+    with (
+        pytest.raises(ValueError, match=r"of no guided run"),
+        shiva_dit.steps(attached.model, 2).step(0),
+    ):
         tiny.run(model, tiny.inputs())
 
 
@@ -378,7 +381,7 @@ def test_a_third_pass_goes_by_the_guidance_of_the_step_before_as_well() -> None:
     model = tiny.sd3()
     attached = attach_reducer(model, IBTM(0.6))
     calls = noted(attached.reducer)
-    own = attached.run(3)
+    own = shiva_dit.steps(attached.model, 3)
     for step in range(3):
         with own.step(step):
             with shiva_dit.guided(model, "both"):
@@ -451,15 +454,17 @@ def test_calls_that_say_nothing_of_their_step_are_refused(method: str) -> None:
     model = tiny.sd3()
     bare = tiny.run(model, tiny.inputs())
     attached = attach_reducer(model, MADE[method](0.6))
-    with pytest.raises(ValueError, match=r"goes by the steps of a run.*\brun\(num_steps\)"):
+    with pytest.raises(
+        ValueError, match=r"goes by the steps of a run.*\bsteps\(model, num_steps\)"
+    ):
         tiny.run(model, tiny.inputs())
     with shiva_dit.disabled(model):
         assert torch.equal(tiny.run(model, tiny.inputs()), bare)
-    own = attached.run(2)
+    own = shiva_dit.steps(attached.model, 2)
     with pytest.raises(ValueError, match="a run of 2 steps has no step 2"), own.step(2):
         pass
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
-        attached.run(0)
+        shiva_dit.steps(attached.model, 0)
     with own.step(0), shiva_dit.guided(model, "both"):
         with pytest.raises(ValueError, match="3 samples can't hold both"):
             tiny.run(model, tiny.inputs(3))

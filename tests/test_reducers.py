@@ -137,7 +137,7 @@ def told(model: nn.Module, attached: Any, batch: int = 2, t: float = 0.5) -> Ten
     """A call; of methods that go by the steps of a run, that of its third and last one."""
     if "steps" not in getattr(attached, "reducer", NormSelector()).needs:
         return run(model, "sd3", batch, t)
-    own = attached.run(3)
+    own = shiva_dit.steps(attached.model, 3)
     with shiva_dit.guided(model, "both"):
         for step, time in enumerate((1.0, 0.9)):
             with own.step(step):

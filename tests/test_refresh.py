@@ -88,7 +88,7 @@ def test_where_nothing_moves_all_keys_give_the_model_itself(kind: str) -> None:
     bare = tiny.run(model, inputs)
     for keys, is_alike in (("all", True), ("chosen", False)):
         attached = attach_reducer(model, Refresh(0.25, whole_steps=1, keys=keys))
-        run = attached.run(3)
+        run = shiva_dit.steps(attached.model, 3)
         for step in range(3):
             with run.step(step):
                 found = tiny.run(model, inputs)

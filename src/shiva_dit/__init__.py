@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shiva_dit.adapter import ShivaAdapter, ShivaConfig
     from shiva_dit.api.apply import apply
-    from shiva_dit.api.state import compile, cuda_graphs, disabled, guided, remove
+    from shiva_dit.api.state import compile, correct, cuda_graphs, disabled, guided, remove, steps
     from shiva_dit.api.summary import summary
     from shiva_dit.api.supported import supported
     from shiva_dit.core.schedule import Schedule
@@ -37,10 +37,12 @@ __all__ = [
     "apply",
     "attach_reducer",
     "compile",
+    "correct",
     "cuda_graphs",
     "disabled",
     "guided",
     "remove",
+    "steps",
     "summary",
     "supported",
 ]
@@ -60,7 +62,8 @@ _HOMES = {
     "summary": "shiva_dit.api.summary",
     "supported": "shiva_dit.api.supported",
     **dict.fromkeys(
-        ("compile", "cuda_graphs", "disabled", "guided", "remove"), "shiva_dit.api.state"
+        ("compile", "correct", "cuda_graphs", "disabled", "guided", "remove", "steps"),
+        "shiva_dit.api.state",
     ),
 }
 

@@ -1,16 +1,18 @@
-"""An adapter that is on: taken off, off for a while, guided, compiled, replayed by graphs."""
+"""An adapter that is on: taken off, off for a while, guided, corrected, compiled, replayed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from shiva_dit.api.attached import all_attached, attachments, reductions
 from shiva_dit.models.attach import detach_all, paused
 from shiva_dit.models.compiling import compile_options
+from shiva_dit.models.correction import HALF_LIFE, WholeSteps
 from shiva_dit.models.graphs import CudaRecorder
 from shiva_dit.models.guidance import Pass
+from shiva_dit.models.runs import OwnRun
 from shiva_dit.models.target import transformers_of
 
 T = TypeVar("T")
@@ -93,6 +95,52 @@ def compile(target: T, **options: Any) -> T:
     for attachment in all_attached(target):
         attachment.compile(**{**compile_options(), **options})
     return target
+
+
+def correct(target: T, whole_steps: int | Sequence[int] = 2, *, half_life: float = HALF_LIFE) -> T:
+    """Let the unpruned model predict as well in a few steps of each run, and correct the others.
+
+    At a whole step its prediction is taken, and what the pruned one's lacks of it is added to those
+    that follow, the less the later. A whole step costs a forward of the unpruned model more; tuned
+    weights then stand on the device together with the model's own. Until `remove`.
+
+    Args:
+        target: A pipeline or transformer with an adapter attached, or with a reducer.
+        whole_steps: How many of a run's steps are whole: of 12 steps two are the 3rd and the 8th.
+            Or which ones, counted from 0. 0: none any more.
+        half_life: The share of a run's steps after which half of a correction is left; `math.inf`:
+            it holds until the next whole step, which is better without guidance.
+
+    Raises:
+        ValueError: If nothing is attached, or for numbers out of range. In a run: if nothing says
+            which step a call is (`steps`), or FirstBlockCache, MagCache or cache-dit is on.
+    """
+    whole = None
+    if isinstance(whole_steps, bool) or whole_steps != 0:
+        steps = whole_steps if isinstance(whole_steps, int) else tuple(whole_steps)
+        whole = WholeSteps(steps, half_life)
+    for attached in reductions(target) or all_attached(target):
+        attached.correct(whole)
+    return target
+
+
+def steps(target: Any, num_steps: int) -> OwnRun:
+    """A run of a loop of your own, for whole steps and reducers that go by steps.
+
+    Pipelines of diffusers need none of this. Each run has a memory of its own: begin one for every
+    image or batch.
+
+    Args:
+        target: A transformer with an adapter attached, or with a reducer.
+        num_steps: How many steps it has: `with run.step(i):` lies around the calls of each.
+
+    Raises:
+        ValueError: If nothing is attached, or to two transformers.
+    """
+    found = reductions(target) or all_attached(target)
+    if len(found) > 1:
+        raise ValueError("pass the transformer whose steps these are: the pipeline has two.")
+    return OwnRun(found[0].runs, num_steps)
 
 
 def cuda_graphs(target: T, *, limit: int = 128) -> T:

@@ -8,7 +8,7 @@ patched, replaced or registered as a submodule, so the state dict is the model's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,13 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.models.block_hook import BlockHook, Uncopied
 from shiva_dit.models.clock import Clock
 from shiva_dit.models.compiling import compile_blocks
+from shiva_dit.models.correction import WholeSteps, put_correction_on
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.forward import Forwards
 from shiva_dit.models.gating import gate_values, ungate_values, unweigh_updates, weigh_updates
 from shiva_dit.models.graphs import GRAPHS, Recorder, put_on
-from shiva_dit.models.guidance import Passes
+from shiva_dit.models.guidance import Pass, Passes
 from shiva_dit.models.neighbours import (
     forget_registries,
     reaches,
@@ -34,6 +35,7 @@ from shiva_dit.models.neighbours import (
     unhook,
     unregister,
 )
+from shiva_dit.models.runs import Runs
 from shiva_dit.models.tuned import TunedBackbone
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo
@@ -76,6 +78,7 @@ class Attachment(Uncopied):
         self.was_enabled = True
         """Whether it is on again when the last `disabled` block ends."""
         self._compiled: dict[str, Any] | None = None
+        self._whole: WholeSteps | None = None
         self.blocks = self.spec.blocks(model)
         self.turns = turns_of(model)
         self._undo = Undo()
@@ -88,6 +91,8 @@ class Attachment(Uncopied):
             clock=clock,
         )
         self.passes = Passes()
+        self.runs = Runs(self.passes)
+        """The samplings that call it; asked for whole steps."""
         self.hooks = [
             BlockHook(self, selector, updates, block, index, self.passes)
             for index, block in enumerate(self.blocks)
@@ -176,6 +181,8 @@ class Attachment(Uncopied):
         forget_registries(self.model)
         if self._compiled is not None:
             self.compile(**self._compiled)
+        if self._whole is not None:
+            self.correct(self._whole)
 
     def _save_bare(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `save_pretrained`, with its own weights."""
@@ -284,6 +291,22 @@ class Attachment(Uncopied):
         """
         compile_blocks(self.blocks, options, self._undo)
         self._compiled = options
+
+    def correct(self, whole: WholeSteps | None) -> None:
+        """Run the unpruned model in some steps, and correct the others by it; None: no longer."""
+        put_correction_on(self, whole, self._undo)
+        self._whole = whole
+
+    def running_pass(self) -> Pass | None:
+        """Which pass the running forward is; None if it is the unpruned model's."""
+        return self.forwards.running_pass()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, in a forward: the unpruned model, with its own weights."""
+        own = nullcontext() if self.backbone is None else self.backbone.lifted()
+        with self.forwards.unpruned(), own:
+            yield
 
     def use_graphs(self, recorder: Recorder, limit: int) -> None:
         """Capture forwards and replay them, until `detach`."""

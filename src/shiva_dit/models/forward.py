@@ -80,6 +80,7 @@ class Forwards(Uncopied):
         self._gated: GatedForward | None = None
         self._context: Tensor | None = None
         self._plan: ForwardPlan | None = None
+        self._which = Pass.ALONE
         self._times: slice = slice(None)
         """Rows of the running forward's time embedding, one for each time that it was given."""
         self._slots = {id(b): h.slot for b, h in zip(blocks, hooks, strict=True)}
@@ -102,6 +103,23 @@ class Forwards(Uncopied):
     def is_watched(self) -> bool:
         """Whether somebody looks into the forwards, which a replay would not let them."""
         return self._gated is not None or self.observer is not None
+
+    def running_pass(self) -> Pass | None:
+        """Which pass the running forward is; None if it is the unpruned model's or in training."""
+        return None if self._plan is None or self._gated is not None else self._which
+
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Within, in a forward: blocks run as they are."""
+        states = [hook.slot.state for hook in self.hooks]
+        plan, context = self._plan, self._context
+        self._forget(DENSE)
+        try:
+            yield
+        finally:
+            self._plan, self._context = plan, context
+            for hook, state in zip(self.hooks, states, strict=True):
+                hook.slot.state = state
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Torch pre-hook on the model: how many tokens each block keeps in this forward."""
@@ -139,6 +157,7 @@ class Forwards(Uncopied):
         """Give every block its state for this forward."""
         prunable = self.counts.prunable
         gates = {} if self._gated is None else self._gated.made(prunable)
+        self._which = which
         mixtures = {} if self._gated is None else self._gated.mixtures
         selecting = [b in gates or b in mixtures for b in range(len(prunable))]
         selecting = prunable if self.always_select else selecting

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
 from shiva_dit.models.fingerprint import Fingerprint
+from shiva_dit.models.neighbours import CORRECTION, register_innermost
 
 logger = logging.getLogger("shiva_dit")
 GRAPHS = "shiva_dit_graphs"
@@ -250,15 +251,14 @@ def put_on(owner: Any, recorder: Recorder, limit: int) -> GraphRunner:
     runner = GraphRunner(owner, recorder, limit)
     for module in owner.model.modules():
         _refuse(module)
-    registry = HookRegistry.check_if_exists_or_initialize(owner.model)
-    registry.register_hook(runner, GRAPHS)
+    register_innermost(owner.model, runner, GRAPHS)
     return runner
 
 
 def _refuse(module: nn.Module) -> None:
     """Raise where a hook does something in each forward that a replay would pass over."""
     registry = module.__dict__.get("_diffusers_hook")
-    known = {"shiva_dit", GRAPHS}
+    known = {"shiva_dit", GRAPHS, CORRECTION}
     strange = [] if registry is None else [name for name in registry.hooks if name not in known]
     if strange or "_hf_hook" in module.__dict__:
         what = f"the hook {strange[0]!r}" if strange else "offloading"

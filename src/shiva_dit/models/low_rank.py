@@ -160,6 +160,15 @@ class Beside:
                     entries["forward"] = before
             entries.pop(PARTS, None)
 
+    def hold(self) -> Any:
+        """Let it not act for a while, its forward staying where it is; what `give_back` takes."""
+        return self.layer.__dict__.pop(PARTS, None)
+
+    def give_back(self, parts: Any) -> None:
+        """Let it act again."""
+        if parts is not None:
+            self.layer.__dict__[PARTS] = parts
+
 
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """A (r, in), B (out, r); for DoRA the factor of each row and what that leaves out of the bias."""

@@ -23,6 +23,8 @@ REFUSED = {
 """Hooks inside blocks, by the beginning of their names, that take a row for a place in the image:
 what they keep from one step would be laid on other tokens in the next."""
 
+CORRECTION = "shiva_dit_correction"
+"""Name of the hook of whole steps."""
 REDUCER = "shiva_dit_reducer"
 """Name of a reducer's hooks (`attach_reducer`)."""
 _REFUSED = {**REFUSED, REDUCER: REDUCER}
@@ -177,6 +179,22 @@ def refuse_to_compile(blocks: Iterable[nn.Module]) -> None:
         raise ValueError(
             f"{known} can't be compiled as part of a block (fullgraph=True): call disable_cache() "
             f"first, or leave the model uncompiled under {known}."
+        )
+
+
+def refuse_caches(model: nn.Module) -> None:
+    """Raise where a cache would take a whole step's two evaluations for two steps.
+
+    Raises:
+        ValueError: Names it, and says what to do.
+    """
+    found = next(_found(BLOCK_CACHES, model.modules()), None)
+    if found is None and getattr(model, "_is_cached", False):  # its mark on a transformer
+        found = "cache-dit"
+    if found is not None:
+        raise ValueError(
+            f"{found} counts the model's calls as steps, and a whole step has two: call "
+            f"disable_cache(), or shiva_dit.correct(..., whole_steps=0)."
         )
 
 

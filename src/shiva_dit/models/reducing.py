@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,15 @@ import torch
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
-from shiva_dit.methods.base import Lesson, Reducer, Selector, Site, Where
+from shiva_dit.methods.base import Lesson, Need, Reducer, Selector, Site, Where
 from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.models import examples
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.block_hook import Uncopied
+from shiva_dit.models.correction import WholeSteps, put_correction_on
 from shiva_dit.models.counted import recipe
 from shiva_dit.models.families import block_spec, model_spec
-from shiva_dit.models.guidance import Passes
+from shiva_dit.models.guidance import Pass, Passes
 from shiva_dit.models.joint_block import JointHook, refuse_other_blocks
 from shiva_dit.models.neighbours import (
     REDUCER,
@@ -49,7 +51,8 @@ class Reduction(Uncopied):
         self.model, self.reducer = model, reducer
         self.spec = model_spec(model)
         self.turns = turns_of(model)
-        self.runs = Runs()
+        self.runs = Runs(Passes())
+        self._is_corrected = False
         self.running: Forward | None = None
         self._lesson: Lesson | None = None
         self._undo = Undo()
@@ -127,16 +130,26 @@ class Reduction(Uncopied):
         finally:
             self._lesson = None
 
-    def run(self, num_steps: int) -> OwnRun:
-        """A run of a loop of your own, for methods that go by its steps.
+    def correct(self, whole: WholeSteps | None) -> None:
+        """Run the model as it is in some steps, and correct the others by it; None: no longer."""
+        put_correction_on(self, whole, self._undo)
+        self._is_corrected = whole is not None
 
-        Pipelines of diffusers need none of this. Each run has a memory of its own: begin one for
-        every image or batch.
+    def running_pass(self) -> Pass | None:
+        """Which pass the running forward is; None if the model runs as it is."""
+        forward = self.running
+        return None if forward is None or forward.is_dense else forward.call.which
 
-        Args:
-            num_steps: How many steps it has: `with run.step(i):` lies around the calls of each.
-        """
-        return OwnRun(self.runs, num_steps)
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, in a forward: the model as it is."""
+        forward = self.running
+        assert forward is not None
+        self.running = replace(forward, is_dense=True)
+        try:
+            yield
+        finally:
+            self.running = forward
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
         """FLOPs of one forward of one sample, with what the plans multiply (matching, mixing).
@@ -181,7 +194,7 @@ class Reduction(Uncopied):
         cls, config = recipe(self.model, self.spec, text_tokens)
         skeleton = Skeleton(cls, json.loads(config), blocks_differ=True)
         reduction, total = attach_reducer(skeleton.model, self.reducer), 0
-        own = reduction.run(num_steps)
+        own = OwnRun(reduction.runs, num_steps)
         own.run.is_guided = True
         try:
             for step in range(num_steps):
@@ -208,7 +221,11 @@ class Reduction(Uncopied):
         sample = given(model, arguments, self.spec.sample)
         time = torch.as_tensor(given(model, arguments, self.spec.timestep), device=sample.device)
         is_dense, grid = bool(self.turns.pauses), grid_of(model, sample)
-        call = Call() if is_dense else self.runs.of_call(self.reducer, len(sample))
+        needs: set[Need] = {*self.reducer.needs}
+        if self._is_corrected:
+            needs.add("passes")
+        name = type(self.reducer).__name__
+        call = Call() if is_dense else self.runs.of_call(name, needs, len(sample))
         where = Where(
             site="block",
             block=0,

@@ -8,7 +8,7 @@ the pipeline's call holds; that of a run which was broken off, when its schedule
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shiva_dit.config import whole_number
-from shiva_dit.methods.base import Reducer
+from shiva_dit.methods.base import Need
 from shiva_dit.models.clock import place_in
 from shiva_dit.models.guidance import Pass, Passes, running_call
 
@@ -41,6 +41,8 @@ class Run:
         self.is_guided = False
         """Whether calls have been passes of guidance."""
         self._memories: dict[Pass, dict[Any, Any]] = {}
+        self._calls: dict[Pass, int] = {}
+        self._calls_at = -1
         self._guidance: dict[int, Tensor] = {}
         self._lead: tuple[int, Tensor] | None = None
         self._last: ref[Tensor] | None = None
@@ -53,6 +55,13 @@ class Run:
     def memory(self, which: Pass) -> dict[Any, Any]:
         """That of one pass."""
         return self._memories.setdefault(which, {})
+
+    def numbered(self, which: Pass) -> int:
+        """How many calls of a pass this step has had, this one included."""
+        if self._calls_at != self.at:
+            self._calls, self._calls_at = {}, self.at
+        self._calls[which] = self._calls.get(which, 0) + 1
+        return self._calls[which]
 
     def guidance(self) -> Float[Tensor, "b N"] | None:
         """What the last step before this one has shown, if there was one."""
@@ -83,7 +92,7 @@ class Run:
 
 
 class OwnRun:
-    """A run of a loop of one's own. Made by `Reduction.run`.
+    """A run of a loop of one's own. Made by `shiva_dit.steps`.
 
     Args:
         runs: Of the model that the loop calls.
@@ -146,39 +155,44 @@ class Call:
 
 
 class Runs:
-    """The runs that call one model."""
+    """The runs that call one model.
 
-    def __init__(self) -> None:
-        self.passes = Passes()
+    Args:
+        passes: Told which pass of guidance a call is.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
         self._runs: WeakKeyDictionary[Any, tuple[Tensor, Run]] = WeakKeyDictionary()
         """Of each scheduler, its list of times and the run."""
 
-    def of_call(self, reducer: Reducer, batch: int) -> Call:
+    def of_call(self, name: str, needs: Collection[Need], batch: int) -> Call:
         """What a reducer needs to know of the running call.
 
         Args:
-            reducer: What it needs says itself.
+            name: The reducer's, for errors.
+            needs: What it needs to know.
             batch: Samples of the call.
 
         Raises:
             ValueError: If what it can't do without is not known.
         """
-        if not reducer.needs:
+        if not needs:
             return Call()
-        which, name = self.passes.of_call(batch), type(reducer).__name__
+        which = self.passes.of_call(batch)
         if which is Pass.BOTH and batch % 2:
             raise ValueError(f"a call of {batch} samples can't hold both passes of guidance.")
-        if "steps" not in reducer.needs:
+        if "steps" not in needs:
             return Call(which)
-        run = self._current()
+        run = self.current()
         if run is None:
             raise ValueError(
                 f"{name} goes by the steps of a run, and nothing says which one this call is: let "
-                "a pipeline of diffusers make it, or make it within step(i) of the run that "
-                "run(num_steps) of what attach_reducer returned begins."
+                "a pipeline of diffusers make it, or make it within step(i) of what "
+                "shiva_dit.steps(model, num_steps) returns."
             )
         run.is_guided |= which is not Pass.ALONE
-        if "guidance" in reducer.needs and not run.is_guided:
+        if "guidance" in needs and not run.is_guided:
             raise ValueError(
                 f"{name} goes by what guidance changes, and this call is of no guided run: pass a "
                 "guidance_scale above 1 or, in a loop of your own, say which pass a call is by "
@@ -186,7 +200,7 @@ class Runs:
             )
         return Call(which, run)
 
-    def _current(self) -> Run | None:
+    def current(self) -> Run | None:
         """The run of the running call, at its step."""
         for word in reversed(_WORDS.get()):
             if word.runs() is self:
@@ -225,7 +239,8 @@ def _listed() -> tuple[Any, Tensor, int, Tensor] | None:
     if running is None or not running.is_known:
         return None
     scope = running.scope
-    scheduler = getattr(scope["self"], "scheduler", None)
+    owner = scope.get("components") if running.is_block else scope["self"]
+    scheduler = getattr(owner, "scheduler", None)
     # Loops that count have a list of their own, a part of the scheduler's (image to image).
     own = scope.get("timesteps") if "i" in scope else None
     listed, t = getattr(scheduler, "timesteps", None) if own is None else own, scope.get("t")

@@ -7,15 +7,15 @@ top.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import Beside, forward_with_low_rank
 from shiva_dit.models.neighbours import reaches
+from shiva_dit.models.own_weights import OwnWeights
 from shiva_dit.models.placement import place_low_rank, place_whole
 from shiva_dit.models.places import (
     Place,
@@ -30,7 +30,13 @@ from shiva_dit.models.places import (
 )
 from shiva_dit.models.undo import Undo
 from shiva_dit.models.watch import Watch
-from shiva_dit.models.weights import Merged, exchange_weight, settle_paths, what_changed
+from shiva_dit.models.weights import (
+    Merged,
+    exactly,
+    exchange_weight,
+    settle_paths,
+    what_changed,
+)
 from shiva_dit.models.written import Written, digests
 
 ADVICE = (
@@ -65,6 +71,7 @@ class TunedBackbone:
         self.beside: list[Beside] = []
         """What lies beside layers, and costs something of its own."""
         self._before: tuple[list[Merged], list[Beside]] = [], []
+        self._own = OwnWeights(model)
 
     def put_on(self) -> None:
         """Look where everything goes on the model as it is now, and put it there.
@@ -74,7 +81,7 @@ class TunedBackbone:
                 has changed then.
         """
         self._merged, self.beside = [], []
-        with _exactly(self.model):
+        with exactly(self.model):
             if self.is_low_rank:
                 self._merged, self.beside = place_low_rank(self.model, self.weights, self.merge)
             elif self.weights:
@@ -125,7 +132,7 @@ class TunedBackbone:
             return
         over = wrappers(self.model) if self._merged else {}
         undo = Undo()
-        with _exactly(self.model):
+        with exactly(self.model):
             if enabled:
                 self._check_reachable(over)
             else:
@@ -141,6 +148,7 @@ class TunedBackbone:
                 raise
         self.enabled = enabled
         if not enabled:
+            self._own.forget()
             for entry in self._merged:
                 entry.own = entry.base = None
 
@@ -198,6 +206,11 @@ class TunedBackbone:
                 )
         settle_paths(self._merged)
 
+    def lifted(self) -> AbstractContextManager[None]:
+        """Within, in a forward: the model's own weights, of which the device then keeps a copy."""
+        over = wrappers(self.model) if self._merged else {}
+        return self._own.in_place(self._merged, self.beside, over, self._check_untouched)
+
     # --- what must hold ---------------------------------------------------------------------
 
     def watch(self, watch: Watch) -> None:
@@ -245,7 +258,7 @@ class TunedBackbone:
         for (beside, _), digest in zip(written, found, strict=True):
             if digest == beside.seen:
                 continue
-            with _exactly(self.model):
+            with exactly(self.model):
                 if not beside.fits():
                     raise RuntimeError(
                         f"the weight of {beside.path} was changed while the adapter's DoRA was "
@@ -266,7 +279,7 @@ class TunedBackbone:
 
     def _judge_weights(self, entry: Merged, over: Mapping[int, list[Any]] | None = None) -> None:
         over = wrappers(self.model) if over is None else over
-        with _exactly(self.model):
+        with exactly(self.model):
             why = what_changed(entry, over.get(id(entry.layer), []))
         if self.enabled and why is not None and not why.endswith("sharded"):
             raise RuntimeError(f"{why} while the adapter's weights were on it: {ADVICE}")
@@ -300,17 +313,3 @@ class TunedBackbone:
     def is_merged(self) -> bool:
         """Whether weights of the model are replaced."""
         return bool(self._merged)
-
-
-@contextmanager
-def _exactly(model: nn.Module) -> Iterator[None]:
-    """Within: tensors that are made may be trained through later, and no product is rounded.
-
-    Whatever mode this runs in: inference mode, or autocast.
-    """
-    with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.no_grad())
-        for kind in {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}:
-            modes.enter_context(torch.autocast(kind, enabled=False))
-        yield

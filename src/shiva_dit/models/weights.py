@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +79,20 @@ def exchange_weight(entry: Merged, layers: list[Any], enabled: bool, undo: Undo)
         entry.mark, entry.seen = digests([tuned, stands]) if now else digests([tuned]) * 2
         place.set(stands)
     else:
-        assert entry.own is not None
-        assert entry.base is not None
-        had = tuple((layer, names) for layer, names in entry.fused if layer in layers)
-        own = entry.own if now == had else with_fused(entry.base.to(before), now)
-        place.set(rounded(own, entry.path).to(before))
+        place.set(own_weight(entry, layers))
+
+
+def own_weight(entry: Merged, layers: list[Any]) -> Tensor:
+    """The model's own weight while the other is there: in its dtype, on its device.
+
+    With the LoRAs that the user has fused at present.
+    """
+    assert entry.own is not None
+    assert entry.base is not None
+    before, now = entry.place.get(), entry.fused_now(layers)
+    had = tuple((layer, names) for layer, names in entry.fused if layer in layers)
+    own = entry.own if now == had else with_fused(entry.base.to(before), now)
+    return rounded(own, entry.path).to(before)
 
 
 def what_changed(entry: Merged, layers: list[Any]) -> str | None:
@@ -126,3 +136,17 @@ def settle_paths(entries: Sequence[Merged]) -> None:
                 entry.place.get(), entry.place.get()
             )
             entry.path = way if kept else ()
+
+
+@contextmanager
+def exactly(model: nn.Module) -> Iterator[None]:
+    """Within: tensors that are made may be trained through later, and no product is rounded.
+
+    Whatever mode this runs in: inference mode, or autocast.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        for kind in {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        yield

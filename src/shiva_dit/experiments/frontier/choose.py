@@ -28,6 +28,8 @@ CACHES: tuple[tuple[CacheKind, float], ...] = (("mag_cache", 0.06), ("mag_cache"
 """What is tried beside no cache."""
 SHARES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2)
 """Of the steps that the user names."""
+WHOLE_STEPS = (1, 2)
+"""Likewise, of an adapter."""
 MARGIN = 1.03
 """Times vary: so much more than the budget still counts as within it."""
 
@@ -119,6 +121,9 @@ def candidates(wish: Wish) -> list[Candidate]:
         said = "adapter" if ratio is None else f"adapter at {ratio:g}"
         ways.append({"name": said, "adapter": wish.adapter, "run_at": ratio})
     arms = [*ways]
+    for way in ways[1:]:
+        for number in WHOLE_STEPS:
+            arms.append({**way, "name": f"{way['name']}, {number} whole", "whole_steps": number})
     for way in ways:
         for kind, threshold in CACHES:
             name = f"{way['name']} + {kind} {threshold:g}"
@@ -257,6 +262,8 @@ def snippet(candidate: Candidate) -> str:
     if arm.adapter is not None:
         ratio = "" if arm.run_at is None else f", keep_ratio={arm.run_at:g}"
         lines += ["import shiva_dit", "", f'shiva_dit.apply(pipe, "{arm.adapter}"{ratio})']
+    if arm.whole_steps:
+        lines.append(f"shiva_dit.correct(pipe, {arm.whole_steps})")
     if candidate.mag_ratios is not None:
         ratios = ", ".join(f"{ratio:.4f}" for ratio in candidate.mag_ratios)
         lines += [

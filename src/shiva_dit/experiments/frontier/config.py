@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from shiva_dit.config import check_seeds, check_types, from_dict, to_dict
 from shiva_dit.experiments.scoring import Sampler
 from shiva_dit.methods.registry import METHODS
+from shiva_dit.models.correction import HALF_LIFE
 
 CacheKind = Literal["mag_cache", "first_block", "taylor_seer", "dbcache"]
 SHIPPED = "shipped"
@@ -39,6 +41,10 @@ class Arm:
     """A reducer of `methods/registry.py` that needs no training, such as "tomesd"."""
     keep_ratio: float = 0.5
     """Share of the tokens that it keeps."""
+    whole_steps: int = 0
+    """Steps of a run in which the unpruned model predicts as well (`shiva_dit.correct`)."""
+    half_life: float = HALF_LIFE
+    """How long what was off there is made good, as a share of the run."""
     cache: CacheKind | None = None
     """What reuses earlier steps: diffusers' "mag_cache", "first_block" and "taylor_seer", or
     cache-dit's "dbcache"."""
@@ -54,10 +60,23 @@ class Arm:
             raise ValueError(f"{self.name}: run_at is for an adapter.")
         if self.adapter is not None and self.method is not None:
             raise ValueError(f"{self.name}: an arm has an adapter or a method, not both.")
+        self._check_whole_steps()
         if self.cache is not None and self.threshold <= 0:
             raise ValueError(f"{self.name}: threshold must be positive, got {self.threshold}.")
         if self.method is not None:
             self._check_method()
+
+    def _check_whole_steps(self) -> None:
+        if self.whole_steps < 0:
+            raise ValueError(
+                f"{self.name}: whole_steps must be at least 0, got {self.whole_steps}."
+            )
+        if self.whole_steps and (self.cache or not (self.adapter or self.method)):
+            raise ValueError(
+                f"{self.name}: whole_steps are for an adapter or a method, without a cache."
+            )
+        if not 0.0 < self.half_life < math.inf:
+            raise ValueError(f"{self.name}: half_life must be positive, got {self.half_life}.")
 
     def _check_method(self) -> None:
         free = [n for n, found in METHODS.items() if not found.tunes]

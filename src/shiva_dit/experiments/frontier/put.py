@@ -96,6 +96,8 @@ def arm_on(point: Point, source: Source, *, compiled: bool = False) -> Iterator[
             _put_folder_on(folder, pipe, point)
         elif arm.method is not None:
             _put_method_on(arm, pipe.transformer, point.seed)
+        if arm.whole_steps:
+            shiva_dit.correct(pipe, arm.whole_steps, half_life=arm.half_life)
         if arm.cache is not None:
             one = min(2, point.steps)
             stack.enter_context(
