@@ -272,3 +272,26 @@ def test_places_of_whole_steps() -> None:
             assert found[0] >= 0
             assert found[-1] < steps
     assert WholeSteps((9, 2, 2)).of(8) == (2,)
+
+
+def test_the_summary_counts_whole_steps_as_they_are_executed() -> None:
+    pipe = tiny.pipeline(tiny.sd3())
+    shiva_dit.apply(pipe, tiny.adapter(pipe.transformer, tiny.from_counts(COUNTS)))
+    tiny.generate(pipe, 4.0)
+    asked = {"num_inference_steps": 6, "text_tokens": tiny.TEXT_TOKENS}
+    plain = shiva_dit.summary(pipe, **asked)
+    assert plain.whole_steps == ()
+    for steps, dense in (((1, 3), 2), ((1, 2, 5), 3)):
+        shiva_dit.correct(pipe, steps)
+        found = shiva_dit.summary(pipe, **asked)
+        assert found.whole_steps == steps
+        total = 6 * (found.flops_pruned - plain.flops_pruned)
+        unread = 0 if dense == 2 else 2 * plain.flops_pruned
+        assert total == pytest.approx(dense * found.flops_dense - unread, rel=0.2)
+        assert "as well" in str(found)
+    with counted(pipe.transformer) as counts:
+        tiny.generate(pipe, 4.0, num_inference_steps=6)
+    # Two images, two passes of guidance.
+    assert sum(counts) == pytest.approx(4 * 6 * found.flops_pruned, rel=0.02)
+    with pytest.raises(ValueError, match="pass num_inference_steps"):
+        shiva_dit.summary(pipe)

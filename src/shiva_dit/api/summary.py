@@ -31,9 +31,11 @@ class Summary:
     flops_dense: int
     """FLOPs of one dense forward of one sample."""
     flops_pruned: int
-    """The same with pruning, routers included, averaged over these steps."""
+    """The same with pruning, routers and whole steps included, averaged over these steps."""
     rows: tuple[tuple[float, tuple[int, ...]], ...]
     """(t, k of every block), noisiest first: of each step of a run, or at a few times."""
+    whole_steps: tuple[int, ...] = ()
+    """Steps, from 0, in which the unpruned model predicts (`shiva_dit.correct`)."""
     transformer_2: Summary | None = None
     """The same of a pipeline's second transformer, if it has an adapter too."""
 
@@ -52,6 +54,9 @@ class Summary:
             f"{self.flops_dense / 1e9:.4g} G, {self.flops_saved:.1%} saved",
             f"    t  tokens kept, by block; means are over {self.law}",
         ]
+        if self.whole_steps:
+            steps = ", ".join(str(step + 1) for step in self.whole_steps)
+            lines.insert(2, f"the unpruned model predicts in step {steps} as well")
         width = len(str(self.num_tokens))
         for t, row in self.rows:
             lines.append(f" {t:4.2f}  " + " ".join(f"{k:{width}d}" for k in row))
@@ -82,7 +87,7 @@ def summary(
     Raises:
         ValueError: If no adapter is attached, or no forward has run of a model whose config
             states no size (Flux) and `num_tokens` is not given; for steps of a transformer without
-            its pipeline.
+            its pipeline; with whole steps, if the number of steps isn't known.
     """
     attachment = attached(target)
     asked = {"num_tokens": num_tokens, "num_inference_steps": num_inference_steps}
@@ -111,15 +116,30 @@ def _summary(
     table = attachment.counts.table(num_tokens, run)
     pruned = [float(pruned_flops(attachment, num_tokens, text_tokens, row)) for row in table.counts]
     times = (0.95, 0.75, 0.5, 0.25, 0.05) if run is None else run
+    dense = model_flops(model, num_tokens, text_tokens).dense()
+    mean, whole = table.weighed(pruned), attachment.whole_steps
+    if whole is not None:
+        if run is None:
+            raise ValueError(
+                "what whole steps cost depends on how many steps a run has: pass "
+                "num_inference_steps, or take them off by shiva_dit.correct(target, 0)."
+            )
+        at = whole.of(len(run))
+        spared = [run[step] for step in whole.unread(len(run))]
+        less = [
+            float(pruned_flops(attachment, num_tokens, text_tokens, table.row(t))) for t in spared
+        ]
+        mean += (len(at) * dense - sum(less)) / len(run)
     return Summary(
         model_class=attachment.spec.model_class,
         num_tokens=num_tokens,
         text_tokens=text_tokens,
         law=law,
         keep_ratio=table.mean_keep_ratio,
-        flops_dense=model_flops(model, num_tokens, text_tokens).dense(),
-        flops_pruned=round(table.weighed(pruned)),
+        flops_dense=dense,
+        flops_pruned=round(mean),
         rows=tuple((t, table.row(t)) for t in times),
+        whole_steps=() if whole is None or run is None else whole.of(len(run)),
     )
 
 

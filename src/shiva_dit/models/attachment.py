@@ -78,7 +78,8 @@ class Attachment(Uncopied):
         self.was_enabled = True
         """Whether it is on again when the last `disabled` block ends."""
         self._compiled: dict[str, Any] | None = None
-        self._whole: WholeSteps | None = None
+        self.whole_steps: WholeSteps | None = None
+        """Those that are on."""
         self.blocks = self.spec.blocks(model)
         self.turns = turns_of(model)
         self._undo = Undo()
@@ -181,8 +182,8 @@ class Attachment(Uncopied):
         forget_registries(self.model)
         if self._compiled is not None:
             self.compile(**self._compiled)
-        if self._whole is not None:
-            self.correct(self._whole)
+        if self.whole_steps is not None:
+            self.correct(self.whole_steps)
 
     def _save_bare(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `save_pretrained`, with its own weights."""
@@ -295,7 +296,7 @@ class Attachment(Uncopied):
     def correct(self, whole: WholeSteps | None) -> None:
         """Run the unpruned model in some steps, and correct the others by it; None: no longer."""
         put_correction_on(self, whole, self._undo)
-        self._whole = whole
+        self.whole_steps = whole
 
     def running_pass(self) -> Pass | None:
         """Which pass the running forward is; None if it is the unpruned model's."""

@@ -78,6 +78,15 @@ class WholeSteps:
         at = {(2 * num_steps * (2 * i + 1) + parts) // (2 * parts) for i in range(self.steps)}
         return tuple(sorted(at))
 
+    def unread(self, num_steps: int) -> tuple[int, ...]:
+        """Those before another one, or last: the pruned model needn't run for them.
+
+        >>> WholeSteps((1, 2, 5, 7)).unread(8)
+        (1, 7)
+        """
+        whole = self.of(num_steps)
+        return tuple(step for step in whole if step + 1 in (*whole, num_steps))
+
     def left(self, since: int, num_steps: int) -> float:
         """What is left of a correction in a step.
 
@@ -160,8 +169,8 @@ class Correction(Uncopied, ModelHook):
             is_last = run.at + 1 == run.num_steps  # some pipelines keep a run's last t for ever
             defect = memory.pop(key, None) if is_last else memory.get(key)
             return self._corrected(forward(*args, **kwargs), defect, run)
-        later = run.at + 1 < run.num_steps and run.at + 1 not in whole
-        pruned = forward(*args, **kwargs) if later else None
+        is_read = run.at not in self.whole.unread(run.num_steps)
+        pruned = forward(*args, **kwargs) if is_read else None
         with self.owner.whole():
             output = forward(*args, **kwargs)
         if pruned is not None:
