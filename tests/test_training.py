@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import shiva_dit
@@ -872,6 +873,33 @@ def test_training_starts_from_an_adapter(tmp_path: Path, backbone: Any) -> None:
     shutil.copytree(other, first, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="another adapter to start from"):
         Trainer(config, tiny.sd3(), TinyData()).resume()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_start_for_another_model_is_moved_to_this_one(tmp_path: Path, kind: str) -> None:
+    first = train(recipe(tmp_path / "a", backbone="full"), tiny.sd3(), TinyData(), resume=False)
+    config = recipe(tmp_path / "b", backbone="full", start=first)
+    with pytest.raises(ValueError, match=r"another model than this one: give .* start_base"):
+        Trainer(config, tiny.sd3(seed=5), TinyData())
+    tiny.sd3().save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    base = tmp_path / "base"
+    assert len(list(base.glob("*.safetensors"))) > 1
+    if kind == "file":
+        base = tmp_path / "base.safetensors"
+        save_file(tiny.sd3().state_dict(), base)
+    trainer = Trainer(dataclasses.replace(config, start_base=base), tiny.sd3(seed=5), TinyData())
+    then, now = dict(tiny.sd3().named_parameters()), dict(tiny.sd3(seed=5).named_parameters())
+    given = shiva_dit.ShivaAdapter.from_pretrained(first).backbone_weights
+    student = dict(trainer.student.model.named_parameters())
+    for name, tuned in given.items():
+        assert torch.allclose(student[name] - now[name], tuned - then[name], atol=1e-6)
+    assert any(not torch.equal(given[name], then[name]) for name in given)
+    save_file({"other": torch.ones(1)}, tmp_path / "other.safetensors")
+    for bad, said in (("no", "there is no safetensors file"), ("other.safetensors", "has no ")):
+        with pytest.raises(ValueError, match=f"start_base: .*{said}"):
+            Trainer(dataclasses.replace(config, start_base=tmp_path / bad), tiny.sd3(), TinyData())
+    with pytest.raises(ValueError, match="start_base is the model of an adapter to start from"):
+        recipe(tmp_path / "b", start_base=base)
 
 
 def test_an_adapter_of_another_shape_is_no_start(tmp_path: Path) -> None:

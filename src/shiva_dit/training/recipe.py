@@ -39,6 +39,10 @@ class TrainConfig:
     start: Path | None = None
     """Folder of an adapter whose router, ratios and tuned weights the training starts from; the
     teacher stays the model as it is given. None starts untrained. Ours only."""
+    start_base: Path | None = None
+    """Weights of the model that `start` was trained for, where that is another than this one: a
+    safetensors file, or the folder of a transformer. Weights tuned as a whole then start as this
+    model's own, moved by what they differ from that one's."""
     method: MethodName = "shiva"
     """What runs on fewer tokens: ours, or one of `methods/registry.py`: "random", "norm", "centre"
     (a fixed map of the middle), "fixed_map" (a learned one), "dense" (no pruning), a published one
@@ -166,6 +170,10 @@ class TrainConfig:
         if self.start is not None and self.method != "shiva":
             raise ValueError(
                 f'start is an adapter\'s folder, and method = "{self.method}" has none.'
+            )
+        if self.start_base is not None and (self.start is None or self.backbone != "full"):
+            raise ValueError(
+                'start_base is the model of an adapter to start from that has backbone = "full".'
             )
         tuned = self.backbone != "frozen" or self.rejected != "identity"
         if tuned and not METHODS[self.method].tunes:

@@ -88,7 +88,7 @@ class Student:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
         self.adapter = made_adapter(config, model, law).to(self.device)
         self.reducer, self.weights = self._method(sample)
-        start = None if config.start is None else read_start(config.start, self.adapter, model)
+        start = None if config.start is None else read_start(config, self.adapter, model)
         if config.backbone in ("lora", "dora"):
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
         self.started = None if start is None else start_from(start, self.adapter, model)
