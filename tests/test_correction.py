@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from shiva_dit.experiments.frontier.executed import counted
 from shiva_dit.methods.refresh import Refresh
 from shiva_dit.methods.tomesd import ToMeSD
 from shiva_dit.models.attach import attachment_of
-from shiva_dit.models.correction import CORRECTION, WholeSteps, correction_of
+from shiva_dit.models.correction import CORRECTION, Correction, WholeSteps, correction_of
 from shiva_dit.models.graphs import GRAPHS
 from tests import families, running, tiny
 from tests.matrix import sampled
@@ -233,13 +234,151 @@ def test_what_goes_back_on_after_a_failure_is_corrected_as_before() -> None:
     assert all(map(torch.equal, found, expected))
 
 
+def whole(model: Any) -> Tensor:
+    """What a model gives at a whole step."""
+    with shiva_dit.steps(model, 2).step(0):
+        return tiny.run(model, tiny.inputs())
+
+
+def test_offloading_that_was_there_first_keeps_it_on() -> None:
+    bare = tiny.generate(tiny.pipeline(tiny.sd3()), 4.0)
+    pipe = tiny.pipeline(tiny.sd3())
+    pipe._exclude_from_cpu_offload = []
+    pipe.enable_model_cpu_offload(device="cpu")
+    shiva_dit.apply(pipe, tiny.adapter(pipe.transformer, tiny.from_counts(COUNTS)))
+    shiva_dit.correct(pipe, 1000)
+    for _ in range(2):
+        assert torch.equal(tiny.generate(pipe, 4.0), bare)
+    shiva_dit.remove(pipe)
+    assert torch.equal(tiny.generate(pipe, 4.0), bare)
+
+
+@pytest.mark.parametrize("what", ["adapter", "reducer"])
+def test_a_forward_that_was_replaced_is_noticed(what: str) -> None:
+    model, _ = corrected()
+    if what == "reducer":
+        model = model_of("sd3")
+        shiva_dit.attach_reducer(model, ToMeSD(0.5))
+    shiva_dit.correct(model, (0,))
+    model.forward = partial(type(model).forward, model)
+    with pytest.raises(RuntimeError, match="whole steps no longer act"):
+        whole(model)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_own_weights_are_those_of_the_model_as_it_is_now(kind: str) -> None:
+    model, bare = corrected(kind)
+    shiva_dit.correct(model, 99)
+    for one in (model, bare):
+        one.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+    changes = (
+        lambda m: (tiny.fill_lora(m, "style", seed=5), m.fuse_lora(lora_scale=1.0)),
+        lambda m: (m.unfuse_lora(), m.fuse_lora(lora_scale=0.25)),
+        lambda m: (m.unfuse_lora(), tiny.fill_lora(m, "style", seed=6), m.fuse_lora()),
+        lambda m: m.unfuse_lora(),
+    )
+    for change in changes:
+        change(model)
+        change(bare)
+        assert torch.allclose(whole(model), tiny.run(bare, tiny.inputs()), atol=1e-5)
+    model, bare = corrected(kind)
+    shiva_dit.correct(model, 99)
+    whole(model)
+    for one in (model, bare):
+        one.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(whole(model), tiny.run(bare, tiny.inputs()))
+
+
+def test_own_weights_are_let_go_without_whole_steps() -> None:
+    model, _ = corrected("full")
+    attachment = attachment_of(model)
+    assert attachment is not None
+    assert attachment.backbone is not None
+    held = attachment.backbone._own
+    for _ in range(3):
+        shiva_dit.correct(model, 1)
+        with shiva_dit.steps(model, 3).step(1):
+            tiny.run(model, tiny.inputs())
+        assert held._copies
+    gc.collect()
+    hooks = [each for each in gc.get_objects() if isinstance(each, Correction)]
+    assert sum(each.owner is attachment for each in hooks) == 1
+    shiva_dit.correct(model, 0)
+    assert not held._copies
+
+
+def test_arguments_that_a_model_uses_up_serve_both_evaluations() -> None:
+    model, bare = families.made("hunyuan-dit"), families.made("hunyuan-dit")
+    shiva_dit.apply(model, tiny.adapter(model, families.schedule(model, COUNTS)))
+    shiva_dit.correct(model, (0,))
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    given = families.arguments("hunyuan-dit", 2, 0.7)
+    found = []
+    for one in (model, bare):  # HunyuanDiT takes a ControlNet's from the end of the list
+        control = [torch.full((2, 64, width), 0.1 * place) for place in range(2)]
+        with torch.no_grad(), shiva_dit.steps(model, 3).step(0):
+            found.append(one(**given, controlnet_block_samples=control)[0])
+        assert not control
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_run_may_be_used_again_and_a_step_tried_again() -> None:
+    model, _ = corrected()
+    for steps in ((1, 3), (2,)):
+        shiva_dit.correct(model, steps, half_life=0.05)
+        run = shiva_dit.steps(model, 4)
+        first = predictions(model, 4, run)
+        assert all(map(torch.equal, predictions(model, 4, run), first))
+        for step in range(3):  # broken off
+            with run.step(step):
+                tiny.run(model, tiny.inputs(t=1.0 - step / 4, seed=step))
+        assert all(map(torch.equal, predictions(model, 4, run), first))
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    shiva_dit.correct(model, (0,), half_life=math.inf)
+    expected = predictions(model, 2, shiva_dit.steps(model, 2))
+    run = shiva_dit.steps(model, 2)
+    handle = model.transformer_blocks[2].register_forward_pre_hook(fails)
+    for step in range(2):
+        with run.step(step), pytest.raises(torch.OutOfMemoryError):
+            tiny.run(model, tiny.inputs(t=1.0 - step / 2, seed=step))
+        handle.remove()
+        with run.step(step):
+            again = tiny.run(model, tiny.inputs(t=1.0 - step / 2, seed=step))
+        assert torch.equal(again, expected[step])
+        handle = model.transformer_blocks[2].register_forward_pre_hook(fails)
+
+
+@pytest.mark.parametrize("kind", TUNED)
+def test_gradients_are_right_or_refused(kind: str) -> None:
+    model, bare = corrected(kind)
+    shiva_dit.correct(model, (0,))
+    gradients = []
+    for one in (bare, model):
+        given = tiny.inputs()
+        x = given["hidden_states"].requires_grad_()
+        with shiva_dit.steps(model, 2).step(0):
+            if one is model and kind != "frozen":
+                with pytest.raises(ValueError, match=r"run it within torch\.no_grad"):
+                    model(**given)
+                continue
+            one(**given).sample.square().sum().backward()
+        gradients.append(x.grad)
+    assert kind != "frozen" or torch.equal(gradients[0], gradients[1])
+
+
 def test_what_it_is_not_for_is_refused() -> None:
     model, _ = corrected()
     with pytest.raises(ValueError, match="no adapter is attached"):
         shiva_dit.correct(tiny.sd3())
-    for bad in (-1, True, (), (-1,), (True,)):
+    for bad in (-1, True, (-1,), (True,), 0.5, "12"):
         with pytest.raises(ValueError, match="whole_steps"):
             shiva_dit.correct(model, bad)
+    for step in (True, 3, -1):
+        with pytest.raises(ValueError, match="step"), shiva_dit.steps(model, 3).step(step):
+            pass
     for worse in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="half_life"):
             shiva_dit.correct(model, half_life=worse)
@@ -256,10 +395,10 @@ def test_what_it_is_not_for_is_refused() -> None:
         partial(apply_mag_cache, config=MagCacheConfig(num_inference_steps=3, calibrate=True)),
     ):
         model, _ = corrected()
-        shiva_dit.correct(model, (0,))
+        shiva_dit.correct(model, (1,))
         put_on(model)
         run = shiva_dit.steps(model, 3)
-        with run.step(0), pytest.raises(ValueError, match=r"disable_cache\(\)"):
+        with run.step(1), pytest.raises(ValueError, match=r"disable_cache\(\)"):
             tiny.run(model, tiny.inputs())
 
 

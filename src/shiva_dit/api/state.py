@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -97,30 +97,35 @@ def compile(target: T, **options: Any) -> T:
     return target
 
 
-def correct(target: T, whole_steps: int | Sequence[int] = 2, *, half_life: float = HALF_LIFE) -> T:
+def correct(target: T, whole_steps: Any = 2, *, half_life: float = HALF_LIFE) -> T:
     """Let the unpruned model predict as well in a few steps of each run, and correct the others.
 
     At a whole step its prediction is taken, and what the pruned one's lacks of it is added to those
     that follow, the less the later. A whole step costs a forward of the unpruned model more; tuned
-    weights then stand on the device together with the model's own. Until `remove`.
+    weights then stand on the device together with the model's own. Until `remove`, or
+    until another adapter is applied.
 
     Args:
         target: A pipeline or transformer with an adapter attached, or with a reducer.
         whole_steps: How many of a run's steps are whole: of 12 steps two are the 3rd and the 8th.
-            Or which ones, counted from 0. 0: none any more.
+            Or a list of which ones, counted from 0. 0: none any more.
         half_life: The share of a run's steps after which half of a correction is left; `math.inf`:
             it holds until the next whole step, which is better without guidance.
 
     Raises:
         ValueError: If nothing is attached, or for numbers out of range. In a run: if nothing says
-            which step a call is (`steps`), or FirstBlockCache, MagCache or cache-dit is on.
+            which step a call is (`steps`); if FirstBlockCache, MagCache or cache-dit is on; in a
+            whole step with gradients, which tuned weights don't let through.
     """
-    whole = None
-    if isinstance(whole_steps, bool) or whole_steps != 0:
-        steps = whole_steps if isinstance(whole_steps, int) else tuple(whole_steps)
-        whole = WholeSteps(steps, half_life)
+    if isinstance(whole_steps, list):
+        whole_steps = tuple(whole_steps)
+    if not isinstance(whole_steps, (int, tuple)):
+        raise ValueError(
+            f"whole_steps must be a whole number, or a list of them, got {whole_steps!r}."
+        )
+    whole = WholeSteps(whole_steps, half_life)
     for attached in reductions(target) or all_attached(target):
-        attached.correct(whole)
+        attached.correct(whole if whole.steps else None)
     return target
 
 

@@ -8,7 +8,7 @@ patched, replaced or registered as a submodule, so the state dict is the model's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,12 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.models.block_hook import BlockHook, Uncopied
 from shiva_dit.models.clock import Clock
 from shiva_dit.models.compiling import compile_blocks
-from shiva_dit.models.correction import WholeSteps, put_correction_on
+from shiva_dit.models.correction import (
+    WholeSteps,
+    correction_of,
+    put_correction_on,
+    take_correction_off,
+)
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.forward import Forwards
@@ -182,8 +187,8 @@ class Attachment(Uncopied):
         forget_registries(self.model)
         if self._compiled is not None:
             self.compile(**self._compiled)
-        if self.whole_steps is not None:
-            self.correct(self.whole_steps)
+        self._undo.add(partial(take_correction_off, self.model))
+        put_correction_on(self, self.whole_steps)
 
     def _save_bare(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `save_pretrained`, with its own weights."""
@@ -237,6 +242,9 @@ class Attachment(Uncopied):
         """What must hold before each forward (`Watch`)."""
         for hook, block in zip(self.hooks, self.blocks, strict=True):
             watch.add(block.__dict__, "forward", partial(self._judge_forward, hook, block))
+        correction = correction_of(self.model)
+        if correction is not None:
+            watch.add(self.model.__dict__, "forward", correction.check)
         index = 0
         for name in self.spec.block_lists:
             held = self.model.get_submodule(name)
@@ -295,8 +303,11 @@ class Attachment(Uncopied):
 
     def correct(self, whole: WholeSteps | None) -> None:
         """Run the unpruned model in some steps, and correct the others by it; None: no longer."""
-        put_correction_on(self, whole, self._undo)
+        put_correction_on(self, whole)
         self.whole_steps = whole
+        if whole is None and self.backbone is not None:
+            self.backbone.forget_own()
+        self.watch = Watch(self._watch)
 
     def running_pass(self) -> Pass | None:
         """Which pass the running forward is; None if it is the unpruned model's."""
@@ -304,8 +315,19 @@ class Attachment(Uncopied):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, in a forward: the unpruned model, with its own weights."""
-        own = nullcontext() if self.backbone is None else self.backbone.lifted()
+        """Within, in a forward: the unpruned model, with its own weights.
+
+        Raises:
+            ValueError: With gradients, which would be the tuned weights'.
+        """
+        own: AbstractContextManager[None] = nullcontext()
+        if self.backbone is not None:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "a whole step of an adapter with tuned weights has no gradients: run it within "
+                    "torch.no_grad(), or call shiva_dit.correct(model, whole_steps=0)."
+                )
+            own = self.backbone.lifted()
         with self.forwards.unpruned(), own:
             yield
 

@@ -22,12 +22,13 @@ from shiva_dit.models.block_hook import Uncopied
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.neighbours import (
     CORRECTION,
+    below_offloading,
     forget_registries,
+    reaches,
     refuse_caches,
     unregister,
 )
 from shiva_dit.models.runs import Run, Runs
-from shiva_dit.models.undo import Undo
 
 HALF_LIFE = 0.25
 """The share of a run after which half of a correction is left: of 12 steps, three."""
@@ -38,9 +39,9 @@ class WholeSteps:
     """Which steps of a run are whole, and how long their corrections hold.
 
     Args:
-        steps: How many, at least 1: a run is cut into twice as many parts and one more, and every
-            other boundary is whole (of 12 steps the 3rd and the 8th). Or which, from 0, whatever
-            number of steps a run has.
+        steps: How many: a run is cut into twice as many parts and one more, and every other
+            boundary is whole (of 12 steps the 3rd and the 8th). Or which, from 0, whatever number
+            of steps a run has.
         half_life: The share of a run's steps after which half of a correction is left, above 0;
             `math.inf`: it holds until the next whole step.
 
@@ -55,10 +56,8 @@ class WholeSteps:
         if isinstance(self.steps, tuple):
             for step in self.steps:
                 whole_number("whole_steps", step, least=0)
-            if not self.steps:
-                raise ValueError("whole_steps must name one step at least.")
         else:
-            whole_number("whole_steps", self.steps, least=1)
+            whole_number("whole_steps", self.steps, least=0)
         if self.half_life != math.inf:
             finite_number("half_life", self.half_life)
         if not self.half_life > 0.0:
@@ -112,7 +111,11 @@ class Owner(Protocol):
         ...
 
     def whole(self) -> AbstractContextManager[None]:
-        """Within, in a forward: the unpruned model, with its own weights."""
+        """Within, in a forward: the unpruned model, with its own weights.
+
+        Raises:
+            ValueError: If gradients are asked for that would be another model's.
+        """
         ...
 
 
@@ -140,13 +143,22 @@ class Correction(Uncopied, ModelHook):
         self.owner, self.whole = owner, whole
 
     def put_on(self) -> None:
-        """Put it on, outside of all that replaces the model's forward."""
+        """Put it on, outside of all else of diffusers' that replaces the model's forward."""
         registry = HookRegistry.check_if_exists_or_initialize(self.owner.model)
-        registry.register_hook(self, CORRECTION)
+        with below_offloading(self.owner.model):
+            registry.register_hook(self, CORRECTION)
 
-    def take_off(self) -> None:
-        """Take it off, if it is on."""
-        unregister(self.owner.model, CORRECTION)
+    def check(self) -> None:
+        """See that the model's forward still leads here.
+
+        Raises:
+            RuntimeError: If it was replaced.
+        """
+        if not reaches(self.owner.model.__dict__.get("forward"), self):
+            raise RuntimeError(
+                "whole steps no longer act: the model's forward was replaced, or put back by "
+                "something that was on the model before. Call shiva_dit.correct again."
+            )
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Runs are known by their steps: a pipeline's end says nothing new."""
@@ -160,21 +172,36 @@ class Correction(Uncopied, ModelHook):
         if which is None:
             return forward(*args, **kwargs)
         run = self._run()
-        if run.at == 0:
-            refuse_caches(module)
-        key = CORRECTION, run.numbered(which)
-        whole = self.whole.of(run.num_steps)
-        memory = run.memory(which)
-        if run.at not in whole:
-            is_last = run.at + 1 == run.num_steps  # some pipelines keep a run's last t for ever
-            defect = memory.pop(key, None) if is_last else memory.get(key)
-            return self._corrected(forward(*args, **kwargs), defect, run)
-        is_read = run.at not in self.whole.unread(run.num_steps)
-        pruned = forward(*args, **kwargs) if is_read else None
+        key, memory = (CORRECTION, run.calls(which)), run.memory(which)
+        if run.at in self.whole.of(run.num_steps):
+            output = self._whole(module, partial(forward, *args, **kwargs), memory, key, run)
+        else:
+            output = self._corrected(forward(*args, **kwargs), memory.get(key), run)
+        run.count(which)
+        if run.at + 1 == run.num_steps:  # some pipelines keep a run's last t, and it, for ever
+            memory.pop(key, None)
+        return output
+
+    def _whole(
+        self,
+        module: nn.Module,
+        forward: partial[Any],
+        memory: dict[Any, Any],
+        key: object,
+        run: Run,
+    ) -> Any:
+        """The unpruned model's prediction; what the pruned one's lacks is remembered."""
+        refuse_caches(module)
+        memory.pop(key, None)
+        lacking: Any = None
+        if run.at not in self.whole.unread(run.num_steps):
+            # Some models take what they are given from its lists.
+            args, kwargs = tree_map(lambda leaf: leaf, (forward.args, forward.keywords))
+            lacking = forward.func(*args, **kwargs)
         with self.owner.whole():
-            output = forward(*args, **kwargs)
-        if pruned is not None:
-            pairs = zip(tensors_of(output), tensors_of(pruned), strict=True)
+            output = forward()
+        if lacking is not None:
+            pairs = zip(tensors_of(output), tensors_of(lacking), strict=True)
             memory[key] = _Defect(run.at, tuple((one - two).detach() for one, two in pairs))
         return output
 
@@ -215,16 +242,18 @@ def tensors_of(output: Any) -> list[Tensor]:
     return found
 
 
-def put_correction_on(owner: Owner, whole: WholeSteps | None, undo: Undo) -> None:
-    """Put one on in the place of an earlier one, until what is on the model is detached."""
-    old = correction_of(owner.model)
-    if old is not None:
-        old.take_off()
+def put_correction_on(owner: Owner, whole: WholeSteps | None) -> None:
+    """Put one on in the place of an earlier one; None: take that off."""
+    take_correction_off(owner.model)
     if whole is not None:
-        correction = Correction(owner, whole)
-        undo.add(correction.take_off)
-        correction.put_on()
+        Correction(owner, whole).put_on()
     forget_registries(owner.model)
+
+
+def take_correction_off(model: nn.Module) -> None:
+    """Take off what `put_correction_on` has put on, if anything."""
+    if correction_of(model) is not None:
+        unregister(model, CORRECTION)
 
 
 def correction_of(model: nn.Module) -> Correction | None:

@@ -74,7 +74,7 @@ class OwnWeights:
         now: list[Any] = []
         for entry, each in zip(merged, layers, strict=True):
             stands = entry.place.get()
-            now.append((stands.dtype, stands.device, entry.fused_now(each)))
+            now.append((stands.dtype, stands.device, entry.fused_now(each), entry.seen))
         if now != self._made_for:
             check(over)
             self._copies = [

@@ -21,7 +21,13 @@ from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.models import examples
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.block_hook import Uncopied
-from shiva_dit.models.correction import WholeSteps, put_correction_on
+from shiva_dit.models.correction import (
+    Correction,
+    WholeSteps,
+    correction_of,
+    put_correction_on,
+    take_correction_off,
+)
 from shiva_dit.models.counted import recipe
 from shiva_dit.models.families import block_spec, model_spec
 from shiva_dit.models.guidance import Pass, Passes
@@ -52,7 +58,7 @@ class Reduction(Uncopied):
         self.spec = model_spec(model)
         self.turns = turns_of(model)
         self.runs = Runs(Passes())
-        self._is_corrected = False
+        self._correction: Correction | None = None
         self.running: Forward | None = None
         self._lesson: Lesson | None = None
         self._undo = Undo()
@@ -91,6 +97,7 @@ class Reduction(Uncopied):
     def _put_hooks_on(self) -> None:
         model = self.model
         self._undo.add(partial(forget_registries, model))
+        self._undo.add(partial(take_correction_off, model))
         for module, hook in self._hooks:
             self._undo.add(partial(unregister, module, REDUCER))
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, REDUCER)
@@ -132,8 +139,8 @@ class Reduction(Uncopied):
 
     def correct(self, whole: WholeSteps | None) -> None:
         """Run the model as it is in some steps, and correct the others by it; None: no longer."""
-        put_correction_on(self, whole, self._undo)
-        self._is_corrected = whole is not None
+        put_correction_on(self, whole)
+        self._correction = correction_of(self.model)
 
     def running_pass(self) -> Pass | None:
         """Which pass the running forward is; None if the model runs as it is."""
@@ -222,7 +229,8 @@ class Reduction(Uncopied):
         time = torch.as_tensor(given(model, arguments, self.spec.timestep), device=sample.device)
         is_dense, grid = bool(self.turns.pauses), grid_of(model, sample)
         needs: set[Need] = {*self.reducer.needs}
-        if self._is_corrected:
+        if self._correction is not None:
+            self._correction.check()
             needs.add("passes")
         name = type(self.reducer).__name__
         call = Call() if is_dense else self.runs.of_call(name, needs, len(sample))

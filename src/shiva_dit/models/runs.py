@@ -41,8 +41,7 @@ class Run:
         self.is_guided = False
         """Whether calls have been passes of guidance."""
         self._memories: dict[Pass, dict[Any, Any]] = {}
-        self._calls: dict[Pass, int] = {}
-        self._calls_at = -1
+        self._calls: dict[tuple[int, Pass], int] = {}
         self._guidance: dict[int, Tensor] = {}
         self._lead: tuple[int, Tensor] | None = None
         self._last: ref[Tensor] | None = None
@@ -56,12 +55,14 @@ class Run:
         """That of one pass."""
         return self._memories.setdefault(which, {})
 
-    def numbered(self, which: Pass) -> int:
-        """How many calls of a pass this step has had, this one included."""
-        if self._calls_at != self.at:
-            self._calls, self._calls_at = {}, self.at
-        self._calls[which] = self._calls.get(which, 0) + 1
-        return self._calls[which]
+    def calls(self, which: Pass) -> int:
+        """How many calls of a pass this step has had so far, of those that `count` was told of."""
+        return self._calls.get((self.at, which), 0)
+
+    def count(self, which: Pass) -> None:
+        """A call of a pass has come to its end."""
+        self._calls = {key: number for key, number in self._calls.items() if key[0] == self.at}
+        self._calls[self.at, which] = self.calls(which) + 1
 
     def guidance(self) -> Float[Tensor, "b N"] | None:
         """What the last step before this one has shown, if there was one."""
@@ -109,11 +110,15 @@ class OwnRun:
         Args:
             index: From 0.
 
+        A step before the last one begins the run anew.
+
         Raises:
             ValueError: If the run hasn't this step.
         """
-        if not 0 <= index < self.run.num_steps:
+        if not 0 <= whole_number("step", index) < self.run.num_steps:
             raise ValueError(f"a run of {self.run.num_steps} steps has no step {index}.")
+        if index < self.run.at:
+            self.run = Run(self.run.num_steps)
         word = _Word(ref(self._runs), self.run, index)
         _WORDS.set((*_WORDS.get(), word))
         try:

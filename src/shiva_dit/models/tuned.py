@@ -211,6 +211,10 @@ class TunedBackbone:
         over = wrappers(self.model) if self._merged else {}
         return self._own.in_place(self._merged, self.beside, over, self._check_untouched)
 
+    def forget_own(self) -> None:
+        """Let go of the copies that `lifted` keeps."""
+        self._own.forget()
+
     # --- what must hold ---------------------------------------------------------------------
 
     def watch(self, watch: Watch) -> None:
@@ -275,7 +279,6 @@ class TunedBackbone:
         for entry, digest in zip(written, found, strict=True):
             if digest != entry.seen:
                 self._judge_weights(entry, over)
-                entry.seen = digest
 
     def _judge_weights(self, entry: Merged, over: Mapping[int, list[Any]] | None = None) -> None:
         over = wrappers(self.model) if over is None else over
@@ -283,6 +286,8 @@ class TunedBackbone:
             why = what_changed(entry, over.get(id(entry.layer), []))
         if self.enabled and why is not None and not why.endswith("sharded"):
             raise RuntimeError(f"{why} while the adapter's weights were on it: {ADVICE}")
+        if self.enabled and entry.place.obstacle() is None:
+            entry.seen = digests([entry.place.get()])[0]
 
     def _judge_forward(self, beside: Beside) -> None:
         forward = beside.layer.__dict__.get("forward")
