@@ -36,6 +36,7 @@ from shiva_dit.experiments.contestants import Settings
 from shiva_dit.experiments.maps import kept_maps
 from shiva_dit.experiments.quickstart import CONTROLS, FEW, NAMES, load_quickstart_recipe
 from shiva_dit.experiments.scoring import Sampler, floors, sample, sampler_times, score
+from shiva_dit.experiments.served import Serving
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.metrics import psnr
 from shiva_dit.models.attach import attach
@@ -171,6 +172,8 @@ def test_quickstart_writes_picture_record_and_table(
 ) -> None:
     settings = partial(Settings, num_steps=10)
     monkeypatch.setattr("shiva_dit.experiments.quickstart.Settings", settings)
+    brief = partial(Serving, batch=1, num_steps=2, repeats=1)
+    monkeypatch.setattr("shiva_dit.experiments.served.Serving", brief)
     assert main(["quickstart", "--out", str(tmp_path), "--count", "20", *SHORT]) == 0
     record = json.loads((tmp_path / "quickstart.json").read_text())
     assert tuple(row["method"] for row in record["rows"]) == FEW
@@ -189,6 +192,16 @@ def test_quickstart_writes_picture_record_and_table(
     assert rows["shiva_unipc"]["flops"] == pytest.approx(rows["shiva"]["flops"], rel=0.01)
     assert rows["shiva_unipc"]["train_cpu_s"] == rows["shiva"]["train_cpu_s"]
     assert "Sampled by Euler over t = 1, 1 - 1/n" in printed
+    served = json.loads((tmp_path / "served.json").read_text())
+    assert served["num_tokens"] == 1024
+    assert served["keep_ratio"] == pytest.approx(0.4, abs=0.01)
+    assert served["flops_ratio"] > 1.8
+    assert served["psnr"] > 12.0  # of two steps
+    ours, unpruned = served["seconds"]["ours"], served["seconds"]["unpruned"]
+    assert ours > 0.0
+    assert served["speed_up"] == pytest.approx(unpruned / ours, rel=1e-6)
+    assert f"(FLOPs say {served['flops_ratio']:.2f})" in printed
+    assert (tmp_path / "served.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.mark.slow
@@ -198,6 +211,8 @@ def test_all_controls_are_compared_at_equal_flops(
 ) -> None:
     settings = partial(Settings, num_steps=4)
     monkeypatch.setattr("shiva_dit.experiments.quickstart.Settings", settings)
+    brief = partial(Serving, batch=1, num_steps=1, repeats=1)
+    monkeypatch.setattr("shiva_dit.experiments.served.Serving", brief)
     arguments = ["quickstart", "--all-controls", "--seeds", "2", "--seed", "3", "--keep", "0.5"]
     assert main([*arguments, "--count", "20", "--out", str(tmp_path), *SHORT]) == 0
     record = json.loads((tmp_path / "quickstart.json").read_text())

@@ -25,6 +25,7 @@ def add_commands(command: Command) -> None:
 
 def _quickstart(options: argparse.Namespace) -> int:
     from shiva_dit.experiments.quickstart import run_quickstart
+    from shiva_dit.experiments.served import Serving
 
     print(
         run_quickstart(
@@ -34,6 +35,7 @@ def _quickstart(options: argparse.Namespace) -> int:
             count=options.count,
             workers=bounded("--workers", options.workers),
             out=options.out,
+            serving=Serving(),
             overrides=options.overrides,
         )
     )

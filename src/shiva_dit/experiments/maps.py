@@ -20,6 +20,7 @@ def kept_maps(
     seed: int,
     num_steps: int = NUM_STEPS,
     sampler: Sampler = "euler",
+    guidance: float = 1.0,
 ) -> Bool[Tensor, "L T B N"]:
     """Kept tokens per block, sampler step (noisiest first), image and token.
 
@@ -30,14 +31,23 @@ def kept_maps(
         seed: Of the initial noise.
         num_steps: Sampler steps.
         sampler: How they are made.
+        guidance: Guidance scale; both halves of a batch keep the same tokens.
     """
     with recorded(attachment) as chosen:
-        sample(task, attachment.model, count, seed=seed, num_steps=num_steps, sampler=sampler)
+        sample(
+            task,
+            attachment.model,
+            count,
+            seed=seed,
+            num_steps=num_steps,
+            sampler=sampler,
+            guidance=guidance,
+        )
     kept = torch.ones(len(attachment.blocks), num_steps, count, task.num_tokens, dtype=torch.bool)
     step, seen = 0, set()
     for (block, _), mask in zip(chosen, masks(chosen, task.num_tokens), strict=True):
         if block in seen:  # the first block comes again: the next step
             step, seen = step + 1, set()
         seen.add(block)
-        kept[block, step] = mask
+        kept[block, step] = mask[:count]
     return kept

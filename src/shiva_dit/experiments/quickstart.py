@@ -26,6 +26,7 @@ from shiva_dit.experiments.measures import row
 from shiva_dit.experiments.picture import draw_quickstart
 from shiva_dit.experiments.pool import run_jobs
 from shiva_dit.experiments.scoring import floors
+from shiva_dit.experiments.served import Serving, run_served
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, write_json
 from shiva_dit.report.quickstart import plain_table
@@ -243,9 +244,10 @@ def run_quickstart(
     count: int,
     workers: int,
     out: Path,
+    serving: Serving,
     overrides: Sequence[str] = (),
 ) -> str:
-    """Run a quickstart and write its picture and record.
+    """Run a quickstart and write its pictures and records.
 
     Args:
         keep_ratio: Mean share of tokens kept, in (0, 1).
@@ -253,7 +255,8 @@ def run_quickstart(
         all_controls: Whether all controls are run.
         count: Images that are judged, per method and seed.
         workers: Methods that run at a time.
-        out: Folder for `quickstart.png` and `quickstart.json`.
+        out: Folder for `quickstart.png` and `quickstart.json`, `served.png` and `served.json`.
+        serving: What the shipped adapter is shown at in the end.
         overrides: `key=value` for the recipe.
 
     Returns:
@@ -275,7 +278,8 @@ def run_quickstart(
         write_json(out / "quickstart.json", record)
         picture = out / "quickstart.png"
         run.draw(picture)
+        shown = run_served(serving, out)
     return (
-        f"\n{plain_table(record)}\n\nPicture: {picture}\nRecord:  {out / 'quickstart.json'}\n"
-        f"Took {record['wall_s']:.0f} s."
+        f"\n{plain_table(record)}\n\nPicture: {picture}\nRecord:  {out / 'quickstart.json'}\n\n"
+        f"{shown}\nTook {time.perf_counter() - start:.0f} s."
     )
