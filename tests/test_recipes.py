@@ -174,7 +174,8 @@ def test_every_loss_counts_by_its_weight(tmp_path: Path) -> None:
 def optimization(**options: Any) -> tuple[Optimization, dict[str, nn.Parameter]]:
     parts = {part: nn.Parameter(torch.zeros(4)) for part in PARTS}
     config = OptimizerConfig(router=3.0, policy=2.0, backbone=1.0, updates=4.0, **options)
-    return Optimization({part: {"x": p} for part, p in parts.items()}, config), parts
+    untuned = {"x": torch.full((4,), 3.0)}
+    return Optimization({part: {"x": p} for part, p in parts.items()}, config, untuned), parts
 
 
 def test_rates_rise_in_each_stage_and_fall_at_the_end_of_the_last() -> None:
@@ -226,6 +227,19 @@ def test_each_part_is_clipped_by_itself() -> None:
     assert moments == pytest.approx([0.05, 0.01, 0.05, 0.02], rel=1e-4)
 
 
+def test_weight_decay_pulls_the_backbone_to_the_model_as_it_was_given() -> None:
+    made, parts = optimization(warmup_steps=1, weight_decay=0.25)
+    for parameter in parts.values():
+        parameter.grad = torch.zeros(4)
+    for expected in (0.75, 0.75 + 0.25 * 2.25):
+        made.start("joint", 0, 1)
+        for parameter in parts.values():
+            parameter.grad = torch.zeros(4)
+        made.finish(0)
+        assert parts["backbone"].tolist() == pytest.approx([expected] * 4)
+    assert not any(parts[part].any() for part in PARTS if part != "backbone")
+
+
 def test_small_gradients_of_router_and_policy_still_move_them() -> None:
     made, parts = optimization(warmup_steps=1, weight_decay=0.0)
     for parameter in parts.values():
@@ -239,7 +253,7 @@ def test_small_gradients_of_router_and_policy_still_move_them() -> None:
 
 
 def test_the_average_follows_by_its_decay() -> None:
-    made, parts = optimization(ema=0.75)
+    made, parts = optimization(ema=0.75, weight_decay=0.0)
     made.start("joint", 0, 1000)
     average = made.average["backbone"][0]
     for step, decay in ((0, 0.1), (500, 0.75)):  # a short run does not average in its start

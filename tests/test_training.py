@@ -911,3 +911,33 @@ def test_an_adapter_of_another_shape_is_no_start(tmp_path: Path) -> None:
         recipe(tmp_path / "b", start=first, method="random")
     with pytest.raises(ValueError, match="there is no folder no/adapter: train that"):
         Trainer(recipe(tmp_path / "b", start=Path("no/adapter")), tiny.sd3(), TinyData())
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "dora"])
+def test_full_weight_decay_is_the_model_as_it_was_given(tmp_path: Path, backbone: Any) -> None:
+    """Whatever was tuned: a rate times a decay of 1 pulls all the way."""
+    first = train(recipe(tmp_path / "a", backbone=backbone), tiny.sd3(), TinyData(), resume=False)
+    strong = OptimizerConfig(backbone=1e-3, weight_decay=1e3, warmup_steps=1, router=0.0)
+    config = recipe(
+        tmp_path / "b",
+        backbone=backbone,
+        start=first,
+        optimizer=strong,
+        warmup_steps=0,
+        policy_steps=0,
+        joint_steps=2,
+    )
+    trainer = Trainer(config, tiny.sd3(), TinyData())
+    student, inputs, bare = trainer.student, tiny.inputs(), tiny.run(tiny.sd3(), tiny.inputs())
+
+    def off() -> float:
+        student.attachment.enabled = False  # all tokens, tuned weights
+        found = tiny.run(student.model, inputs)
+        student.attachment.enabled = True
+        return float((found - bare).norm() / bare.norm())
+
+    before = off()
+    trainer.optimization.start("joint", 1, 2)
+    trainer.optimization._decay()
+    assert off() < 1e-5 < before / 10
+    trainer.close()

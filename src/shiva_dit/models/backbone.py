@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from shiva_dit.models.low_rank import linear_weight
 from shiva_dit.models.places import refuse_projections
 
 PEFT_NAME = "shiva_dit"
@@ -181,6 +182,32 @@ def trainable_parameters(model: nn.Module, kind: str) -> dict[str, nn.Parameter]
         for name, parameter in model.named_parameters()
         if kind == "full" or (kind in ("lora", "dora") and f".{PEFT_NAME}" in name)
     }
+
+
+def untuned(model: nn.Module, kind: str, given: nn.Module) -> dict[str, Tensor]:
+    """Values of `trainable_parameters` with which the model is as it was given.
+
+    Args:
+        model: In training.
+        kind: What joint tuning trains.
+        given: As it was, where all of it is tuned.
+    """
+    if kind == "full":
+        return {name: value.detach() for name, value in given.named_parameters()}
+    found = {
+        name: torch.zeros_like(value)
+        for name, value in model.named_parameters()
+        if kind in ("lora", "dora") and f".{PEFT_NAME}" in name
+    }
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for path, layer in layers:
+        if not hasattr(layer, "lora_magnitude_vector"):
+            continue
+        for name in found:
+            if name.startswith(f"{path}.lora_magnitude_vector."):
+                weight = linear_weight(layer.get_base_layer(), layer.in_features)
+                found[name] = torch.linalg.vector_norm(weight.detach().float(), dim=1)
+    return found
 
 
 def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:

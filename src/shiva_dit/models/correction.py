@@ -136,8 +136,6 @@ class Correction(Uncopied, ModelHook):
         whole: Which steps are whole.
     """
 
-    _is_stateful = True
-
     def __init__(self, owner: Owner, whole: WholeSteps) -> None:
         super().__init__()
         self.owner, self.whole = owner, whole
@@ -159,10 +157,6 @@ class Correction(Uncopied, ModelHook):
                 "whole steps no longer act: the model's forward was replaced, or put back by "
                 "something that was on the model before. Call shiva_dit.correct again."
             )
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Runs are known by their steps: a pipeline's end says nothing new."""
-        return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The pruned forward and its correction; at whole steps, the unpruned one."""

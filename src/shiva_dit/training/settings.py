@@ -149,7 +149,8 @@ class OptimizerConfig:
     updates: float = 1e-3
     """Learning rate of the rejected tokens' updates."""
     weight_decay: float = 0.01
-    """Of the backbone; nothing else has any."""
+    """Of the backbone, to its weights as the model was given; nothing else has any. What it pulls
+    back in a step is this times the rate."""
     warmup_steps: int = 200
     """Steps over which the rates rise, in each stage."""
     decay_share: float = 0.0

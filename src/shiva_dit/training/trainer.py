@@ -16,7 +16,12 @@ from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
 from shiva_dit.methods.registry import METHODS
-from shiva_dit.models.backbone import backbone_weights, first_not_finite, trainable_parameters
+from shiva_dit.models.backbone import (
+    backbone_weights,
+    first_not_finite,
+    trainable_parameters,
+    untuned,
+)
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.target import unwrapped
@@ -114,7 +119,8 @@ class Trainer:
             self.budget,
             self.student.reducer,
         )
-        self.optimization = Optimization(self._parts(), config.optimizer)
+        given = untuned(self.student.model, config.backbone, self.student.teacher)
+        self.optimization = Optimization(self._parts(), config.optimizer, given)
 
     def _parts(self) -> dict[str, dict[str, torch.nn.Parameter]]:
         student = self.student
