@@ -150,5 +150,11 @@ def test_the_command_writes_record_plot_and_table(
     assert record["keep_ratio"] == pytest.approx(ratio, abs=0.01)
     assert (tmp_path / "flips.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "teacher, KV" in capsys.readouterr().out
-    assert main(["inspect", "flips", "--task", "scenes64", "--out", str(tmp_path)]) == 2
+
+
+def test_a_task_without_a_shipped_adapter_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shiva_dit.demo.base.ASSETS", tmp_path)
+    assert main(["inspect", "flips", "--task", "scenes64", "--out", str(tmp_path / "out")]) == 2
     assert "scenes64" in capsys.readouterr().err
