@@ -197,9 +197,8 @@ def test_quickstart_writes_picture_record_and_table(
     assert served["keep_ratio"] == pytest.approx(0.4, abs=0.01)
     assert served["flops_ratio"] > 1.8
     assert served["psnr"] > 12.0  # of two steps
-    ours, unpruned = served["seconds"]["ours"], served["seconds"]["unpruned"]
-    assert ours > 0.0
-    assert served["speed_up"] == pytest.approx(unpruned / ours, rel=1e-6)
+    assert min(served["seconds"].values()) > 0.0
+    assert f"{served['speed_up']:.2f} times as fast" in printed  # the median of rounds' ratios
     assert f"(FLOPs say {served['flops_ratio']:.2f})" in printed
     assert (tmp_path / "served.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
