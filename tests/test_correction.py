@@ -23,7 +23,6 @@ from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.correction import CORRECTION, Correction, WholeSteps, correction_of
 from shiva_dit.models.graphs import GRAPHS
 from tests import families, running, tiny
-from tests.matrix import sampled
 from tests.test_graphs import Again
 from tests.test_guidance import RUN, applied, denoise, modular
 from tests.test_published import model_of
@@ -109,7 +108,8 @@ def pictures(name: str, pipe: Any) -> Tensor:
     return made if isinstance(made, Tensor) else torch.as_tensor(numpy.asarray(made))
 
 
-@sampled("name", RUN)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
 def test_pipelines_where_all_steps_are_whole_are_the_unpruned_ones(name: str) -> None:
     pipe = running.build(name)
     bare = pictures(name, pipe)
