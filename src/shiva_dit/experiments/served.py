@@ -48,6 +48,15 @@ class Serving:
     seed: int = 0
     """Of the initial noise."""
 
+    def sampling(self) -> dict[str, Any]:
+        """How, as `sample` takes it."""
+        return {
+            "seed": self.seed,
+            "num_steps": self.num_steps,
+            "sampler": "unipc",
+            "guidance": self.guidance,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
@@ -85,15 +94,7 @@ def serve(serving: Serving) -> Served:
         }
         times = interleaved(calls, repeats=serving.repeats, device=torch.device("cpu"))
         how = provenance()
-    maps = kept_maps(
-        task,
-        attachment,
-        serving.batch,
-        seed=serving.seed,
-        num_steps=serving.num_steps,
-        sampler="unipc",
-        guidance=serving.guidance,
-    )
+    maps = kept_maps(task, attachment, serving.batch, **serving.sampling())
     record = {
         "what": f"served-{serving.task}",
         "config": serving,
@@ -111,15 +112,7 @@ def serve(serving: Serving) -> Served:
 
 
 def _sampled(task: DemoTask, model: Any, serving: Serving) -> Tensor:
-    return sample(
-        task,
-        model,
-        serving.batch,
-        seed=serving.seed,
-        num_steps=serving.num_steps,
-        sampler="unipc",
-        guidance=serving.guidance,
-    )[0]
+    return sample(task, model, serving.batch, **serving.sampling())[0]
 
 
 @contextmanager

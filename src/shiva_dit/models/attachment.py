@@ -303,11 +303,12 @@ class Attachment(Uncopied):
 
     def correct(self, whole: WholeSteps | None) -> None:
         """Run the unpruned model in some steps, and correct the others by it; None: no longer."""
-        put_correction_on(self, whole)
-        self.whole_steps = whole
-        if whole is None and self.backbone is not None:
-            self.backbone.forget_own()
-        self.watch = Watch(self._watch)
+        with self.turns.switch():
+            put_correction_on(self, whole)
+            self.whole_steps = whole
+            if whole is None and self.backbone is not None:
+                self.backbone.forget_own()
+            self.watch = Watch(self._watch)
 
     def running_pass(self) -> Pass | None:
         """Which pass the running forward is; None if it is the unpruned model's."""

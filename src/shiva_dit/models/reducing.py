@@ -139,8 +139,9 @@ class Reduction(Uncopied):
 
     def correct(self, whole: WholeSteps | None) -> None:
         """Run the model as it is in some steps, and correct the others by it; None: no longer."""
-        put_correction_on(self, whole)
-        self._correction = correction_of(self.model)
+        with self.turns.switch():
+            put_correction_on(self, whole)
+            self._correction = correction_of(self.model)
 
     def running_pass(self) -> Pass | None:
         """Which pass the running forward is; None if the model runs as it is."""

@@ -107,10 +107,10 @@ class OwnRun:
     def step(self, index: int) -> Iterator[None]:
         """Within: the calls of this thread or task are of this step.
 
+        A step before the last one begins the run anew.
+
         Args:
             index: From 0.
-
-        A step before the last one begins the run anew.
 
         Raises:
             ValueError: If the run hasn't this step.
