@@ -11,6 +11,8 @@ from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from shiva_dit.training.route import Route
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -23,12 +25,16 @@ class Batch:
     """Keyword arguments of the model's forward, batch first (text embeddings and the like)."""
     shared: Mapping[str, Any] = field(default_factory=dict)
     """Further ones that are the same for all samples: position ids, rotary tables, sizes."""
+    route: Route | None = None
+    """Where these samples are a model's own: the states on the way to them (`Trajectories`)."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         moved = {name: value.to(device) for name, value in self.conditioning.items()}
         shared = send_to_device(dict(self.shared), device)
-        return Batch(latents=self.latents.to(device), conditioning=moved, shared=shared)
+        route = None if self.route is None else self.route.to(device)
+        latents = self.latents.to(device)
+        return Batch(latents=latents, conditioning=moved, shared=shared, route=route)
 
 
 @runtime_checkable

@@ -44,7 +44,7 @@ def fit_updates(student: Student, data: TrainingData) -> None:
                 student.teacher, inputs=blocks, outputs=blocks, num_tokens=student.num_tokens
             ) as features,
         ):
-            student.teacher(**student.arguments(noisy, t, batch))
+            student.teacher(**student.calls.plain(noisy, t, batch))
         for block in blocks:
             group = updates.group(block)
             rows = group.design(features.inputs[block]).double()
