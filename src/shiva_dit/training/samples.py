@@ -55,13 +55,19 @@ class Samples:
         """The next samples of a part, on the student's device."""
         return self._take(count).to(self.student.device)
 
+    def draw(self) -> None:
+        """Draw the trajectories now, which can be stopped at any time: what is drawn is kept."""
+        if self.trajectories is not None:
+            predict = partial(self.student.unpruned, empty=self.data.unconditional())
+            self.trajectories.draw(predict, self.student.device)
+
     def _take(self, count: int) -> Batch:
-        empty, drawn = self.data.unconditional(), self.trajectories
         share = self.config.trajectories.share
-        if drawn is not None and torch.rand((), generator=self.generator) < share:
-            drawn.draw(partial(self.student.unpruned, empty=empty), self.student.device)
-            return drawn.batch(count, self.generator)
+        if self.trajectories is not None and torch.rand((), generator=self.generator) < share:
+            self.draw()
+            return self.trajectories.batch(count, self.generator)
         batch = self.data.batch(self.indices.take(count), self.generator)
         if self.student.calls.both_ways:
             return batch
+        empty = self.data.unconditional()
         return drop_captions(batch, empty, self.config.caption_dropout, self.generator)
