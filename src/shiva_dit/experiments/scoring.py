@@ -101,12 +101,17 @@ def sample_through(
     num_steps: int,
     sampler: Sampler,
     guidance: float,
+    size: tuple[int, int] | None = None,
 ) -> Float[Tensor, "N C H W"]:
-    """As `sample`, through a pipeline that is there, whose scheduler is replaced."""
+    """As `sample`, through a pipeline that is there, whose scheduler is replaced.
+
+    Height and width are the task's by default.
+    """
     device = next(pipe.transformer.parameters()).device
     captions = task.prompts(start, count)[0]
     conditioning = {name: value.to(device) for name, value in task.conditioning(captions).items()}
-    shape = (count, task.channels, task.image_size, task.image_size)
+    height, width = size or (task.image_size, task.image_size)
+    shape = (count, task.channels, height, width)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     pipe.scheduler = _scheduler(sampler)
     with _following(pipe):
@@ -115,8 +120,8 @@ def sample_through(
             pooled_prompt_embeds=conditioning["pooled_projections"],
             negative_prompt_embeds=torch.zeros_like(conditioning["encoder_hidden_states"]),
             negative_pooled_prompt_embeds=torch.zeros_like(conditioning["pooled_projections"]),
-            height=VAE_SCALE * task.image_size,
-            width=VAE_SCALE * task.image_size,
+            height=VAE_SCALE * height,
+            width=VAE_SCALE * width,
             **_steps(sampler, num_steps),
             guidance_scale=guidance,
             latents=noise.to(device),

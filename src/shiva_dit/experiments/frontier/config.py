@@ -129,7 +129,10 @@ class Frontier:
     prompts: Path | None = None
     """Its prompts, one in a line."""
     size: tuple[int, int] | None = None
-    """Height and width of its pictures in pixels; its own by default."""
+    """Height and width of its pictures in pixels; its own by default. A demo task's judge sees them
+    scaled to its own."""
+    lora: Path | None = None
+    """A LoRA as diffusers loads it, a file or a folder, under all arms and the truth."""
     base: Path | None = None
     """Folder of the task's backbone and judge; None for the shipped."""
     device: str = "cpu"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -92,6 +93,7 @@ def judged(
         judge: Gives features and verdicts.
     """
     real = judge.features(task.held_out_images)
+    images, truth = ([_sized(some, task) for some in sets] for sets in (images, truth))
     labels = task.prompts(0, len(images[0]))[1]
     found: list[dict[str, Any]] = []
     for ours, theirs in zip(images, truth, strict=True):
@@ -121,6 +123,14 @@ def judged(
 
     made["right_all_within"] = interval(right, len(labels))
     return made
+
+
+def _sized(images: Float[Tensor, "N C H W"], task: DemoTask) -> Float[Tensor, "N C S S"]:
+    """In the size that the judge knows."""
+    size = task.image_size, task.image_size
+    if images.shape[2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 def on_front(costs: Sequence[float], values: Sequence[float]) -> list[bool]:

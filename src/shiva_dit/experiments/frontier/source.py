@@ -19,7 +19,7 @@ from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import noise_seed
 from shiva_dit.experiments.frontier.config import Frontier, Point
 from shiva_dit.experiments.scoring import FLOW_SOLVERS, Sampler, sample_through
-from shiva_dit.provenance import data_digest, module_digest, read_text
+from shiva_dit.provenance import data_digest, file_digest, module_digest, read_text
 
 
 class Source(ABC):
@@ -64,13 +64,16 @@ class TaskSource(Source):
         base = frontier.base or ASSETS
         self.judge = load_judge(self.task, base)
         model: Any = load_backbone(self.task, base)
-        self.identity = data_digest([module_digest(model), self.task.prompts(0, frontier.count)[0]])
+        prompts = self.task.prompts(0, frontier.count)[0]
+        self.identity = data_digest([module_digest(model), prompts, *_digests(frontier.lora)])
         self._model = model.to(usable_device(frontier.device))
+        self._size, self._lora = frontier.size, frontier.lora
 
     def pipe(self, *, own_weights: bool) -> Any:
         """The pipeline around a model of its own."""
         assert self.task is not None
-        return self.task.pipeline(twin(self._model, own_weights=own_weights))
+        made = self.task.pipeline(twin(self._model, own_weights=own_weights))
+        return with_lora(made, self._lora)
 
     def run(self, pipe: Any, point: Point, count: int, start: int) -> Float[Tensor, "N C H W"]:
         """As `sample_through`."""
@@ -84,6 +87,7 @@ class TaskSource(Source):
             num_steps=point.steps,
             sampler=point.arm.sampler,
             guidance=point.guidance,
+            size=self._size,
         )
 
 
@@ -104,7 +108,9 @@ class PipelineSource(Source):
         self._pipe: Any = DiffusionPipeline.from_pretrained(frontier.pipeline)
         self._pipe.to(usable_device(frontier.device))
         self._pipe.set_progress_bar_config(disable=True)
-        self.identity = data_digest([module_digest(self._pipe.transformer), self.prompts])
+        digests = _digests(frontier.lora)
+        self.identity = data_digest([module_digest(self._pipe.transformer), self.prompts, *digests])
+        self._lora = frontier.lora
         self._scheduler = self._pipe.scheduler
         self._size = {}
         if frontier.size is not None:
@@ -116,7 +122,7 @@ class PipelineSource(Source):
         parts["transformer"] = twin(self._pipe.transformer, own_weights=own_weights)
         made = type(self._pipe)(**parts)
         made.set_progress_bar_config(disable=True)
-        return made
+        return with_lora(made, self._lora)
 
     def run(self, pipe: Any, point: Point, count: int, start: int) -> Float[Tensor, "N C H W"]:
         """Decoded pictures."""
@@ -164,6 +170,35 @@ class PipelineSource(Source):
 def source_of(frontier: Frontier) -> Source:
     """Where a frontier's pictures come from."""
     return PipelineSource(frontier) if frontier.task is None else TaskSource(frontier)
+
+
+def with_lora(pipe: Any, lora: Path | None) -> Any:
+    """The pipeline, with a LoRA of the user's loaded.
+
+    Raises:
+        ValueError: If there is none, or diffusers can't load it.
+    """
+    if lora is None:
+        return pipe
+    if not lora.exists():
+        raise ValueError(f"lora: there is no file or folder {lora}.")
+    try:
+        pipe.load_lora_weights(lora.parent if lora.is_file() else lora, **_named(lora))
+    except Exception as error:  # whatever diffusers and PEFT raise on what is no LoRA of it
+        raise ValueError(f"lora: diffusers can't load {lora} into this pipeline: {error}") from None
+    return pipe
+
+
+def _named(lora: Path) -> dict[str, str]:
+    return {"weight_name": lora.name} if lora.is_file() else {}
+
+
+def _digests(lora: Path | None) -> list[str]:
+    """Of the files of a LoRA; none without one."""
+    if lora is None:
+        return []
+    files = [lora] if lora.is_file() else sorted(lora.glob("*.safetensors"))
+    return [file_digest(file) for file in files]
 
 
 def read_prompts(path: Path, count: int) -> list[str]:
