@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 import shiva_dit
 from shiva_dit.config import from_dict
 from shiva_dit.demo.base import load_backbone, shipped_adapter
 from shiva_dit.demo.tasks import load_task
-from shiva_dit.experiments.contest import flops_per_image
+from shiva_dit.experiments.contest import flops_per_image, noise_seed
 from shiva_dit.experiments.frontier.caches import CACHES, cached, fresh
 from shiva_dit.experiments.frontier.config import REFERENCE, Arm, Frontier, Point, points
 from shiva_dit.experiments.frontier.executed import counted
@@ -32,6 +35,7 @@ from shiva_dit.experiments.frontier.run import run_frontier
 from shiva_dit.experiments.frontier.sheet import draw_sheet
 from shiva_dit.experiments.frontier.source import TaskSource, read_prompts, source_of, twin
 from shiva_dit.experiments.plots import draw_front
+from shiva_dit.experiments.scoring import sample_through
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.report.frontier import budget_rows, frontier_rows, frontier_table
 from tests import tiny
@@ -342,6 +346,65 @@ def test_a_pipeline_of_ones_own_is_held_against_itself(pipeline: Path, tmp_path:
         run_frontier(frontier, tmp_path / "out")
     with pytest.raises(ValueError, match="has 2 prompts"):
         read_prompts(prompts, 3)
+
+
+def saved_lora(folder: Path) -> Path:
+    model: Any = load_backbone(load_task("digits"))
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers: dict[str, Any] = get_peft_model_state_dict(model)
+    StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_lora_lies_under_every_arm_and_the_truth(tmp_path: Path, kind: str) -> None:
+    lora = saved_lora(tmp_path)
+    if kind == "file":
+        (lora,) = lora.glob("*.safetensors")
+    plain, styled = source_of(made()), source_of(made(lora=str(lora)))
+    assert plain.identity != styled.identity
+
+    def pictures(source: Any, arm: Arm) -> torch.Tensor:
+        point = Point(key="x", arm=arm, steps=2, guidance=1.0, seed=0)
+        with arm_on(point, source) as (pipe, run):
+            assert len(pipe.get_list_adapters()) == (source is styled)
+            return run(2, 0)
+
+    for arm in (Arm(name="unpruned"), Arm(name="ours", adapter="shipped")):
+        assert float((pictures(plain, arm) - pictures(styled, arm)).abs().max()) > 1e-2
+    by_hand = load_task("digits").pipeline(load_backbone(load_task("digits")))
+    by_hand.load_lora_weights(tmp_path)
+    images = sample_through(
+        load_task("digits"),
+        by_hand,
+        2,
+        seed=noise_seed(0),
+        start=0,
+        num_steps=2,
+        sampler="unipc",
+        guidance=1.0,
+    )
+    assert torch.equal(images, pictures(styled, Arm(name="unpruned")))
+
+
+def test_what_is_no_lora_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for name, said in (("none", "there is no file or folder"), ("other", "can't load")):
+        with pytest.raises(ValueError, match=f"lora: .*{said}"):
+            run_frontier(made(lora=str(tmp_path / name)), tmp_path / "out")
+
+
+def test_a_tasks_pictures_may_have_another_size(tmp_path: Path) -> None:
+    """They are held against the truth as they are, and judged in the judge's size."""
+    arms = {name: ARMS[name] for name in ("unpruned", "ours")}
+    frontier = made(size=[12, 16], arms=arms, guidance=[1.0], timing={"repeats": 0})
+    record = run_frontier(frontier, tmp_path)
+    file = tmp_path / "points" / "ours-3-g1-0.safetensors"
+    assert load_file(file)["images"].shape == (4, 1, 12, 16)
+    for row in rows(record).values():
+        assert row["psnr"] > 5
+        assert 0 <= row["right_all"] <= 1
 
 
 def test_twins_share_weights_only_where_they_may() -> None:
