@@ -360,7 +360,7 @@ def test_closing_gives_the_model_back_as_it_came(tmp_path: Path, backbone: str) 
 
 def test_a_wrapped_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     wrapped = torch.compile(tiny.sd3(), backend="eager")
-    with pytest.raises(ValueError, match=r"in one process and on the model itself.*unwrapped"):
+    with pytest.raises(ValueError, match=r"gets the model itself.*unwrapped"):
         train(recipe(tmp_path / "run"), wrapped, TinyData(), resume=False)
     assert not (tmp_path / "run").exists()
 
@@ -916,7 +916,7 @@ def test_an_adapter_for_one_target_starts_one_for_many_and_back(tmp_path: Path) 
     for keep in (0.3, 0.6):
         served = attachment_of(shiva_dit.apply(tiny.sd3(), second, keep_ratio=keep))
         assert served is not None
-        assert served.schedule.mean_keep_ratio == pytest.approx(keep, abs=1e-9)
+        assert served.schedule.mean_keep_ratio == pytest.approx(keep, abs=1e-6)
     back = Trainer(recipe(tmp_path / "c", start=second), tiny.sd3(), TinyData())
     assert "policy.layer_by_target" not in back.student.adapter.state_dict()
     back.close()

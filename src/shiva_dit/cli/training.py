@@ -58,6 +58,7 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
     from shiva_dit.training.interrupt import TrainingInterrupted
+    from shiva_dit.training.processes import joined
     from shiva_dit.training.recipe import TrainConfig
     from shiva_dit.training.run import train
 
@@ -72,16 +73,22 @@ def _train(options: argparse.Namespace) -> int:
     again = shlex.join(words)
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
-    device = usable_device(options.device)
-    check_folder(recipe.out)
-    made = _demo(recipe, options.base) if options.data is None else _own(options)
-    model, data, scheduler = made
-    model.to(device)
-    try:
-        print(train(recipe, model, data, resume=options.resume, scheduler=scheduler))
-    except TrainingInterrupted as stop:
-        print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
-        return 128 + stop.number
+    with joined(options.device) as (processes, own):
+        device = usable_device(own)
+        check_folder(recipe.out)
+        made = _demo(recipe, options.base) if options.data is None else _own(options)
+        model, data, scheduler = made
+        model.to(device)
+        given: dict[str, Any] = {"resume": options.resume, "scheduler": scheduler}
+        try:
+            folder = train(recipe, model, data, processes=processes, **given)
+        except TrainingInterrupted as stop:
+            say = f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}"
+            if processes.is_first:
+                print(say, file=sys.stderr)
+            return 128 + stop.number
+        if processes.is_first:
+            print(folder)
     return 0
 
 

@@ -89,6 +89,8 @@ class TokenScorer(ContextModule):
         self.project_tokens = nn.Linear(width, hidden)
         self.read_context(time_dim, context_dim, hidden, inputs)
         self.score_norm = nn.LayerNorm(hidden, eps=LN_EPS)
+        # Its bias moves all scores alike, so that its gradient is rounding, which Adam blows up.
+        self.score_norm.bias.requires_grad_(False)
         # No bias: it would move all scores alike, and the selection not at all.
         self.score = nn.Linear(hidden, 1, bias=False)
 

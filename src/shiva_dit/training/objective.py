@@ -61,6 +61,19 @@ def drift(
     return times * off.unflatten(0, (-1, times, samples)).mean(1).square().mean()
 
 
+def error_and_drift(
+    ours: Float[Tensor, "P ..."],
+    theirs: Float[Tensor, "P ..."],
+    samples: int,
+    times: int,
+    weight: float,
+    weights: Float[Tensor, " P"] | None = None,
+) -> Float[Tensor, ""]:
+    """`squared_error`, and so many times the `drift`; their arguments."""
+    off = squared_error(ours, theirs, weights)
+    return off + weight * drift(ours, theirs, samples, times, weights) if weight else off
+
+
 def denoising_loss(
     prediction: Float[Tensor, "B ..."],
     target: Float[Tensor, "B ..."],

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shiva_dit.models.backbone import set_trainable
+from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName
 from shiva_dit.training.settings import OptimizerConfig
 
+SUMMED_WIDE = ("router", "updates")
+"""Whose gradients are summed in float64: Adam divides them by their size, however small, and so
+shows what the order of a sum rounds away."""
 PARTS = ("router", "policy", "backbone", "updates")
 ACTIVE: dict[StageName, set[str]] = {
     "warmup": {"router", "updates"},
@@ -38,6 +42,7 @@ class Optimization:
     ) -> None:
         self.parts, self.config = parts, config
         self.untuned = [untuned[name] for name in parts["backbone"]]
+        self._sums: dict[str, Tensor] = {}
         # Gradients of scores and ratios are tiny (a mean over all pixels): Adam's usual eps would
         # hide them.
         small = {"eps": 1e-15}
@@ -72,6 +77,48 @@ class Optimization:
                 fall = max(end * config.decay_share, 1e-9)  # 0: no fall, but an end
                 scale = min(rise, max(end - done, 0.0) / fall)
             group["lr"] = scale * getattr(config, name) if name in active else 0.0
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Add what a part's backward left, where that is summed wider."""
+        for part in SUMMED_WIDE:
+            for name, parameter in self.parts[part].items():
+                if parameter.grad is not None:
+                    wide, key = parameter.grad.double(), f"{part}.{name}"
+                    self._sums[key] = self._sums[key] + wide if key in self._sums else wide
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def reduce(self, processes: Processes) -> None:
+        """Sum the gradients over all parts and processes; the policy's are alike on all."""
+        names = [(part, name) for part in (*SUMMED_WIDE, "backbone") for name in self.parts[part]]
+        own = {key: self._gradient(*key) for key in names}
+        known = torch.tensor([float(found is not None) for found in own.values()])
+        place = next(iter(self.parts["router"].values()), known)
+        known = known.to(place.device)
+        processes.sum([known])
+        summed: list[tuple[nn.Parameter, Tensor]] = []
+        for (part, name), has in zip(names, known.tolist(), strict=True):
+            if has:  # in one process at least
+                parameter, found = self.parts[part][name], own[part, name]
+                if found is None:
+                    kind = torch.float64 if part in SUMMED_WIDE else parameter.dtype
+                    found = torch.zeros_like(parameter, dtype=kind)
+                summed.append((parameter, found))
+        processes.sum([found for _, found in summed])
+        for parameter, found in summed:
+            parameter.grad = found.to(parameter.dtype)
+        self._sums.clear()
+
+    def _gradient(self, part: str, name: str) -> Tensor | None:
+        if part in SUMMED_WIDE:
+            return self._sums.get(f"{part}.{name}")
+        return self.parts[part][name].grad
+
+    def drop(self) -> None:
+        """Forget the gradients of a step that failed."""
+        self._sums.clear()
+        self.adamw.zero_grad(set_to_none=True)
 
     def finish(self, step: int) -> None:
         """Clip, update, and follow with the averages.

@@ -17,6 +17,7 @@ from shiva_dit.core.selection import keep_count
 from shiva_dit.methods.base import Reducer, Selector
 from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
+from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName, TrainConfig
 
 
@@ -42,6 +43,13 @@ class StepPlan:
     _ratios: Tensor | None = None
     _leaf: Tensor | None = None
     _budget: Tensor | None = None
+
+    def sum(self, processes: Processes) -> None:
+        """Add what the parts of all processes left at their ratios."""
+        if self._leaf is not None:
+            if self._leaf.grad is None:
+                self._leaf.grad = torch.zeros_like(self._leaf)
+            processes.sum([self._leaf.grad])
 
     def backward_policy(self) -> float:
         """Send what the parts left at their ratios, and the budget loss, into the policy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.log import LOG_FILE
 from shiva_dit.training.origin import check_recipe
+from shiva_dit.training.processes import ALONE, Processes
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import CHECKPOINTS, Trainer
 
@@ -31,10 +33,12 @@ def train(
     *,
     resume: bool,
     scheduler: Any = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Train by a recipe and write the adapter into `config.out`/adapter.
 
-    The folder belongs to this process until the end. A run that was killed before its first
+    The folder belongs to this process until the end, or to the first of several, whose folder all
+    must see. A run that was killed before its first
     checkpoint starts again by itself, with or without `resume`.
 
     Args:
@@ -45,6 +49,7 @@ def train(
         scheduler: That of the model's pipeline, or how that takes its steps (`Sampler`): the mean
             keep ratio is over these (over evenly spread ones without it). Needed where it is a
             diffusion schedule (PixArt, DiT).
+        processes: Those that train together (`training.processes.joined`).
 
     Returns:
         The adapter's folder, for `shiva_dit.apply`.
@@ -60,27 +65,36 @@ def train(
             "`shiva-dit quickstart --all-controls` trains and judges the controls."
         )
     folder = config.out / "adapter"
-    with owned(config.out):
+
+    def prepared() -> bool:
+        stack.enter_context(owned(config.out))
         tidy(config.out / CHECKPOINTS)
         goes_on = _goes_on(config, folder, resume)
         # Better now than after the training: what an earlier end of it has left may be damaged.
         remedy = f"Move {folder} away and go on by --resume: it is written anew."
         check_place(folder, weights_files(config.backbone), remedy)
-        trainer = Trainer(config, model, data, scheduler)
+        return goes_on
+
+    with ExitStack() as stack:
+        goes_on = processes.from_first(prepared)
+        trainer = Trainer(config, model, data, scheduler, processes)
+
+        def begun() -> None:
+            trainer.checkpoints.mkdir(exist_ok=True)  # tells a begun run from what is left of one
+            about = {"recipe": to_dict(trainer.config), **trainer.origin}
+            write_json(config.out / RUN_FILE, {**about, "provenance": provenance()})
+
         try:
             if goes_on:
                 trainer.resume()
             else:
-                trainer.checkpoints.mkdir(
-                    exist_ok=True
-                )  # tells a begun run from what is left of one
-                about = {"recipe": to_dict(trainer.config), **trainer.origin}
-                write_json(config.out / RUN_FILE, {**about, "provenance": provenance()})
+                processes.from_first(begun)
             trained = trainer.run()
         finally:
             trainer.close()
         assert trained.adapter is not None
-        trained.adapter.save_pretrained(folder)
+        adapter = trained.adapter
+        processes.from_first(lambda: adapter.save_pretrained(folder))
     return folder
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from shiva_dit.provenance import data_digest
 from shiva_dit.training.data import Batch, ShuffledIndices, TrainingData, drop_captions
+from shiva_dit.training.guided import guided
+from shiva_dit.training.processes import ALONE, Processes
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.student import Student
 from shiva_dit.training.trajectories import Trajectories
@@ -25,6 +27,7 @@ class Samples:
         student: Whose teacher draws the trajectories.
         generator: Source of augmentation, dropped captions and the choice of trajectories.
         origin: Digests of model and data.
+        processes: Who draws trajectories, each a share of them.
     """
 
     def __init__(
@@ -34,9 +37,10 @@ class Samples:
         student: Student,
         generator: torch.Generator,
         origin: dict[str, object],
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.data, self.student = config, data, student
-        self.generator = generator
+        self.generator, self.processes = generator, processes
         self.indices = ShuffledIndices(len(data), config.seed)
         self.trajectories: Trajectories | None = None
         if config.trajectories.count:
@@ -51,22 +55,33 @@ class Samples:
                 origin=data_digest({name: origin[name] for name in ("backbone", "data")}),
             )
 
-    def take(self, count: int) -> Batch:
-        """The next samples of a part, on the student's device."""
-        return self._take(count).to(self.student.device)
+    def next(self, count: int) -> Int[Tensor, " B"]:
+        """Which samples of the data are next."""
+        return self.indices.take(count)
+
+    def take(self, indices: Int[Tensor, " B"]) -> Batch:
+        """A part's samples, on the student's device: these, or as many trajectories."""
+        return self._take(indices).to(self.student.device)
 
     def draw(self) -> None:
         """Draw the trajectories now, which can be stopped at any time: what is drawn is kept."""
         if self.trajectories is not None:
-            predict = partial(self.student.unpruned, empty=self.data.unconditional())
-            self.trajectories.draw(predict, self.student.device)
+            self.trajectories.draw(self._unpruned, self.student.device, self.processes)
 
-    def _take(self, count: int) -> Batch:
+    def _unpruned(self, batch: Batch, x: Tensor, t: Tensor, scales: Tensor | None) -> Tensor:
+        """The unpruned model's prediction, guided as in sampling (`Predict`)."""
+        student, empty = self.student, self.data.unconditional()
+        with torch.no_grad(), student.as_teacher(), student.autocast():
+            out = student.teacher(**student.calls.guided(x, t, batch, scales, empty))
+        found = student.path.prediction(out)
+        return guided(found, scales) if scales is not None and student.calls.both_ways else found
+
+    def _take(self, indices: Int[Tensor, " B"]) -> Batch:
         share = self.config.trajectories.share
         if self.trajectories is not None and torch.rand((), generator=self.generator) < share:
             self.draw()
-            return self.trajectories.batch(count, self.generator)
-        batch = self.data.batch(self.indices.take(count), self.generator)
+            return self.trajectories.batch(len(indices), self.generator)
+        batch = self.data.batch(indices, self.generator)
         if self.student.calls.both_ways:
             return batch
         empty = self.data.unconditional()

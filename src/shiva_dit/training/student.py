@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from shiva_dit.training.making import made_adapter, made_reducer
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
-    drift,
+    error_and_drift,
     logit_normal_density,
     squared_error,
 )
@@ -188,6 +189,12 @@ class Student:
             self.autocast(),
         ):
             prediction = self.path.prediction(self.model(**arguments))
+        off = partial(
+            error_and_drift,
+            samples=samples,
+            times=self.config.times_per_sample,
+            weight=weights.drift,
+        )
         by_time = None
         if weights.time_weighting != "uniform":
             by_time = logit_normal_density(t.repeat(copies))
@@ -200,12 +207,12 @@ class Student:
                 by_time,
             )
             errors["distill"] = squared_error(prediction.detach(), taught).item()
-            loss = loss + weights.output * self._off(prediction, taught, samples, by_time)
+            loss = loss + weights.output * off(prediction, taught, weights=by_time)
             if scales is not None and self.calls.both_ways:
                 ours, theirs = guided(prediction, scales), guided(taught, scales)
                 errors["guided"] = squared_error(ours.detach(), theirs).item()
                 by_scale = 1.0 / scales if by_time is None else by_time[: len(scales)] / scales
-                loss = loss + weights.guided * self._off(ours, theirs, samples, by_scale)
+                loss = loss + weights.guided * off(ours, theirs, weights=by_scale)
         if weights.diffusion and route is None:
             target = self.path.target(batch.latents, noise, t)
             target = target.repeat(copies, *[1] * (target.ndim - 1))
@@ -231,14 +238,6 @@ class Student:
         )
         return self.attachment.forwards.gated(forward)
 
-    def _off(self, ours: Tensor, theirs: Tensor, samples: int, weights: Tensor | None) -> Tensor:
-        """Squared error of a prediction, and of what the times of a sample have in common."""
-        times, weight = self.config.times_per_sample, self.weights.drift
-        off = squared_error(ours, theirs, weights)
-        if weight:
-            off = off + weight * drift(ours, theirs, samples, times, weights)
-        return off
-
     def _scales(self, between: tuple[float, float], count: int, route: Route | None) -> Tensor:
         """A guidance scale for each sample, the same at all of its times."""
         low, high = between
@@ -246,6 +245,13 @@ class Student:
         drawn = torch.rand(count // times, generator=self.generator).to(self.device)
         own = low + (high - low) * drawn if route is None else route.guidance
         return own.repeat(times)
+
+    @property
+    def error_names(self) -> tuple[str, ...]:
+        """What `loss` tells errors of."""
+        if not self.needs_teacher:
+            return ()
+        return ("distill", "guided") if self.calls.both_ways else ("distill",)
 
     @property
     def needs_teacher(self) -> bool:
@@ -270,23 +276,6 @@ class Student:
         ):
             prediction = self.path.prediction(self.teacher(**arguments))
         return features, prediction
-
-    def unpruned(
-        self, batch: Batch, x: Tensor, t: Tensor, scales: Tensor | None, empty: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The unpruned model's prediction, guided as in sampling.
-
-        Args:
-            batch: B samples' captions.
-            x: Their states.
-            t: Times in [0, 1].
-            scales: Guidance scales; None without guidance.
-            empty: Conditioning of "no caption".
-        """
-        with torch.no_grad(), self.as_teacher(), self.autocast():
-            out = self.teacher(**self.calls.guided(x, t, batch, scales, empty))
-        found = self.path.prediction(out)
-        return guided(found, scales) if scales is not None and self.calls.both_ways else found
 
     def close(self) -> None:
         """Give the model back as it came: its own weights, no hooks, no LoRA."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.adapter.config import lora_metadata
+from shiva_dit.config import to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Reducer
+from shiva_dit.methods.registry import METHODS
+from shiva_dit.models.backbone import backbone_weights, first_not_finite
 from shiva_dit.modules.updates import RejectedUpdates
+from shiva_dit.provenance import provenance
+from shiva_dit.training.student import Student
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,3 +46,45 @@ class Trained:
             raise ValueError("a control has no schedule that could be moved to another ratio.")
         law = self.adapter.schedule.law
         return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins, law)
+
+
+def trained_from(student: Student, about: dict[str, Any]) -> Trained:
+    """What a student's weights, as they are now, give.
+
+    Args:
+        student: In training.
+        about: Goes into the adapter's record.
+
+    Raises:
+        FloatingPointError: If a weight is not finite, in the dtype that it is saved in.
+    """
+    config = student.config
+    weights = backbone_weights(student.model, config.backbone)
+    adapter = copy.deepcopy(student.adapter).cpu().eval()
+    learns = METHODS[config.method].learns
+    reducer = copy.deepcopy(student.reducer) if learns else student.reducer
+    if student.selector is not None:
+        learned = student.selector.learned_schedule(adapter.schedule.law)
+        adapter.schedule = learned or adapter.schedule
+    if config.learns_policy:
+        adapter.schedule = adapter.policy.schedule(
+            config.keep_ratio, config.policy.num_bins, adapter.schedule.law
+        )
+    dtype = getattr(torch, config.backbone_dtype)
+    adapter.backbone_weights = {k: v.to("cpu", dtype) for k, v in weights.items()}
+    broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
+    if broken is not None:
+        raise FloatingPointError(
+            f"{broken} is not finite as {config.backbone_dtype}: lower the learning rates, or set "
+            "backbone_dtype = float32."
+        )
+    adapter.training_record = {"recipe": to_dict(config), **about, "provenance": provenance()}
+    ours = config.method == "shiva"
+    return Trained(
+        reducer=adapter.selector() if ours else reducer,
+        schedule=adapter.schedule,
+        backbone_weights=adapter.backbone_weights,
+        lora=lora_metadata(adapter.config) if config.backbone in ("lora", "dora") else None,
+        adapter=adapter if ours else None,
+        updates=adapter.updates if student.updates else None,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,12 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.methods.registry import METHODS
 from shiva_dit.models.backbone import (
-    backbone_weights,
     first_not_finite,
     trainable_parameters,
     untuned,
@@ -25,14 +21,13 @@ from shiva_dit.models.backbone import (
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.target import unwrapped
-from shiva_dit.provenance import provenance
 from shiva_dit.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from shiva_dit.training.data import TrainingData, data_name
+from shiva_dit.training.data import TrainingData, data_name, reseed
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
 from shiva_dit.training.log import LOG_FILE, open_log
@@ -41,10 +36,11 @@ from shiva_dit.training.optimization import Optimization
 from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
+from shiva_dit.training.processes import ALONE, Processes
 from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.samples import Samples
 from shiva_dit.training.student import Student
-from shiva_dit.training.trained import Trained
+from shiva_dit.training.trained import Trained, trained_from
 
 CHECKPOINTS = "checkpoints"
 
@@ -61,19 +57,33 @@ class Trainer:
         scheduler: That of the model's pipeline, or how that takes its steps (`Sampler`): the mean
             keep ratio is over these (over evenly spread ones without it). Needed where it is a
             diffusion schedule (PixArt, DiT).
+        processes: Those that train together: each runs a share of the parts of every step, and all
+            have the same weights after it.
 
     Raises:
-        ValueError: If the model is not supported, or wrapped (DistributedDataParallel).
+        ValueError: If the model is not supported, or wrapped (DistributedDataParallel); if there
+            are more processes than parts.
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, data: TrainingData, scheduler: Any = None
+        self,
+        config: TrainConfig,
+        model: Any,
+        data: TrainingData,
+        scheduler: Any = None,
+        processes: Processes = ALONE,
     ) -> None:
         if unwrapped(model) is not model:
             raise ValueError(
-                f"training runs in one process and on the model itself, got it in a "
+                f"training deals out parts of batches by itself, and gets the model itself, not a "
                 f"{type(model).__name__}: pass shiva_dit.models.target.unwrapped(model)."
             )
+        if processes.count > config.micro_batches:
+            raise ValueError(
+                f"each process needs a part of a batch: micro_batches must be at least "
+                f"{processes.count}, their number, got {config.micro_batches}."
+            )
+        self.processes = processes
         spec = model_spec(model)
         sampler = scheduler if isinstance(scheduler, Sampler) else Sampler(scheduler=scheduler)
         path = path_of(spec, sampler.scheduler)
@@ -105,7 +115,9 @@ class Trainer:
         if self.student.started is None:
             fit_updates(self.student, self.data)
         adapter, student = self.student.adapter, self.student
-        self.samples = Samples(config, self.data, student, self.generator, self.origin)
+        self.samples = Samples(
+            config, self.data, student, self.generator, self.origin, self.processes
+        )
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
         self.planner = Planner(
             config,
@@ -145,26 +157,39 @@ class Trainer:
             values = self._losses(stage)
             self.optimization.finish(self.step)
         except FloatingPointError as error:
+            self.optimization.drop()
             raise FloatingPointError(self._diverged(str(error), stage)) from error
         self.step += 1
         return values
 
     def _losses(self, stage: StageName) -> dict[str, float]:
-        """All parts of a step, forward and backward."""
-        config = self.config
+        """All parts of a step, forward and backward, of which each process runs its share.
+
+        Whatever is drawn by chance is decided by seed, step and part: who runs a part is the same.
+        """
+        config, empty = self.config, self.data.unconditional()
         progress = self.step / max(config.total_steps - 1, 1)
+        reseed(self.generator, config.seed, self.step)
         plan = self.planner.step(stage, self.generator)
-        sums = {"loss": 0.0}
-        for part in plan.parts:
-            count = len(part.t) // config.times_per_sample
-            batch, empty = self.samples.take(count), self.data.unconditional()
-            loss, errors = self.student.loss(part, batch, progress, empty)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError("the loss is not finite")
-            (loss / len(plan.parts)).backward()
-            sums["loss"] += loss.item() / len(plan.parts)
-            for name, error in errors.items():
-                sums[name] = sums.get(name, 0.0) + error / len(plan.parts)
+        counts = [len(part.t) // config.times_per_sample for part in plan.parts]
+        indices = [self.samples.next(count) for count in counts]
+        sums = dict.fromkeys(("loss", *self.student.error_names), 0.0)
+        for number in self.processes.mine(len(plan.parts)):
+            reseed(self.generator, config.seed, self.step, number)
+            batch = self.samples.take(indices[number])
+            loss, errors = self.student.loss(plan.parts[number], batch, progress, empty)
+            if math.isfinite(loss.item()):
+                (loss / len(plan.parts)).backward()
+                self.optimization.gather()
+            for name, value in {"loss": loss.item(), **errors}.items():
+                sums[name] += value / len(plan.parts)
+        told = torch.tensor([*sums.values()], dtype=torch.float64, device=self.student.device)
+        self.processes.sum([told])
+        sums = dict(zip(sums, told.tolist(), strict=True))
+        if not math.isfinite(sums["loss"]):
+            raise FloatingPointError("the loss is not finite")
+        self.optimization.reduce(self.processes)
+        plan.sum(self.processes)
         sums["loss"] += plan.backward_policy()
         return {**sums, "keep": plan.mean_keep_ratio}
 
@@ -204,7 +229,7 @@ class Trainer:
             raise ValueError(
                 f"method {self.config.method!r} with a frozen backbone has nothing to train."
             )
-        total = self.config.total_steps
+        total, first = self.config.total_steps, self.processes.is_first
         self.samples.draw()
         self.student.model.train()
         bar = tqdm(
@@ -212,11 +237,12 @@ class Trainer:
             initial=self.step,
             desc=description or self.config.method,
             unit="step",
-            disable=not show_progress,
+            disable=not (show_progress and first),
             position=position,
         )
         deferred = deferred_interrupt() if saves_on_signals else nullcontext([])
-        with bar, open_log(self.config.out / LOG_FILE, self.step) as log, deferred as interrupted:
+        opened = open_log(self.config.out / LOG_FILE, self.step) if first else nullcontext()
+        with bar, opened as log, deferred as interrupted:
             while self.step < total:
                 stage = self.config.stage_at(self.step)[0]
                 values = self.train_step()
@@ -225,12 +251,19 @@ class Trainer:
                 shown |= {n: f"{values[n]:.4f}" for n in ("distill", "guided") if n in values}
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
-                log.write({"step": self.step, "stage": stage, **values})
-                if interrupted and self.step < total:
-                    raise TrainingInterrupted(self.save(), interrupted[0])
+                if log is not None:
+                    log.write({"step": self.step, "stage": stage, **values})
+                if self._any(interrupted) and self.step < total:
+                    raise TrainingInterrupted(self.save(), *interrupted[:1])
                 if self.step % self.config.checkpoint_every == 0 or self.step == total:
                     self.save()
         return self.result()
+
+    def _any(self, signals: list[int]) -> bool:
+        """Whether a signal has come to one of the processes: all stop at the same step."""
+        found = torch.tensor([float(len(signals))], device=self.student.device)
+        self.processes.sum([found])
+        return bool(found)
 
     def result(self) -> Trained:
         """What was trained so far, by its moving average. The run can go on afterwards.
@@ -238,46 +271,8 @@ class Trainer:
         Raises:
             FloatingPointError: If a weight is not finite, in the dtype that it is saved in.
         """
-        student = self.student
         with self.optimization.averaged():
-            weights = backbone_weights(student.model, self.config.backbone)
-            adapter = copy.deepcopy(student.adapter).cpu().eval()
-            learns = METHODS[self.config.method].learns
-            reducer = copy.deepcopy(student.reducer) if learns else student.reducer
-        learned = None
-        if student.selector is not None:
-            learned = student.selector.learned_schedule(adapter.schedule.law)
-        if learned is not None:
-            adapter.schedule = learned
-        if self.config.learns_policy:
-            adapter.schedule = adapter.policy.schedule(
-                self.config.keep_ratio, self.config.policy.num_bins, adapter.schedule.law
-            )
-        dtype = getattr(torch, self.config.backbone_dtype)
-        adapter.backbone_weights = {k: v.to("cpu", dtype) for k, v in weights.items()}
-        broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})
-        if broken is not None:
-            raise FloatingPointError(
-                f"{broken} is not finite as {self.config.backbone_dtype}: lower the learning "
-                "rates, or set backbone_dtype = float32."
-            )
-        adapter.training_record = {
-            "recipe": to_dict(self.config),
-            "steps": self.step,
-            **self.origin,
-            "provenance": provenance(),
-        }
-        ours = self.config.method == "shiva"
-        return Trained(
-            reducer=adapter.selector() if ours else reducer,
-            schedule=adapter.schedule,
-            backbone_weights=adapter.backbone_weights,
-            lora=lora_metadata(adapter.config)
-            if self.config.backbone in ("lora", "dora")
-            else None,
-            adapter=adapter if ours else None,
-            updates=adapter.updates if student.updates else None,
-        )
+            return trained_from(self.student, {"steps": self.step, **self.origin})
 
     def close(self) -> None:
         """Give the model back as it came."""
@@ -294,7 +289,7 @@ class Trainer:
         Raises:
             FloatingPointError: If a weight is not finite: such a checkpoint would be of no use.
         """
-        tensors = {"generator": self.generator.get_state(), **self.optimization.tensors()}
+        tensors = self.optimization.tensors()
         broken = first_not_finite(tensors)
         if broken is not None:
             stage = self.config.stage_at(self.step - 1)[0]
@@ -306,7 +301,11 @@ class Trainer:
             "budget": self.budget.state_dict(),
             "origin": self.origin,
         }
-        self.last_good = save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
+
+        def write() -> Path:
+            return save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
+
+        self.last_good = self.processes.from_first(write)
         return self.last_good
 
     def resume(self) -> Path:
@@ -323,11 +322,12 @@ class Trainer:
                 "Without --resume a new run starts."
             )
         checkpoint = load_checkpoint(path)
+        if "generator" in checkpoint.tensors:  # its chance went on from step to step
+            raise ValueError(f"{path} is another version's checkpoint: train into another folder.")
         try:
             check_recipe(self.config, checkpoint.state["config"], path)
             check_origin(self.origin, checkpoint.state, path)
             self.optimization.load_tensors(checkpoint.tensors)
-            self.generator.set_state(checkpoint.tensors["generator"])
             self.step = checkpoint.state["step"]
             self.samples.indices.position = checkpoint.state["position"]
             self.budget.load_state_dict(checkpoint.state["budget"])

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from shiva_dit.provenance import data_digest, write_atomically
 from shiva_dit.training.data import Batch, ShuffledIndices, TrainingData
 from shiva_dit.training.paths import NoisePath
+from shiva_dit.training.processes import ALONE, Processes
 from shiva_dit.training.route import Route
 from shiva_dit.training.settings import TrajectoryConfig
 
@@ -69,31 +70,37 @@ class Trajectories:
         self._times = torch.empty(0)
         self._shared: Any = {}
 
-    def draw(self, predict: Predict, device: torch.device) -> None:
+    def draw(self, predict: Predict, device: torch.device, processes: Processes = ALONE) -> None:
         """Draw all of them, or find those that are there. Only the first call does anything.
 
         Args:
             predict: The unpruned model, guided as in sampling.
             device: Where it runs.
+            processes: Each draws a share of the files.
 
         Raises:
             ValueError: If a file is damaged.
         """
         if self._files:
             return
-        files = []
-        for number, part in enumerate(
-            tqdm(self.indices.split(self.at_once), desc="trajectories", unit=f"{self.at_once}")
-        ):
-            file = self.folder / f"{self._name}-{number:05d}.safetensors"
-            if not file.is_file():
+        parts = self.indices.split(self.at_once)
+        files = [self.folder / f"{self._name}-{n:05d}.safetensors" for n in range(len(parts))]
+        bar = tqdm(
+            processes.mine(len(parts)),
+            desc="trajectories",
+            unit=f"{self.at_once}",
+            disable=not processes.is_first,
+        )
+        for number in bar:
+            if not files[number].is_file():
                 generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
                 began = time.process_time()
-                found = self._sampled(predict, device, part, generator)
+                found = self._sampled(predict, device, parts[number], generator)
                 found["cpu_s"] = torch.tensor(time.process_time() - began)
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, partial(save_file, found))
-            files.append(file)
+                write_atomically(files[number], partial(save_file, found))
+        processes.wait()
+        for file in files:
             self.cpu_s += float(self._read(file, ["cpu_s"])["cpu_s"])
         self._times = self._read(files[0], ["times"])["times"]
         self._shared = self.data.batch(self.indices[:1], torch.Generator()).shared

@@ -1,0 +1,103 @@
+"""Several processes that train one adapter together (`accelerate launch`, `torchrun`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+T = TypeVar("T")
+AT_ONCE = 2**24
+"""Elements that are summed in one message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those of a run; alone by default."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def mine(self, jobs: int) -> range:
+        """Which of so many jobs are this process's."""
+        return range(self.rank, jobs, self.count)
+
+    @torch.no_grad()
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over all processes into each tensor, bit for bit the same on all of them."""
+        if self.count == 1:
+            return
+        chunk: list[Tensor] = []
+        for place, tensor in enumerate(tensors):
+            chunk.append(tensor)
+            after = tensors[place + 1] if place + 1 < len(tensors) else None
+            size = sum(map(Tensor.numel, chunk))
+            if after is None or after.dtype != tensor.dtype or size + after.numel() > AT_ONCE:
+                flat = torch.cat([one.flatten() for one in chunk])
+                dist.all_reduce(flat)
+                sizes = [one.numel() for one in chunk]
+                for one, found in zip(chunk, flat.split(sizes), strict=True):
+                    one.copy_(found.view_as(one))
+                chunk = []
+
+    def wait(self) -> None:
+        """Until all have come this far."""
+        if self.count > 1:
+            dist.barrier()
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What the first process makes, on all; a failure ends them all, and it alone says why.
+
+        Raises:
+            Exception: Whatever the work raises, in the first process.
+            SystemExit: In the others, then.
+        """
+        if self.count == 1:
+            return work()
+        found: list[tuple[T] | None] = [None]
+        if self.is_first:
+            try:
+                found = [(work(),)]
+            finally:
+                dist.broadcast_object_list(found)
+        else:
+            dist.broadcast_object_list(found)
+        if found[0] is None:
+            raise SystemExit(2)
+        return found[0][0]
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Processes, str]]:
+    """Within: this process and its launcher's others are one group, each on a device of its own.
+
+    Args:
+        device: Where training runs; "cuda" becomes the process's own card.
+
+    Returns:
+        The processes, and this one's device. Started by no launcher it is alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, device
+        return
+    state = PartialState(cpu=device == "cpu")
+    own = str(state.device) if device in ("cuda", "xpu", "npu") else device
+    try:
+        yield Processes(state.process_index, state.num_processes), own
+    finally:
+        state.destroy_process_group()

@@ -1,0 +1,76 @@
+"""Trains tiny models by several processes: started by torchrun, in `test_processes.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shiva_dit.training.interrupt import TrainingInterrupted
+from shiva_dit.training.processes import joined
+from shiva_dit.training.run import train
+from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig
+from shiva_dit.training.trainer import Trainer
+from tests import tiny
+from tests.test_training import TinyData, recipe
+
+
+def main() -> None:
+    """Train, and stop or die where that is asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--backbone", default="lora")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--guided", action="store_true")
+    parser.add_argument("--signal-at", type=int, help="step after which rank 1 gets a SIGTERM")
+    parser.add_argument("--kill-at", type=int, help="step after which rank 1 is killed")
+    parser.add_argument("--bad-at", type=int, help="step in which rank 1 has a loss that is none")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    changes: dict[str, Any] = {}
+    if options.guided:
+        changes = {"guidance": (1.0, 7.0), "trajectories": TrajectoryConfig(count=3, steps=2)}
+    config = recipe(
+        options.out,
+        backbone=options.backbone,
+        warmup_steps=2,
+        policy_steps=2,
+        joint_steps=options.steps - 4,
+        batch_size=4,
+        micro_batches=options.micro_batches,
+        checkpoint_every=3,
+        optimizer=OptimizerConfig(router=1e-3, policy=1e-3, backbone=1e-3, warmup_steps=2),
+        **changes,
+    )
+    step = Trainer.train_step
+
+    def stepped(self: Trainer) -> dict[str, float]:
+        second = self.processes.rank == 1
+        if second and self.step == options.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if second and self.step == options.bad_at:
+            with torch.no_grad():
+                next(iter(self.student.adapter.router.parameters())).fill_(float("nan"))
+        found = step(self)
+        if second and self.step == options.signal_at:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    Trainer.train_step = stepped  # type: ignore[method-assign]
+    with joined("cpu") as (processes, _):
+        try:
+            train(config, tiny.sd3(), TinyData(), resume=True, processes=processes)
+        except TrainingInterrupted as stop:
+            print(f"rank {processes.rank} stopped: {stop.checkpoint.name}", flush=True)
+        except FloatingPointError as error:
+            print(f"rank {processes.rank} says: {error}", flush=True)
+            raise SystemExit(3) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Several processes train one adapter: the same as one alone, stopped, killed and gone on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import shiva_dit
+from shiva_dit.training.log import LOG_FILE
+from shiva_dit.training.processes import ALONE, Processes, joined
+from shiva_dit.training.trainer import Trainer
+from tests import tiny
+from tests.test_training import TinyData, recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def launched(count: int, out: Path, *options: str, fails: bool = False) -> str:
+    """What a run by so many processes printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={count}", "-m", "tests.distributed", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def learned(out: Path) -> dict[str, Tensor]:
+    adapter = shiva_dit.ShivaAdapter.from_pretrained(out / "adapter")
+    return {**adapter.state_dict(), **adapter.backbone_weights}
+
+
+def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((value - theirs[name]).abs().max()) for name, value in ours.items())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, guided and on trajectories as well: all that is drawn by chance."""
+    out = tmp_path_factory.mktemp("alone")
+    launched(1, out, "--guided")
+    return out
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_trains_the_same_adapter(
+    alone: Path, count: int, tmp_path: Path
+) -> None:
+    launched(count, tmp_path, "--guided")
+    one, many = learned(alone), learned(tmp_path)
+    assert farthest(one, many) <= 1e-6
+    assert max(float(v.abs().max()) for n, v in one.items() if "lora_B" in n) > 1e-3
+    logs = [
+        [json.loads(line) for line in (out / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+        for out in (alone, tmp_path)
+    ]
+    assert [line["step"] for line in logs[1]] == list(range(1, 9))
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["guided"] == pytest.approx(theirs["guided"], rel=1e-4)
+        assert ours["keep"] == theirs["keep"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["full", "dora"])
+def test_fifty_steps_by_four_processes_end_where_one_does(backbone: str, tmp_path: Path) -> None:
+    options = "--backbone", backbone, "--steps", "50"
+    launched(1, tmp_path / "one", *options)
+    launched(4, tmp_path / "four", *options)
+    assert farthest(learned(tmp_path / "one"), learned(tmp_path / "four")) <= 1e-5
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step_and_another_number_goes_on(
+    alone: Path, tmp_path: Path
+) -> None:
+    said = launched(2, tmp_path, "--guided", "--signal-at", "4")
+    for rank in (0, 1):
+        assert f"rank {rank} stopped: step-00000004" in said
+    launched(1, tmp_path, "--guided")
+    assert farthest(learned(alone), learned(tmp_path)) <= 1e-6
+
+
+def test_after_a_kill_of_one_the_run_goes_on_from_the_last_checkpoint(
+    alone: Path, tmp_path: Path
+) -> None:
+    launched(2, tmp_path, "--guided", "--kill-at", "5", fails=True)
+    assert not (tmp_path / "adapter").exists()
+    launched(4, tmp_path, "--guided")
+    assert farthest(learned(alone), learned(tmp_path)) <= 1e-6
+
+
+def test_a_loss_that_is_none_in_one_ends_all_of_them(tmp_path: Path) -> None:
+    said = launched(2, tmp_path, "--bad-at", "4", fails=True)
+    for rank in (0, 1):
+        assert f"rank {rank} says: " in said
+        assert f"not finite at step 4 (stage 'joint'); the last good checkpoint: {tmp_path}" in said
+
+
+def test_a_folder_with_another_run_is_refused_once(alone: Path) -> None:
+    said = launched(2, alone, "--guided", "--steps", "9", fails=True)
+    assert said.count("ValueError: ") == 1
+
+
+def test_each_process_needs_a_part(tmp_path: Path) -> None:
+    config = recipe(tmp_path, micro_batches=2)
+    with pytest.raises(ValueError, match="micro_batches must be at least 3, their number, got 2"):
+        Trainer(config, tiny.sd3(), TinyData(), processes=Processes(0, 3))
+
+
+def test_started_by_no_launcher_a_process_is_alone() -> None:
+    with joined("cpu") as found:
+        assert found == (ALONE, "cpu")
+    one = torch.ones(2)
+    ALONE.sum([one])
+    assert one.tolist() == [1.0, 1.0]
+    assert list(Processes(1, 3).mine(7)) == [1, 4]
+    assert ALONE.from_first(lambda: "made") == "made"
