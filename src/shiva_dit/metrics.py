@@ -117,7 +117,7 @@ def decibels(errors: Float[Tensor, " N"]) -> float:
 
 
 def ssim(
-    images: Float[Tensor, "N C H W"], reference: Float[Tensor, "N C H W"], data_range: float = 2.0
+    images: Float[Tensor, "N C H W"], reference: Float[Tensor, "N C H W"]
 ) -> Float[Tensor, " N"]:
     r"""Structural similarity of each picture to its twin, in float64 (Wang et al. 2004).
 
@@ -144,7 +144,8 @@ def ssim(
             f"SSIM needs pictures of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got "
             f"{images.shape[-1]} x {images.shape[-2]}."
         )
-    x, y = (side.double().flatten(0, 1)[:, None] for side in (images, reference))  # (N C, 1, H, W)
+    shown = (side.double().clamp(-1, 1) + 1.0 for side in (images, reference))
+    x, y = (side.flatten(0, 1)[:, None] for side in shown)  # (N C, 1, H, W)
     places = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
     taps = torch.exp(-places.square() / (2 * SSIM_SIGMA**2))
     taps = taps / taps.sum()
@@ -156,7 +157,7 @@ def ssim(
     mean_x, mean_y = mean(x), mean(y)
     var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
     both = mean(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1, c2 = 0.02**2, 0.06**2
     likeness = (2 * mean_x * mean_y + c1) * (2 * both + c2)
     likeness = likeness / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return likeness.flatten(1).mean(1).view(len(images), -1).mean(1)

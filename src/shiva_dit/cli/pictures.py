@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from shiva_dit.cli.options import Command, path, positive, size, use_threads
@@ -100,9 +101,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
     from shiva_dit.pictures.evaluate import evaluate, evaluate_pairs, record_of
-    from shiva_dit.pictures.measured import check_same, load, measure, save
+    from shiva_dit.pictures.measured import Measured, check_same, measure, save
     from shiva_dit.pictures.prompts import read_prompts
-    from shiva_dit.pictures.reading import find_pictures, paired
+    from shiva_dit.pictures.reading import Pictures, find_pictures, paired
     from shiva_dit.provenance import write_json
     from shiva_dit.report.layout import plain_rows
     from shiva_dit.report.scores import score_note, score_rows
@@ -116,17 +117,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     dense = None if options.dense is None else find_pictures(options.dense)
     if dense is not None:
         paired(pictures, dense)
-    real = None
-    saved: Any = None
-    if options.reference is not None and options.reference.is_file():
-        saved = load(options.reference)
-    elif options.reference is not None:
-        real = find_pictures(options.reference)
+    known = None if options.reference is None else _known(options.reference)
     scorers, lpips = _scorers(options, device, prompts=bool(pictures.prompts))
-    if saved is not None:
-        check_same(scorers, saved, options.reference)
+    if isinstance(known, Measured):
+        check_same(scorers, known, str(options.reference))
     ours = measure(pictures, scorers, batch=options.batch)
-    reference = saved if real is None else measure(real, scorers, batch=options.batch)
+    reference = known
+    if isinstance(known, Pictures):
+        reference = measure(known, scorers, batch=options.batch)
     if options.save_stats is not None and reference is not None:
         save(reference, options.save_stats)
     scores = evaluate(ours, reference, resamples=options.resamples, device=device)
@@ -138,6 +136,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     write_json(out, record)
     print(f"\n{plain_rows(score_rows(record))}\n\n{score_note(record)}\n\nRecord: {out}")
     return 0
+
+
+def _known(place: Path) -> Any:
+    """A reference: statistics of pictures, or the folder that holds them."""
+    from shiva_dit.pictures.measured import load
+    from shiva_dit.pictures.reading import find_pictures
+
+    return load(place) if place.is_file() else find_pictures(place)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -114,7 +114,7 @@ def load(path: Path) -> Measured:
     return found
 
 
-def check_same(scorers: Sequence[Scorer], theirs: Measured, path: Path) -> None:
+def check_same(scorers: Sequence[Scorer], theirs: Measured, path: str) -> None:
     """Raise unless saved statistics are of the models that judge now.
 
     Raises:
