@@ -14,9 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
+from transformers import CLIPTextModel
 
+import shiva_dit
 from shiva_dit.cli import main
 from shiva_dit.config import from_dict
 from shiva_dit.ownership import owned
@@ -24,7 +33,7 @@ from shiva_dit.pictures.generate import METADATA, RECORD, Generation, Wanted, ar
 from shiva_dit.pictures.processes import Process
 from shiva_dit.pictures.prompts import Prompt, read_prompts
 from shiva_dit.pictures.putting import adapter_digest
-from tests import tiny
+from tests import seeing, tiny
 from tests.test_folder import pipeline
 
 __all__ = ["pipeline"]
@@ -429,6 +438,74 @@ def test_bad_input_is_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert message in said(capsys, words(pipeline, tmp_path, *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_flux_takes_the_same_call(pipeline: Path, adapter: Path, tmp_path: Path) -> None:
+    """Packed latents, embedded guidance, no guidance by two passes."""
+    parts = loaded(pipeline).components
+    text = CLIPTextModel(parts["text_encoder"].config)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=12,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    tiny.randomize(text, seed=1)
+    tiny.randomize(transformer, seed=0)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=parts["vae"],
+        text_encoder=text,
+        tokenizer=parts["tokenizer"],
+        text_encoder_2=parts["text_encoder_3"],
+        tokenizer_2=parts["tokenizer_3"],
+        transformer=transformer,
+    )
+    tiny.adapter(transformer, keep_ratio=0.5).save_pretrained(tmp_path / "adapter")
+    found = {}
+    for name, served in (("dense", {}), ("whole", {"keep_ratio": 1.0}), ("pruned", {})):
+        made = {} if name == "dense" else {"adapter": str(tmp_path / "adapter"), **served}
+        changes = {**PLAIN, "served": made, "call": {"max_sequence_length": 32}}
+        generation = from_dict(Generation, changes)
+        assert generate(pipe, generation, PROMPTS, tmp_path / name, batch=3) == 0
+        found[name] = tmp_path / name
+        shiva_dit.remove(pipe)
+    assert off(found["whole"], found["dense"]) == [0] * 6
+    assert max(off(found["pruned"], found["dense"])) > 0
+
+
+def test_pictures_of_a_method_are_scored_beside_the_dense_ones(
+    pipeline: Path, adapter: Path, dense: Path, tmp_path: Path
+) -> None:
+    """The more whole steps, the nearer; and what the dense ones score stands beside."""
+    clip = seeing.clip_folder(tmp_path / "clip")
+    steps = 4
+    sets = {
+        "dense": {},
+        "pruned": {"adapter": str(adapter)},
+        "corrected": {"adapter": str(adapter), "whole_steps": 2},
+    }
+    found = {}
+    for name, served in sets.items():
+        make(pipeline, tmp_path / name, steps=steps, served=served)
+        beside = ["--dense", str(tmp_path / "dense"), "--reference", str(tmp_path / "dense")]
+        call = ["evaluate", str(tmp_path / name), *beside, "--clip", str(clip)]
+        assert main([*call, "--threads", "1", "--resamples", "5"]) == 0
+        found[name] = json.loads((tmp_path / name / "scores.json").read_text())
+    scores = {name: record["scores"] for name, record in found.items()}
+    assert scores["dense"]["psnr"]["value"] == 100.0
+    assert scores["dense"]["fd_clip"]["value"] == pytest.approx(0.0, abs=1e-5)
+    assert scores["corrected"]["psnr"]["value"] > scores["pruned"]["psnr"]["value"] + 1
+    assert scores["pruned"]["psnr"]["value"] > scores["pruned"]["psnr"]["floor"]
+    own = scores["dense"]["clip_score"]["value"]
+    assert scores["pruned"]["clip_score"]["reference"] == pytest.approx(own)
+    served = found["corrected"]["pictures"]["settings"]["served"]
+    assert served["whole_steps"] == 2
 
 
 @pytest.mark.slow

@@ -113,7 +113,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     device = usable_device(options.device)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     pictures = find_pictures(options.folder, prompts)
-    check_folder(out.parent)
+    for file in (out, options.save_stats or out):
+        check_folder(file.parent)
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder where a file is expected: name a file.")
     dense = None if options.dense is None else find_pictures(options.dense)
     if dense is not None:
         paired(pictures, dense)

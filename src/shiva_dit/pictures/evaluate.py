@@ -261,7 +261,10 @@ def _others(pictures: Pictures) -> dict[str, str]:
         groups.setdefault(pictures.prompts[name].id if pictures.prompts else "", []).append(name)
     found: dict[str, str] = {}
     for group in groups.values():
-        names = group if len(group) > 1 else list(pictures.names)
-        for name in group:
-            found[name] = names[(names.index(name) + 1) % len(names)]
-    return found
+        if len(group) > 1:
+            found |= _next(group)
+    return {**_next(pictures.names), **found}
+
+
+def _next(names: Sequence[str]) -> dict[str, str]:
+    return dict(zip(names, [*names[1:], names[0]], strict=True))

@@ -77,8 +77,9 @@ def find_pictures(folder: Path, prompts: Sequence[Prompt] | None = None) -> Pict
         for path in folder.rglob("*")
         if path.suffix.lower() in KINDS and not path.name.startswith(".") and path.is_file()
     )
+    there = set(names)
     listed = _metadata(folder / METADATA)
-    missing = [name for name in listed if name not in set(names)]
+    missing = [name for name in listed if name not in there]
     if missing:
         raise ValueError(
             f"{folder} is not complete, {_some(missing, len(listed))} that {METADATA} lists are "
