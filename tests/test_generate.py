@@ -418,6 +418,8 @@ def test_the_command_makes_pictures(
     assert settings["served"]["whole_steps"] == 1
     line = said(capsys, words(pipeline, tmp_path, *more))
     assert "made otherwise (what differs: call)" in line
+    assert main(words(pipeline, tmp_path, "--out", str(tmp_path / "wide"), "--size", "48x32")) == 0
+    assert {image.shape for image in pictures(tmp_path / "wide").values()} == {(32, 48, 3)}
 
 
 @pytest.mark.parametrize(

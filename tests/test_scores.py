@@ -166,6 +166,8 @@ def test_image_reward_reads_the_published_weights_by_their_names(place: Path) ->
     assert found.std() > 1e-3
     assert scorer.notes == ["ImageReward: not validated against the published weights"]
     assert scorer.measure(images(place), None) == {}
+    alike = scorer.measure(images(place), ["disc"] * 5)["image_reward"]
+    assert alike.std() > 1e-3  # what it sees counts, not what it reads alone
 
 
 def test_image_reward_has_its_published_sizes() -> None:
@@ -260,6 +262,17 @@ def test_intervals_lie_about_the_value_and_hold_what_chance_does(distance: Any) 
     held = [low <= centre <= high for low, high in ends]
     assert 0.8 <= sum(held) / len(held) <= 1.0
     assert all(low < value < high for (low, high), value in zip(ends, values, strict=True))
+
+
+def test_what_is_slow_gets_fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shiva_dit.pictures.evaluate.SLOW", 3)
+    scorers = {"dinov2": {"sha256": "0" * 64}}
+    sets = [Measured({"dinov2": features(30, 4, i)}, scorers, "", 30, "x") for i in range(2)]
+    found = evaluate(*sets, resamples=50, show_progress=False)
+    assert found["fd_dinov2"]["draws"] == 20
+    assert found["kd_dinov2"]["draws"] == 50
+    few = evaluate(*sets, resamples=5, show_progress=False)
+    assert few["fd_dinov2"]["draws"] == 5
 
 
 def test_an_interval_of_means_is_the_normal_laws() -> None:

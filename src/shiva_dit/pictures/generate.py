@@ -132,9 +132,9 @@ def generate(
     check_folder(out)
     call = arguments(pipe, generation)
     settings = _identity(pipe, generation, call, prompts)
+    pipe.to(device)
     settings["served"] = generation.served.put_on(pipe)
     pipe.scheduler = solver(pipe.scheduler, generation.sampler)
-    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     wanted = [Wanted(prompt, seed) for prompt in prompts for seed in generation.seeds]
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shiva_dit.metrics import check_counts, moments
 
-WITHIN = 0.95
+WITHIN = 1.96
+"""Deviations of a normal law that hold 95%."""
 ROWS = 2048
 """Of a matrix of kernels that is held at once."""
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
@@ -38,21 +39,22 @@ def drawn(count: int, draws: int, *, seed: int = 0) -> Float[Tensor, "S N"]:
 
 
 def interval(values: Float[Tensor, " S"]) -> tuple[float, float] | None:
-    """95% of what a score is, from the pictures' own and those of sets drawn from them.
+    """95% of what a score is, by how much it differs between sets drawn from the pictures.
 
-    What drawing with replacement adds to a score by itself, as it does to Frechet's, is taken off:
-    the sets' spread lies about the pictures' own score.
+    It lies about the pictures' own score: drawing with replacement adds to some scores by itself,
+    as it does to Frechet's, and few sets are enough for a deviation.
 
     Returns:
         None of fewer than two sets.
+
+    >>> interval(torch.tensor([5.0, 1.0, 2.0, 3.0]))
+    (3.04, 6.96)
     """
-    value, draws = values[0], values[1:]
+    value, draws = float(values[0]), values[1:]
     if len(draws) < 2:
         return None
-    outside = (1.0 - WITHIN) / 2
-    ends = torch.tensor([outside, 1.0 - outside], dtype=torch.float64, device=values.device)
-    low, high = (value + (draws - draws.mean()).quantile(ends)).tolist()
-    return low, high
+    off = WITHIN * float(draws.std())
+    return value - off, value + off
 
 
 def means(values: Float[Tensor, " N"]) -> Measure:
