@@ -603,6 +603,27 @@ def test_weights_that_are_not_finite_are_named(place: Path) -> None:
         measure(find_pictures(place / "ours"), [dino], show_progress=False)
 
 
+def test_models_are_fetched_only_if_asked(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetched(source: str, **options: Any) -> str:
+        asked.append(source)
+        assert "model*.safetensors" in options["allow_patterns"]
+        return str(place / "dino")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    with pytest.raises(ValueError, match="Nothing is fetched unasked"):
+        Dino("some/model", "cpu")
+    Dino(str(place / "dino"), "cpu", download=True)
+    assert asked == []
+    one = Dino("some/model", "cpu", download=True)
+    assert asked == ["some/model"]
+    assert one.sha256 == Dino(str(place / "dino"), "cpu").sha256
+    assert one.about["source"] == "some/model"
+
+
 @pytest.mark.parametrize("package", ["torch_fidelity", "lpips"])
 def test_packages_that_are_missing_are_named_with_their_extra(
     package: str, monkeypatch: pytest.MonkeyPatch
