@@ -364,6 +364,7 @@ def test_all_scores_stand_in_one_record(
     assert record["reference"]["count"] == 2 * COUNT
     assert record["provenance"]["versions"]["transformers"]
     assert any("not validated" in note for note in record["notes"])
+    assert not any("cut to" in note for note in record["notes"])
     assert any("Frechet's distances of 12 pictures" in note for note in record["notes"])
     shown = capsys.readouterr().out
     assert "CLIP score" in shown
@@ -426,6 +427,23 @@ def test_generated_pictures_bring_their_prompts_and_settings(place: Path, tmp_pa
     assert record["scores"]["clip_score"]["value"] == given["scores"]["clip_score"]["value"]
     assert record["scores"]["clip_score"]["interval"] is None
     assert record["pictures"]["settings"] == {"steps": 2}
+
+
+def test_cut_prompts_are_those_of_the_pictures_that_are_judged(place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "real", tmp_path / "real")
+    long = "abcdefghijklmnopqrstuvwxyz"
+    rows = [{"file_name": p.name, "prompt": long} for p in sorted(folder.glob("*.png"))]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([long, *["disc"] * (COUNT - 1)]))
+    call = ["evaluate", str(place / "ours"), "--prompts", str(prompts), "--threads", "1"]
+    sets = ["--reference", str(folder), "--clip", str(place / "clip"), "--resamples", "5"]
+    out = tmp_path / "scores.json"
+    assert main([*call, *sets, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert "1 prompts cut to 12 tokens" in record["notes"]
+    assert record["scores"]["clip_score"]["reference"] is not None
+    assert record["scores"]["fd_clip"]["interval"][0] >= 0.0
 
 
 def test_pictures_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if isinstance(known, Measured):
         check_same(scorers, known, str(options.reference))
     ours = measure(pictures, scorers, batch=options.batch)
+    notes = [note for scorer in scorers for note in scorer.notes]  # not the reference's
     reference = known
     if isinstance(known, Pictures):
         reference = measure(known, scorers, batch=options.batch)
@@ -133,7 +134,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     scores = evaluate(ours, reference, resamples=options.resamples, device=device)
     if dense is not None:
         scores |= evaluate_pairs(pictures, dense, lpips, resamples=options.resamples)
-    notes = [note for scorer in scorers for note in scorer.notes]
     kept = {"resamples": options.resamples, "batch": options.batch, "device": options.device}
     record = record_of(scores, ours, reference, dense, notes=notes, options=kept)
     write_json(out, record)

@@ -91,6 +91,8 @@ def evaluate(
         is_slow = distance.of is frechet and x.shape[1] > SLOW
         some = weights[: FEWER + 1] if is_slow else weights
         row = _row(distance.of(x, y)(some), "lower", ours.scorers[distance.column])
+        if distance.of is frechet and row["interval"] is not None:
+            row["interval"] = tuple(max(0.0, end) for end in row["interval"])
         floors = [float(distance.of(a, b)(_even(a))[0]) for a, b in _splits(y, ours.count)]
         scores[distance.name] = {**row, "floor": _mean(floors)}
     for name, scorer in SCORES.items():
