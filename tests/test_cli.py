@@ -451,7 +451,7 @@ def test_places_are_checked_before_any_work(
         "shiva_dit.experiments.compare._run",
         "shiva_dit.demo.train_base._trained",
         "shiva_dit.cli.training._demo",
-        "shiva_dit.cli.training._loaded",
+        "shiva_dit.cli.training.loaded",
         "shiva_dit.provenance.read_json",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("worked before it looked"))

@@ -24,18 +24,13 @@ from shiva_dit.experiments.frontier.caches import CACHES, cached, fresh
 from shiva_dit.experiments.frontier.config import REFERENCE, Arm, Frontier, Point, points
 from shiva_dit.experiments.frontier.executed import counted
 from shiva_dit.experiments.frontier.put import arm_on, refusals
-from shiva_dit.experiments.frontier.quality import (
-    LARGEST_PSNR,
-    decibels,
-    interval,
-    on_front,
-    squared_errors,
-)
+from shiva_dit.experiments.frontier.quality import interval, on_front
 from shiva_dit.experiments.frontier.run import run_frontier
 from shiva_dit.experiments.frontier.sheet import draw_sheet
 from shiva_dit.experiments.frontier.source import TaskSource, read_prompts, source_of, twin
 from shiva_dit.experiments.plots import draw_front
 from shiva_dit.experiments.scoring import sample_through
+from shiva_dit.metrics import LARGEST_PSNR, decibels, squared_errors
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.report.frontier import budget_rows, frontier_rows, frontier_table
 from tests import tiny

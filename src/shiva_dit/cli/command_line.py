@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shiva_dit import __version__
-from shiva_dit.cli import benchmark, documents, experiments, quickstart, training
+from shiva_dit.cli import benchmark, documents, experiments, pictures, quickstart, training
 from shiva_dit.cli.errors import FORESEEN, foreseen
 from shiva_dit.cli.options import program
 from shiva_dit.signals import Stopped, handled, stop
@@ -74,6 +74,6 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run, goes_on=goes_on)
         return made.add_argument
 
-    for group in (quickstart, training, experiments, benchmark, documents):
+    for group in (quickstart, training, pictures, experiments, benchmark, documents):
         group.add_commands(command)
     return parser

@@ -111,11 +111,11 @@ def _own(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from shiva_dit.training.folder import FolderData
 
     data = FolderData(options.data)
-    model = _loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
-    return model, data, _loaded(options.pipeline, Sampler.saved)
+    model = loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
+    return model, data, loaded(options.pipeline, Sampler.saved)
 
 
-def _loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
+def loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
     """What a library loads from a folder or the Hub; what it raises on a damaged one, translated.
 
     Raises:
@@ -141,7 +141,7 @@ def _encode(options: argparse.Namespace) -> int:
 
     device = usable_device(options.device)
     check_folder(options.out)
-    pipe = _loaded(options.pipeline, DiffusionPipeline.from_pretrained, transformer=None)
+    pipe = loaded(options.pipeline, DiffusionPipeline.from_pretrained, transformer=None)
     pipe.to(device)
     print(encode_folder(pipe, options.images, options.out, size=options.size))
     return 0

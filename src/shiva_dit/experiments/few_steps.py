@@ -12,8 +12,8 @@ from shiva_dit.demo.distil import Distillation, distilled
 from shiva_dit.demo.made import Made, make_base
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.experiments.contest import noise_seed
-from shiva_dit.experiments.frontier.quality import decibels, squared_errors
 from shiva_dit.experiments.scoring import Sampler, sample, score
+from shiva_dit.metrics import decibels, squared_errors
 
 COUNT = 50
 """Pictures of held-out captions that a few-step backbone is held against its teacher by."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,15 +19,8 @@ from shiva_dit.metrics import frechet_distance, kernel_distance
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.clock import Clock, SchedulerTimes
 from shiva_dit.models.sampling import listed_times
+from shiva_dit.pictures.samplers import FLOW_SOLVERS, Sampler, steps_by
 
-Sampler = Literal["euler", "unipc", "dpmpp", "euler_diffusers"]
-"""How a backbone is sampled. "euler": over t = 1, 1 - 1/n, ..., 1/n. "unipc" and "dpmpp": UniPC and
-DPM-Solver++, both of second order, over the same. "euler_diffusers": Euler over diffusers' default
-steps, whose last does next to nothing (it starts at t = 0.001: of two steps one is left)."""
-FLOW_SOLVERS: Mapping[str, type[Any]] = {
-    "unipc": UniPCMultistepScheduler,
-    "dpmpp": DPMSolverMultistepScheduler,
-}
 UNNAMED: Sampler = "euler_diffusers"
 """That of records which name none."""
 NUM_STEPS = 12
@@ -122,7 +111,7 @@ def sample_through(
             negative_pooled_prompt_embeds=torch.zeros_like(conditioning["pooled_projections"]),
             height=VAE_SCALE * height,
             width=VAE_SCALE * width,
-            **_steps(sampler, num_steps),
+            **steps_by(sampler, num_steps),
             guidance_scale=guidance,
             latents=noise.to(device),
             output_type="latent",
@@ -152,17 +141,10 @@ def _scheduler(sampler: Sampler) -> Any:
     return FlowMatchEulerDiscreteScheduler()
 
 
-def _steps(sampler: Sampler, num_steps: int) -> dict[str, Any]:
-    """What a pipeline is called with."""
-    if sampler == "euler":
-        return {"sigmas": [1.0 - step / num_steps for step in range(num_steps)]}
-    return {"num_inference_steps": num_steps}  # the solvers' own are the same to 0.001
-
-
 def sampler_times(num_steps: int, sampler: Sampler = "euler") -> list[float]:
     """The times t that a sampler visits, noisiest first."""
     scheduler = _scheduler(sampler)
-    steps = _steps(sampler, num_steps)
+    steps = steps_by(sampler, num_steps)
     scheduler.set_timesteps(steps.pop("num_inference_steps", None), **steps)
     return listed_times(scheduler, scheduler.timesteps.tolist())
 

@@ -15,6 +15,7 @@ from shiva_dit.report.estimators import caption_table, flips_table
 from shiva_dit.report.frontier import frontier_table
 from shiva_dit.report.models import models_table, refused_table
 from shiva_dit.report.quickstart import quickstart_table
+from shiva_dit.report.scores import scores_table
 from shiva_dit.report.timing import benchmark_table, operators_table, speed_table
 
 _BLOCK = re.compile(
@@ -31,6 +32,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "frontier": frontier_table,
     "operators": operators_table,
     "quickstart": quickstart_table,
+    "scores": scores_table,
     "speed": speed_table,
 }
 

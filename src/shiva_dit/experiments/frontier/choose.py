@@ -18,9 +18,10 @@ from shiva_dit.config import check_types
 from shiva_dit.experiments.frontier.caches import mag_ratios
 from shiva_dit.experiments.frontier.config import Arm, CacheKind, Frontier, Point
 from shiva_dit.experiments.frontier.put import arm_on, reason, refusals
-from shiva_dit.experiments.frontier.quality import LARGEST_PSNR, decibels, on_front, squared_errors
+from shiva_dit.experiments.frontier.quality import on_front
 from shiva_dit.experiments.frontier.source import Source
 from shiva_dit.experiments.scoring import Sampler
+from shiva_dit.metrics import LARGEST_PSNR, decibels, squared_errors
 
 ETA = 4
 """Of so many candidates one goes on, to so many times the prompts."""

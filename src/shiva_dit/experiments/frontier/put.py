@@ -16,11 +16,10 @@ from shiva_dit.experiments.frontier.caches import cached, fresh
 from shiva_dit.experiments.frontier.config import SHIPPED, Arm, Point
 from shiva_dit.experiments.frontier.source import Source
 from shiva_dit.experiments.kept import put_on
-from shiva_dit.methods.registry import METHODS, Making
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.compiling import compile_options
 from shiva_dit.models.families import model_spec
-from shiva_dit.models.reducing import attach_reducer
+from shiva_dit.pictures.putting import put_method_on
 from shiva_dit.provenance import file_digest
 from shiva_dit.saved_folder import CONFIG_FILE
 
@@ -95,7 +94,7 @@ def arm_on(point: Point, source: Source, *, compiled: bool = False) -> Iterator[
         if folder is not None:
             _put_folder_on(folder, pipe, point)
         elif arm.method is not None:
-            _put_method_on(arm, pipe.transformer, point.seed)
+            put_method_on(pipe.transformer, arm.method, arm.keep_ratio, seed=point.seed)
         if arm.whole_steps:
             shiva_dit.correct(pipe, arm.whole_steps, half_life=arm.half_life)
         if arm.cache is not None:
@@ -127,21 +126,3 @@ def _put_folder_on(folder: Path, pipe: Any, point: Point) -> None:
         raise ValueError(f"{folder} is a control: run_at is for adapters.")
     else:
         put_on(folder, pipe.transformer, seed=noise_seed(point.seed) + 500)
-
-
-def _put_method_on(arm: Arm, model: Any, seed: int) -> None:
-    assert arm.method is not None
-    making = Making(
-        num_blocks=len(model_spec(model).blocks(model)),
-        grid=_unknown,
-        keep_ratio=arm.keep_ratio,
-        router=None,
-        generator=torch.Generator(),
-    )
-    reducer = METHODS[arm.method].make(making)
-    if reducer is not None:
-        attach_reducer(model, reducer.seeded(seed))
-
-
-def _unknown() -> tuple[int, int]:
-    raise ValueError("a method without training asked for the grid of the images.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,33 +12,11 @@ from torch import Tensor
 
 from shiva_dit.demo.judge import Judge
 from shiva_dit.demo.task import DemoTask
-from shiva_dit.metrics import frechet_distance, kernel_distance
+from shiva_dit.metrics import decibels, frechet_distance, kernel_distance, squared_errors
 
 RESAMPLED = 200
 """Sets of pictures drawn for an interval."""
 WITHIN = 0.95
-PEAK = 4.0
-"""Square of the range of pictures in [-1, 1]."""
-LARGEST_PSNR = 100.0
-"""dB that stand for equal pictures."""
-
-
-def squared_errors(
-    images: Float[Tensor, "N C H W"], truth: Float[Tensor, "N C H W"]
-) -> Float[Tensor, " N"]:
-    """Mean squared error of each picture, its values cut to what a viewer shows, float64."""
-    off = images.double().clamp(-1, 1) - truth.double().clamp(-1, 1)
-    return off.square().flatten(1).mean(1)
-
-
-def decibels(errors: Float[Tensor, " N"]) -> float:
-    """PSNR of a set of pictures in [-1, 1] by their squared errors.
-
-    >>> round(decibels(torch.tensor([0.04, 0.04])), 4)
-    20.0
-    """
-    error = float(errors.mean())
-    return min(LARGEST_PSNR, 10.0 * math.log10(PEAK / error)) if error else LARGEST_PSNR
 
 
 def interval(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from shiva_dit.demo.task import DemoTask
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contest import noise_seed
 from shiva_dit.experiments.frontier.config import Frontier, Point
-from shiva_dit.experiments.scoring import FLOW_SOLVERS, Sampler, sample_through
+from shiva_dit.experiments.scoring import sample_through
+from shiva_dit.pictures.samplers import solver, steps_by
 from shiva_dit.provenance import data_digest, file_digest, module_digest, read_text
 
 
@@ -126,45 +127,18 @@ class PipelineSource(Source):
 
     def run(self, pipe: Any, point: Point, count: int, start: int) -> Float[Tensor, "N C H W"]:
         """Decoded pictures."""
-        places, steps = range(start, start + count), point.steps
+        places = range(start, start + count)
         seeds = [1000 * noise_seed(point.seed) + place for place in places]
-        pipe.scheduler = self._solver(point.arm.sampler)
-        steps_by: dict[str, Any] = {"num_inference_steps": steps}
-        if point.arm.sampler == "euler":
-            steps_by = {"sigmas": [1.0 - step / steps for step in range(steps)]}
+        pipe.scheduler = solver(self._scheduler, point.arm.sampler)
         images: Tensor = pipe(
             prompt=[self.prompts[place] for place in places],
             guidance_scale=point.guidance,
             generator=[torch.Generator().manual_seed(number) for number in seeds],
             output_type="pt",
             **self._size,
-            **steps_by,
+            **steps_by(point.arm.sampler, point.steps),
         ).images
         return 2.0 * images.float().cpu() - 1.0
-
-    def _solver(self, sampler: Sampler) -> Any:
-        """The pipeline's own scheduler, or a solver of the same path.
-
-        Raises:
-            ValueError: If "euler" is asked for and the model learned a diffusion schedule.
-        """
-        config = self._scheduler.config
-        flows = isinstance(self._scheduler, FlowMatchEulerDiscreteScheduler)
-        if sampler in FLOW_SOLVERS:
-            flow: dict[str, Any] = {}
-            if flows:
-                flow = {
-                    "use_flow_sigmas": True,
-                    "prediction_type": "flow_prediction",
-                    "flow_shift": config.shift,
-                }
-            return FLOW_SOLVERS[sampler].from_config(config, **flow)
-        if sampler == "euler" and not flows:
-            raise ValueError(
-                f'sampler "euler" is for flow matching, and {type(self._scheduler).__name__} is '
-                'another schedule: take "unipc", "dpmpp", or "euler_diffusers" for its own.'
-            )
-        return self._scheduler
 
 
 def source_of(frontier: Frontier) -> Source:

@@ -1,0 +1,1 @@
+"""Pictures by any pipeline, and what they are worth."""
