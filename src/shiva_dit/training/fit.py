@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shiva_dit.core.budget import stratified
 from shiva_dit.models.features import record_blocks
-from shiva_dit.training.data import ShuffledIndices, TrainingData
+from shiva_dit.training.data import Feed, TrainingData
 from shiva_dit.training.student import Student
 
 NUM_BATCHES = 16
@@ -28,7 +28,7 @@ def fit_updates(student: Student, data: TrainingData) -> None:
     config = student.config
     size = config.batch_size // config.micro_batches
     generator = torch.Generator().manual_seed(config.seed)
-    indices = ShuffledIndices(len(data), config.seed)
+    indices = Feed(data, config.seed)
     schedule = student.adapter.schedule
     blocks = schedule.prunable_blocks
     sums: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -41,7 +41,7 @@ def fit_updates(student: Student, data: TrainingData) -> None:
             student.as_teacher(),
             student.autocast(),
             record_blocks(
-                student.teacher, inputs=blocks, outputs=blocks, num_tokens=student.num_tokens
+                student.teacher, inputs=blocks, outputs=blocks, num_tokens=student.tokens_of(batch)
             ) as features,
         ):
             student.teacher(**student.arguments(noisy, t, batch))

@@ -103,7 +103,7 @@ class Student:
         self.passes = Pass.ALONE
         if config.guidance is not None:
             self.passes = passes_in_training(model, self.spec)
-        self.num_tokens = self.spec.tokens(model, sample.latents)
+        self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
         last = self.adapter.config.num_blocks - 1
         every = range(config.loss.distill_every - 1, last, config.loss.distill_every)
         self.distilled = (*every, last)
@@ -168,6 +168,7 @@ class Student:
             The loss, and by name "distill" and, where samples are guided, "guided".
         """
         weights, scales, samples = self.weights, None, len(batch.latents)
+        part = part.for_tokens(self.tokens_of(batch), self.planned_tokens)
         lesson = Lesson(progress=progress, generator=self.generator)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         t = part.t.to(self.device)
@@ -209,6 +210,11 @@ class Student:
             loss = loss + weights.diffusion * denoising_loss(prediction, target, by_time)
         own = None if self.reducer is None else self.reducer.loss(lesson)
         return loss if own is None else loss + own, errors
+
+    def tokens_of(self, batch: Batch) -> int:
+        """N of a batch, the one at hand from now on: pictures may have several shapes."""
+        self.num_tokens = self.spec.tokens(self.model, batch.latents)
+        return self.num_tokens
 
     def _in_training(
         self, part: Part, lesson: Lesson, teacher: BlockFeatures

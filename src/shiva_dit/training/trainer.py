@@ -33,7 +33,7 @@ from shiva_dit.training.checkpoint import (
     save_checkpoint,
 )
 from shiva_dit.training.data import (
-    ShuffledIndices,
+    Feed,
     TrainingData,
     data_name,
     drop_captions,
@@ -89,7 +89,7 @@ class Trainer:
         self.step = 0
         self.last_good: Path | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.indices = ShuffledIndices(len(data), config.seed)
+        self.indices = Feed(data, config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
         law = made_law(config, sampler, spec, spec.tokens(model, sample.latents))
         self.origin["sampler"] = {"time_law": law.name}
@@ -162,10 +162,11 @@ class Trainer:
         for part in plan.parts:
             count = len(part.t) // config.times_per_sample
             batch = self.data.batch(self.indices.take(count), self.generator)
+            batch = batch.to(self.student.device)
             empty = self.data.unconditional()
             if not self.student.runs_both_ways:
                 batch = drop_captions(batch, empty, config.caption_dropout, self.generator)
-            loss, errors = self.student.loss(part, batch.to(self.student.device), progress, empty)
+            loss, errors = self.student.loss(part, batch, progress, empty)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError("the loss is not finite")
             (loss / len(plan.parts)).backward()
