@@ -16,7 +16,7 @@ from torch import Tensor
 from shiva_dit.cli import main
 from shiva_dit.demo import train_base as base_module
 from shiva_dit.demo.base import ASSETS, backbone_file, judge_file, load_backbone, record_file
-from shiva_dit.demo.distil import Distillation, Paths
+from shiva_dit.demo.distil import Distillation, trajectories_of
 from shiva_dit.demo.learner import Learner
 from shiva_dit.demo.scenes import ScenesTask
 from shiva_dit.demo.tasks import load_task
@@ -156,16 +156,20 @@ def test_a_student_draws_its_teachers_guided_pictures_in_fewer_steps(tmp_path: P
     ]
 
 
-def test_trajectories_end_where_the_teachers_sampling_does(tmp_path: Path) -> None:
+def test_trajectories_end_where_the_teachers_sampling_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Captions are those of the training set, each once."""
     task = load_task("digits")
     teacher = load_backbone(task)
     config = Distillation(**{**SHORT, "steps": 4})
-    paths = Paths(task, config, "of a test", tmp_path)
-    paths.draw(teacher)
+    paths = trajectories_of(teacher, task, config, {}, tmp_path)
     assert len(set(paths.indices.tolist())) == 40
-    states, conditioning = paths.take(torch.tensor([33, 1]))
-    assert states.shape == (2, 3, 1, 16, 16)
+    batch = paths.take(torch.tensor([33, 1]))
+    assert batch.route is not None
+    states, conditioning = batch.route.states, batch.conditioning
+    assert states.shape == (2, 5, 1, 16, 16)
+    assert batch.route.guidance.tolist() == [2.0, 2.0]
     pipe = task.pipeline(teacher)
     pipe.scheduler = scoring._scheduler("unipc")
     images = pipe(
@@ -180,11 +184,11 @@ def test_trajectories_end_where_the_teachers_sampling_does(tmp_path: Path) -> No
         latents=states[:, 0],
         output_type="latent",
     ).images
-    # Other sizes of batches sum otherwise: 1e-6 of the values, more after the solver's divisions.
-    torch.testing.assert_close(states[:, -1], images, rtol=0, atol=1e-4)
-    again = Paths(task, config, "of a test", tmp_path)
-    again.draw(None)  # nothing is left to draw
-    assert torch.equal(again.take(torch.tensor([33, 1]))[0], states)
+    # They are kept as float16, the noise too.
+    torch.testing.assert_close(states[:, -1], images, rtol=0, atol=2e-2)
+    monkeypatch.setattr(type(teacher), "forward", None)  # nothing is left to draw
+    again = trajectories_of(teacher, task, config, {}, tmp_path)
+    assert torch.equal(again.take(torch.tensor([33, 1])).latents, states[:, -1])
 
 
 def test_a_stopped_distillation_goes_on_to_the_bit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 import sys
 from pathlib import Path
@@ -18,7 +19,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -31,7 +31,8 @@ from transformers import (
 
 import shiva_dit
 from shiva_dit import cli
-from shiva_dit.training.folder import FolderData, encode_folder
+from shiva_dit.training.folder import Encoding, Facts, FolderData, encode_folder
+from shiva_dit.training.pictures import encode as encoding
 from tests import families, tiny
 
 SIDE = 32  # 16x16 latents, 64 tokens
@@ -134,11 +135,30 @@ def encode(pipeline: Path, pictures: Path, out: Path, **options: Any) -> Path:
     return encode_folder(pipe, pictures, out, **{"size": SIDE, "show_progress": False, **options})
 
 
+def shards(out: Path, kind: str) -> list[Path]:
+    return sorted((out / kind).rglob("*.safetensors"))
+
+
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts what is encoded from now on."""
+    counts = {"pictures": 0, "captions": 0}
+    for what in counts:
+        own = getattr(encoding, f"encode_{what}")
+
+        def counted(pipe: Any, given: Any, what: str = what, own: Any = own) -> Any:
+            counts[what] += len(given)
+            return own(pipe, given)
+
+        monkeypatch.setattr(encoding, f"encode_{what}", counted)
+    return counts
+
+
 def test_what_is_read_is_what_the_pipelines_own_parts_give(
     pipeline: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    data = FolderData(encode(pipeline, pictures, tmp_path / "data"))
+    data = FolderData(encode(pipeline, pictures, tmp_path / "data", batch_size=1))
     assert len(data) == 3
+    assert data.groups() is None
     batch = data.batch(torch.tensor([2, 0]), torch.Generator())
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
     with Image.open(pictures / "more" / "c.webp") as image:
@@ -149,27 +169,94 @@ def test_what_is_read_is_what_the_pipelines_own_parts_give(
         text, _, pooled, _ = pipe.encode_prompt("a picture c", None, None)
     assert batch.latents.shape == (2, 4, 16, 16)
     assert torch.equal(batch.latents[0], latents[0])
-    assert torch.equal(batch.conditioning["encoder_hidden_states"][0], text[0])
-    assert torch.equal(batch.conditioning["pooled_projections"][0], pooled[0])
+    assert torch.equal(batch.conditioning["encoder_hidden_states"][0], text[0].half())
+    assert torch.equal(batch.conditioning["pooled_projections"][0], pooled[0].half())
     empty = data.unconditional()
     assert empty.keys() == batch.conditioning.keys()
-    assert not torch.equal(empty["pooled_projections"], pooled[0])
+    assert not torch.equal(empty["pooled_projections"], pooled[0].half())
+
+
+def test_batches_give_what_single_pictures_give(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    every, none = torch.arange(3), torch.Generator()
+    first, second = (
+        FolderData(encode(pipeline, pictures, tmp_path / str(size), batch_size=size))
+        for size in (1, 3)
+    )
+    assert first.identity() == second.identity()
+    ours, theirs = first.batch(every, none), second.batch(every, none)
+    torch.testing.assert_close(ours.latents, theirs.latents)
+    for name, value in ours.conditioning.items():
+        torch.testing.assert_close(value, theirs.conditioning[name])
 
 
 def test_encoding_goes_on_where_it_was_stopped(
-    pipeline: Path, pictures: Path, tmp_path: Path
+    pipeline: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode(pipeline, pictures, tmp_path / "whole", batch_size=1)
+    out, own, left = tmp_path / "data", encoding.encode_pictures, [2]
+
+    def stopping(pipe: Any, images: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return own(pipe, images)
+
+    monkeypatch.setattr(encoding, "encode_pictures", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        encode(pipeline, pictures, out, batch_size=1)
+    monkeypatch.setattr(encoding, "encode_pictures", own)
+    with pytest.raises(ValueError, match="not complete, 1 of 3 pictures and 4 captions are miss"):
+        FolderData(out)
+    stamps = [path.stat().st_mtime_ns for path in shards(out, "latents")]
+    counts = count_encoded(monkeypatch)
+    encode(pipeline, pictures, out, batch_size=1)
+    assert counts == {"pictures": 1, "captions": 0}
+    assert [path.stat().st_mtime_ns for path in shards(out, "latents")][:-1] == stamps
+    every, none = torch.arange(3), torch.Generator()
+    assert torch.equal(
+        FolderData(out).batch(every, none).latents, FolderData(whole).batch(every, none).latents
+    )
+    assert FolderData(out).identity() == FolderData(whole).identity()
+
+
+def test_only_what_changed_is_encoded(
+    pipeline: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = encode(pipeline, pictures, tmp_path / "data")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    (out / "000001.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"not complete, 1 files are missing \(first 000001"):
+    before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    counts = count_encoded(monkeypatch)
+
+    def encoded() -> tuple[int, int]:
+        counts.update(pictures=0, captions=0)
+        encode(pipeline, pictures, out)
         FolderData(out)
-    stamp = (out / "000000.safetensors").stat().st_mtime_ns
-    encode(pipeline, pictures, out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert (out / "000000.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="holds data of other pictures, another size"):
-        encode(pipeline, pictures, out, size=64)
+        return counts["pictures"], counts["captions"]
+
+    first = FolderData(out).identity()
+    assert encoded() == (0, 0)
+    (pictures / "b.txt").write_text("another caption")
+    assert encoded() == (0, 1)
+    assert FolderData(out).identity() != first
+    shutil.copy(pictures / "a.png", pictures / "z.png")  # the same picture with the same caption
+    shutil.copy(pictures / "a.txt", pictures / "z.txt")
+    assert encoded() == (0, 0)
+    assert len(FolderData(out)) == 4
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(pictures / "z.png")
+    assert encoded() == (1, 0)
+    for name in ("z.png", "z.txt", "b.jpg", "b.txt"):
+        (pictures / name).unlink()
+    assert encoded() == (0, 0)
+    assert len(FolderData(out)) == 2
+    (pictures / "more" / "c.webp").rename(pictures / "more" / "d.webp")
+    (pictures / "more" / "c.txt").rename(pictures / "more" / "d.txt")
+    assert encoded() == (0, 0)
+    counts.update(pictures=0, captions=0)
+    encode(pipeline, pictures, out, size=64)
+    assert (counts["pictures"], counts["captions"]) == (2, 0)
+    assert {path: path.read_bytes() for path in before} == before  # nothing is removed
+    assert FolderData(out).batch(torch.tensor([0]), torch.Generator()).latents.shape[-1] == 32
 
 
 def test_from_pictures_to_an_adapter_on_the_command_line(
@@ -204,13 +291,18 @@ def test_from_pictures_to_an_adapter_on_the_command_line(
 
 
 def test_data_has_an_identity_of_its_content(
-    pipeline: Path, pictures: Path, tmp_path: Path
+    pipeline: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = FolderData(encode(pipeline, pictures, tmp_path / "first"))
     moved = tmp_path / "moved"
     pictures.rename(moved)
     again = FolderData(encode(pipeline, moved, tmp_path / "again"))
     assert again.identity() == first.identity()
+    copied = tmp_path / "copied"  # the same pipeline by another path
+    shutil.copytree(pipeline, copied)
+    counts = count_encoded(monkeypatch)
+    assert FolderData(encode(copied, moved, tmp_path / "again")).identity() == first.identity()
+    assert counts == {"pictures": 0, "captions": 0}
     found = {first.identity()}
     (moved / "b.txt").write_text("another caption")
     found.add(FolderData(encode(pipeline, moved, tmp_path / "caption")).identity())
@@ -218,21 +310,18 @@ def test_data_has_an_identity_of_its_content(
         other = image.convert("RGB")
     other.putpixel((0, 0), (1, 2, 3))
     other.save(moved / "a.png")
-    found.add(FolderData(encode(pipeline, moved, tmp_path / "picture")).identity())
-    for part in ("vae", "text_encoder_3"):
+    out = tmp_path / "picture"
+    found.add(FolderData(encode(pipeline, moved, out)).identity())
+    for part, new in (("vae", (3, 0)), ("text_encoder_3", (0, 4))):
         pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
         with torch.no_grad():
             next(getattr(pipe, part).parameters()).view(-1)[0] += 1.0
-        out = encode_folder(pipe, moved, tmp_path / part, size=SIDE, show_progress=False)
+        counts.update(pictures=0, captions=0)
+        encode_folder(pipe, moved, out, size=SIDE, show_progress=False)
         found.add(FolderData(out).identity())
-        # What was begun with one encoder doesn't go on with another.
-        with pytest.raises(ValueError, match=r"another model \(what differs: encoders\)"):
-            encode(pipeline, moved, out)
+        # What was begun with one encoder isn't gone on with by another.
+        assert (counts["pictures"], counts["captions"]) == new
     assert len(found) == 5
-    about = tmp_path / "first" / "data.json"
-    older = {k: json.loads(about.read_text())[k] for k in ("pictures", "size", "model")}
-    about.write_text(json.dumps(older))
-    assert FolderData(tmp_path / "first").identity() == "not given"
 
 
 def test_resume_and_record_know_the_data_and_the_pipeline(
@@ -269,27 +358,48 @@ def test_resume_and_record_know_the_data_and_the_pipeline(
     assert config["config"]["base_model"] == str(pipeline)
 
 
-def test_a_damaged_sample_is_named(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
-    data = FolderData(encode(pipeline, pictures, tmp_path / "data"))
+def test_a_damaged_shard_is_named(pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    out = encode(pipeline, pictures, tmp_path / "data")
     every, none = torch.arange(3), torch.Generator()
-    path = data.files[1]
-    good = path.read_bytes()
-    for content in (good[:-1], b"", b"hello"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"000001\.safetensors is not a whole safetensors fi"):
+    for kind in ("latents", "text"):
+        (path,) = shards(out, kind)
+        good = path.read_bytes()
+        for content in (good[:-1], b"", b"hello", good + b"x", b"\xff" * 100):
+            path.write_bytes(content)
+            with pytest.raises(
+                ValueError, match=r"000000\.safetensors is not a whole safetensors f"
+            ):
+                FolderData(out)
+            with pytest.raises(ValueError, match=r"remove it and run the same `shiva-dit encode`"):
+                encode(pipeline, pictures, out)
+        path.write_bytes(good)
+        data = FolderData(out)
+        path.write_bytes(good[: len(good) // 2])
+        with pytest.raises(ValueError, match=r"000000\.safetensors is not .*it ends too early"):
             data.batch(every, none)
-    for tensors in ({"latents": torch.zeros(4, 8, 8)}, {"x": torch.zeros(1)}):
-        save_file(tensors, path)
-        with pytest.raises(ValueError, match=r"000001\.safetensors is not a sample like the othe"):
-            data.batch(every, none)
-    path.write_bytes(good)
-    data.empty.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"unconditional\.safetensors is not a whole"):
-        data.unconditional()
-    for content in (b"{", b"[]", b"{}", b"\xff", b'{"pictures": 3}'):
-        (tmp_path / "data" / "data.json").write_bytes(content)
+        path.unlink()
+        with pytest.raises(ValueError, match="not complete"):
+            FolderData(out)
+        encode(pipeline, pictures, out)
+        assert FolderData(out).batch(every, none).latents.shape == (3, 4, 16, 16)
+    about = out / "data.json"
+    for content in (
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"format": 3}',
+        b'{"format": 2, "samples": [3]}',
+    ):
+        about.write_bytes(content)
         with pytest.raises(ValueError, match=r"data\.json"):
-            FolderData(tmp_path / "data")
+            FolderData(out)
+        with pytest.raises(ValueError, match=r"data\.json"):
+            encode(pipeline, pictures, out)
+        assert about.read_bytes() == content
+    about.write_text(json.dumps({"pictures": ["a.png"], "size": 32, "model": "x"}))
+    with pytest.raises(ValueError, match="older version's, with a file for each picture"):
+        FolderData(out)
 
 
 def test_data_and_pipeline_go_together(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,17 +413,19 @@ def test_data_and_pipeline_go_together(capsys: pytest.CaptureFixture[str]) -> No
     [
         ("caption", r"b.jpg has no caption: write it into b.txt"),
         ("picture", r"a.png can't be read as a picture"),
-        ("none", r"there are no pictures \(.png"),
+        ("none", r"there are no pictures that can be taken in .*empty"),
+        ("gone", r"empty is not there"),
         ("size", "multiple of 4 pixels, got 30"),
+        ("colour", "background must be a colour such as white"),
         ("bomb", r"a.png is too large a picture, make it smaller"),
         ("cut", r"a.png can't be read as a picture"),
         ("encoding", r"b.txt is not UTF-8 text .*save it as UTF-8"),
+        ("space", r"data needs \d+.\d GB and has 0.0 GB of space: choose another"),
     ],
 )
 def test_bad_pictures_are_refused(
     damage: str,
     message: str,
-    pipeline: Path,
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -329,13 +441,25 @@ def test_bad_pictures_are_refused(
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     elif damage == "encoding":
         (pictures / "b.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    elif damage == "none":
+    elif damage == "space":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    elif damage in ("none", "gone"):
         pictures = tmp_path / "empty"
-        pictures.mkdir()
+        if damage == "none":
+            pictures.mkdir()
     else:
-        options["size"] = 30
+        options = {"size": 30} if damage == "size" else {"background": "whyte"}
+    facts = Facts(step=4, latent_step=2, channels=4)
     with pytest.raises(ValueError, match=message):
-        encode(pipeline, pictures, tmp_path / "data", **options)
+        encoding.encode(
+            facts,
+            lambda: pytest.fail("loaded too early"),
+            pictures,
+            tmp_path / "data",
+            Encoding(**{"size": SIDE, **options}),
+            show_progress=False,
+        )
+    assert not (tmp_path / "data").exists()
 
 
 def test_other_pipelines_and_folders_are_refused(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_both_halves_keep_the_same_tokens_in_training(
 ) -> None:
     trainer = guided_trainer(tmp_path)
     if how == "in turn":
-        monkeypatch.setattr(trainer.student, "passes", Pass.PAIR)
+        calls = replace(trainer.student.calls, passes=Pass.PAIR)
+        monkeypatch.setattr(trainer.student, "calls", calls)
     seen = chosen_in_a_step(trainer)
     assert seen
     for tokens in seen:
@@ -63,7 +64,7 @@ def test_passes_in_turn_keep_what_the_conditional_one_wants(tmp_path: Path) -> N
         TinyData().batch(torch.arange(2), torch.Generator()), trainer.data.unconditional()
     )
     t = torch.full((4,), 0.5)
-    arguments = student.arguments(batch.latents, t, batch)
+    arguments = student.calls.plain(batch.latents, t, batch)
     halves = {
         half: {
             name: value[rows] if isinstance(value, Tensor) and len(value) == 4 else value
@@ -120,7 +121,7 @@ def test_the_guided_error_is_that_of_the_combined_predictions(tmp_path: Path) ->
     student.attachment.enabled = False
     for network in (model, student.teacher):
         both = [
-            network(**student.arguments(noisy, part.t, replace(batch, conditioning=c)))[0]
+            network(**student.calls.plain(noisy, part.t, replace(batch, conditioning=c)))[0]
             for c in (empty, batch.conditioning)
         ]
         halves.append(torch.cat(both))
@@ -254,7 +255,7 @@ def test_scores_that_halves_share_learn_from_both(
 
     def gradients(out: Path) -> dict[str, Tensor]:
         trainer = guided_trainer(out, backbone="frozen")
-        monkeypatch.setattr(trainer.student, "passes", how)
+        monkeypatch.setattr(trainer.student, "calls", replace(trainer.student.calls, passes=how))
         monkeypatch.setattr(trainer.optimization, "finish", lambda step: None)
         trainer.train_step()
         router = trainer.optimization.parts["router"]

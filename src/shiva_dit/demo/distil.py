@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler
-from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from shiva_dit.config import whole_number
 from shiva_dit.demo.base import load_backbone, load_judge
 from shiva_dit.demo.learner import Learner, Learning
 from shiva_dit.demo.made import Made
 from shiva_dit.demo.task import DemoTask
-from shiva_dit.provenance import data_digest, load_tensors, write_atomically
-from shiva_dit.training.data import Batch, ShuffledIndices
-from shiva_dit.training.guided import both_ways, guided
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.guidance import Pass
+from shiva_dit.provenance import data_digest
+from shiva_dit.training.calls import Calls
+from shiva_dit.training.data import Batch
+from shiva_dit.training.guided import guided
 from shiva_dit.training.objective import squared_error
 from shiva_dit.training.origin import origin
+from shiva_dit.training.paths import FlowMatching
+from shiva_dit.training.settings import TrajectoryConfig
+from shiva_dit.training.trajectories import Trajectories
 
 AT_ONCE = 32
 """Trajectories that are drawn together, and kept in a file."""
@@ -99,8 +100,7 @@ def distilled(
     began = origin(teacher, task)
     learner = Learner(student, config, config.trajectories, checkpoints=checkpoints, origin=began)
     learner.resume()
-    paths = Paths(task, config, data_digest(began), checkpoints)
-    paths.draw(teacher)
+    paths = trajectories_of(teacher, task, config, began, checkpoints)
     learner.run(partial(_loss, config, learner, paths, place), f"{task.name} in few steps")
     record = {
         "what": f"{task.name}-{config.num_steps}-steps-base",
@@ -115,87 +115,47 @@ def distilled(
     return Made(record, learner.trained, load_judge(task, base))
 
 
-class Paths:
-    """The teacher's samplings from noise to pictures, at the times of the student's steps.
+def trajectories_of(
+    teacher: Any, task: DemoTask, config: Distillation, origin: dict[str, Any], folder: Path
+) -> Trajectories:
+    """The teacher's guided samplings, with `substeps` steps in each of the student's."""
+    path = FlowMatching(model_spec(teacher))
+    calls = Calls(spec=path.spec, path=path, dtype=teacher.dtype, passes=Pass.BOTH)
 
-    Args:
-        task: Gives captions.
-        config: The recipe.
-        origin: Digest of teacher and captions.
-        folder: Where they are kept, so that a resumed run needn't draw them again.
-    """
+    def predict(batch: Batch, x: Tensor, t: Tensor, scales: Tensor | None) -> Tensor:
+        assert scales is not None
+        out = teacher(**calls.guided(x, t, batch, scales, task.unconditional()))
+        return guided(path.prediction(out), scales)
 
-    def __init__(self, task: DemoTask, config: Distillation, origin: str, folder: Path) -> None:
-        self.task, self.config, self.folder = task, config, folder
-        drawn_by = (config.seed, config.num_steps, config.substeps, config.guidance)
-        self.digest = data_digest([origin, *drawn_by])[:16]
-        self.indices = ShuffledIndices(len(task), config.seed).take(config.trajectories)
-        self.cpu_s = 0.0
-        """Seconds that drawing them took."""
-        self._states: list[Float[Tensor, "P n C H W"]] = []
-
-    def draw(self, teacher: Any) -> None:
-        """Draw all of them, or read those that are there."""
-        parts = self.indices.split(AT_ONCE)
-        for number, part in enumerate(tqdm(parts, desc="trajectories", unit=f"{AT_ONCE}")):
-            file = self.folder / f"paths-{self.digest}-{number:04d}.safetensors"
-            if not file.is_file():
-                generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + number)
-                began = time.process_time()
-                states = self._sampled(teacher, part, generator)
-                took = torch.tensor(time.process_time() - began)
-                write_atomically(file, partial(save_file, {"states": states, "cpu_s": took}))
-            found = load_tensors(file)
-            self._states.append(found["states"])
-            self.cpu_s += float(found["cpu_s"])
-
-    def take(self, chosen: Tensor) -> tuple[Float[Tensor, "B n C H W"], dict[str, Tensor]]:
-        """Some of them, and their conditioning."""
-        picked = [self._states[i // AT_ONCE][i % AT_ONCE] for i in chosen.tolist()]
-        return torch.stack(picked), self._captioned(self.indices[chosen]).conditioning
-
-    def _captioned(self, indices: Tensor) -> Batch:
-        return self.task.batch(indices, torch.Generator())
-
-    @torch.no_grad()
-    def _sampled(
-        self, teacher: Any, indices: Tensor, generator: torch.Generator
-    ) -> Float[Tensor, "P n C H W"]:
-        """Guided by UniPC, as `experiments.scoring` samples."""
-        config, batch = self.config, self._captioned(indices)
-        device = next(teacher.parameters()).device
-        both = both_ways(batch, self.task.unconditional()).to(device).conditioning
-        scales = torch.full((len(indices),), config.guidance)
-        solver = UniPCMultistepScheduler(
-            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
-        )
-        solver.set_timesteps(config.num_steps * config.substeps)
-        x = torch.randn(batch.latents.shape, generator=generator).to(device)
-        states = [x]
-        for step, timestep in enumerate(solver.timesteps, start=1):
-            times = timestep.to(device, x.dtype).expand(2 * len(x))
-            out = teacher(torch.cat([x, x]), timestep=times, return_dict=False, **both)[0]
-            x = solver.step(guided(out, scales), timestep, x, return_dict=False)[0]
-            if step % config.substeps == 0:
-                states.append(x)
-        return torch.stack(states, 1).cpu()
+    found = Trajectories(
+        TrajectoryConfig(count=config.trajectories, steps=config.num_steps * config.substeps),
+        task,
+        path,
+        (config.guidance, config.guidance),
+        at_once=AT_ONCE,
+        seed=config.seed,
+        folder=folder,
+        origin=data_digest(origin),
+    )
+    found.draw(predict, next(teacher.parameters()).device)
+    return found
 
 
 def _loss(
-    config: Distillation, learner: Learner, paths: Paths, place: torch.device, step: int
+    config: Distillation, learner: Learner, paths: Trajectories, place: torch.device, step: int
 ) -> Tensor:
     """Squared error of the student's velocities on a batch of `batch_size` of its calls."""
     n, width = config.num_steps, 1.0 / config.num_steps
     student, times = learner.model, config.times
     own = step >= (1.0 - config.own_share) * config.steps
     count = config.batch_size // n if own else config.batch_size
-    states, conditioning = paths.take(learner.indices.take(count))
-    states = states.to(place)
-    conditioning = {name: value.to(place) for name, value in conditioning.items()}
+    batch = paths.take(learner.indices.take(count)).to(place)
+    assert batch.route is not None
+    states = batch.route.states[:, :: config.substeps]
 
     def velocity(x: Tensor, t: Sequence[float]) -> Tensor:
         timestep = 1000.0 * torch.tensor(t, device=place)
-        return student(x, timestep=timestep, return_dict=False, **conditioning)[0]
+        return student(x, timestep=timestep, return_dict=False, **batch.conditioning)[0]
 
     if not own:  # all times alike, each with other trajectories
         at = torch.randperm(count, generator=learner.generator) % n

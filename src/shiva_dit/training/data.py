@@ -12,6 +12,8 @@ from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from shiva_dit.training.route import Route
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -24,12 +26,21 @@ class Batch:
     """Keyword arguments of the model's forward, batch first (text embeddings and the like)."""
     shared: Mapping[str, Any] = field(default_factory=dict)
     """Further ones that are the same for all samples: position ids, rotary tables, sizes."""
+    route: Route | None = None
+    """Where these samples are a model's own: the states on the way to them (`Trajectories`)."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         moved = {name: value.to(device) for name, value in self.conditioning.items()}
         shared = send_to_device(dict(self.shared), device)
-        return Batch(latents=self.latents.to(device), conditioning=moved, shared=shared)
+        route = None if self.route is None else self.route.to(device)
+        latents = self.latents.to(device)
+        return Batch(latents=latents, conditioning=moved, shared=shared, route=route)
+
+    def conditioning_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The conditioning as a model of this dtype takes it."""
+        given = self.conditioning.items()
+        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in given}
 
 
 @runtime_checkable
@@ -38,7 +49,8 @@ class TrainingData(Protocol):
 
     It may also have a method `identity() -> str`, a digest of its content: a run then goes on with
     the same data alone, and the adapter's record says what it was trained on. And a `name`, for
-    the record.
+    the record. Data that can be read ahead, or whose samples can't all be in one batch, says so by
+    the methods of a `Feed`.
     """
 
     def __len__(self) -> int:

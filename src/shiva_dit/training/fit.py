@@ -36,15 +36,16 @@ def fit_updates(student: Student, data: TrainingData) -> None:
         batch = data.batch(indices.take(size), generator).to(student.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
         t = schedule.law.at(stratified(size, generator)).to(student.device)
+        num_tokens = student.spec.tokens(student.model, batch.latents)
         noisy = student.path.noisy(batch.latents, noise, t)
         with (
             student.as_teacher(),
             student.autocast(),
             record_blocks(
-                student.teacher, inputs=blocks, outputs=blocks, num_tokens=student.tokens_of(batch)
+                student.teacher, inputs=blocks, outputs=blocks, num_tokens=num_tokens
             ) as features,
         ):
-            student.teacher(**student.arguments(noisy, t, batch))
+            student.teacher(**student.calls.plain(noisy, t, batch))
         for block in blocks:
             group = updates.group(block)
             rows = group.design(features.inputs[block]).double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from diffusers import UniPCMultistepScheduler
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class NoisePath(Protocol):
 
     def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
         """What it did predict, in the target's sign, from what its forward returned."""
+        ...
+
+    def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
+        """UniPC, set to so many steps, and their times, with 0 at the end."""
         ...
 
 
@@ -71,6 +76,14 @@ class FlowMatching:
             found = torch.stack(found)
         return found if self.spec.noise_timestep > self.spec.clean_timestep else -found
 
+    def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
+        """Evenly spread over time."""
+        solver: Any = UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
+        )
+        solver.set_timesteps(steps)
+        return solver, solver.sigmas.float()
+
 
 class Diffusion:
     """The path of a diffusion schedule, `sqrt(a_t) x0 + sqrt(1 - a_t) e`.
@@ -84,6 +97,7 @@ class Diffusion:
     """
 
     def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
         self.alphas: Float[Tensor, " T"] = scheduler.alphas_cumprod
         self.predicts: str = scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction", "sample"):
@@ -117,6 +131,13 @@ class Diffusion:
     def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
         """With the variance's channels, where the model learned those as well."""
         return output[0]
+
+    def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
+        """By the scheduler's own schedule."""
+        solver: Any = UniPCMultistepScheduler.from_config(self.scheduler.config)
+        solver.set_timesteps(steps)
+        times = (solver.timesteps.float() + 0.5) / len(self.alphas)
+        return solver, torch.cat([times, times.new_zeros(1)])
 
     def _shares(
         self, clean: Float[Tensor, "B ..."], t: Float[Tensor, " B"]

@@ -16,6 +16,7 @@ from shiva_dit.training.settings import (
     OptimizerConfig,
     PolicyConfig,
     RouterConfig,
+    TrajectoryConfig,
 )
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class TrainConfig:
     """How the scores get a gradient."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """How the keep ratios are learned."""
+    trajectories: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    """States of the unpruned model's own samplings, to train on as well."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Weights of the losses."""
     objective: Literal["method", "recipe"] = "method"
@@ -185,6 +188,11 @@ class TrainConfig:
             raise ValueError(
                 f'method = "{self.method}" leaves no tokens out of whole blocks: set rejected = '
                 '"identity".'
+            )
+        if self.trajectories.count and not (self.loss.output or self.loss.distillation):
+            raise ValueError(
+                "trajectories are states to follow the unpruned model from: they need loss.output "
+                "or loss.distillation."
             )
         if self.learns_policy and self.time_sampling == "logit_normal":
             raise ValueError(

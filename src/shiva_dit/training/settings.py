@@ -134,6 +134,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrajectoryConfig:
+    """The unpruned model's own samplings (`Trajectories`), seen in training beside noised samples.
+
+    They are drawn before the first step, with the guidance that the recipe trains for, and kept in
+    the run's folder at 2 bytes a value. `loss.diffusion` has no part in them.
+    """
+
+    count: int = 0
+    """How many; 0 trains on noised samples alone."""
+    steps: int = 24
+    """Steps of UniPC in each; between two of them states go evenly."""
+    share: float = 0.5
+    """Share of the parts of batches that are taken from them, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        whole_number("trajectories count", self.count, least=0)
+        whole_number("trajectories steps", self.steps, least=2, most=1000)
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"trajectories share must lie in (0, 1], got {self.share}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW, per part; rates rise linearly at the start of each stage and fall at the end."""
 

@@ -27,8 +27,9 @@ from shiva_dit.models.guidance import Pass
 from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.spec import grid_of
+from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
-from shiva_dit.training.guided import TOLD, both_ways, guided, passes_in_training
+from shiva_dit.training.guided import guided, passes_in_training
 from shiva_dit.training.making import made_adapter, made_reducer
 from shiva_dit.training.objective import (
     denoising_loss,
@@ -40,6 +41,7 @@ from shiva_dit.training.objective import (
 from shiva_dit.training.paths import NoisePath
 from shiva_dit.training.plan import Part
 from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.route import Route
 from shiva_dit.training.settings import LossConfig
 from shiva_dit.training.start import read_start, start_from
 
@@ -82,7 +84,6 @@ class Student:
         self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
         self._was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
         self.device = next(model.parameters()).device
-        self.dtype: torch.dtype = model.dtype
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
@@ -100,12 +101,11 @@ class Student:
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
         self.spec = model_spec(model)
         self._put_on()
-        self.passes = Pass.ALONE
-        if config.guidance is not None:
-            self.passes = passes_in_training(model, self.spec)
+        passes = Pass.ALONE if config.guidance is None else passes_in_training(model, self.spec)
+        self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes)
         self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
-        last = self.adapter.config.num_blocks - 1
-        every = range(config.loss.distill_every - 1, last, config.loss.distill_every)
+        last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every
+        every = range(each - 1, last, each)
         self.distilled = (*every, last)
 
     def _method(self, sample: Batch) -> tuple[Reducer | None, LossConfig]:
@@ -168,18 +168,17 @@ class Student:
             The loss, and by name "distill" and, where samples are guided, "guided".
         """
         weights, scales, samples = self.weights, None, len(batch.latents)
-        part = part.for_tokens(self.tokens_of(batch), self.planned_tokens)
+        self.num_tokens = self.spec.tokens(self.model, batch.latents)
+        part = part.for_tokens(self.num_tokens, self.planned_tokens)
         lesson = Lesson(progress=progress, generator=self.generator)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
-        t = part.t.to(self.device)
+        t, route = part.t.to(self.device), batch.route
         batch, noise = repeated(batch, self.config.times_per_sample, noise)
         if self.config.guidance is not None:
-            scales = self._scales(self.config.guidance, len(t)).to(self.device)
-        if self.runs_both_ways:
-            batch, noise, t = both_ways(batch, empty), torch.cat([noise] * 2), t.repeat(2)
-        arguments = self.arguments(self.path.noisy(batch.latents, noise, t), t, batch)
-        if scales is not None and not self.runs_both_ways:
-            arguments[TOLD] = self.spec.told_guidance * scales
+            scales = self._scales(self.config.guidance, len(t), route)
+        noisy = self.path.noisy(batch.latents, noise, t) if route is None else route.at(t)
+        arguments = self.calls.guided(noisy, t, batch, scales, empty)
+        copies = 2 if self.calls.both_ways else 1
         teacher, taught = self.teach(arguments) if self.needs_teacher else (BlockFeatures(), None)
         with (
             self._in_training(part, lesson, teacher),
@@ -189,7 +188,9 @@ class Student:
             self.autocast(),
         ):
             prediction = self.path.prediction(self.model(**arguments))
-        by_time = None if weights.time_weighting == "uniform" else logit_normal_density(t)
+        by_time = (
+            None if weights.time_weighting == "uniform" else logit_normal_density(t.repeat(copies))
+        )
         loss = prediction.new_zeros(())
         errors: dict[str, float] = {}
         if taught is not None:
@@ -200,21 +201,17 @@ class Student:
             )
             errors["distill"] = squared_error(prediction.detach(), taught).item()
             loss = loss + weights.output * self._off(prediction, taught, samples, by_time)
-            if scales is not None and self.runs_both_ways:
+            if scales is not None and self.calls.both_ways:
                 ours, theirs = guided(prediction, scales), guided(taught, scales)
                 errors["guided"] = squared_error(ours.detach(), theirs).item()
                 by_scale = 1.0 / scales if by_time is None else by_time[: len(scales)] / scales
                 loss = loss + weights.guided * self._off(ours, theirs, samples, by_scale)
-        if weights.diffusion:
+        if weights.diffusion and route is None:
             target = self.path.target(batch.latents, noise, t)
+            target = target.repeat(copies, *[1] * (target.ndim - 1))
             loss = loss + weights.diffusion * denoising_loss(prediction, target, by_time)
         own = None if self.reducer is None else self.reducer.loss(lesson)
         return loss if own is None else loss + own, errors
-
-    def tokens_of(self, batch: Batch) -> int:
-        """N of a batch, the one at hand from now on: pictures may have several shapes."""
-        self.num_tokens = self.spec.tokens(self.model, batch.latents)
-        return self.num_tokens
 
     def _in_training(
         self, part: Part, lesson: Lesson, teacher: BlockFeatures
@@ -229,7 +226,7 @@ class Student:
         forward = GatedForward(
             counts=part.counts,
             gates=self._gates(part, lesson.progress, teacher),
-            which=self.passes,
+            which=self.calls.passes,
             mixtures=mixtures,
         )
         return self.attachment.forwards.gated(forward)
@@ -242,24 +239,20 @@ class Student:
             off = off + weight * drift(ours, theirs, samples, times, weights)
         return off
 
-    def _scales(self, between: tuple[float, float], count: int) -> Tensor:
+    def _scales(self, between: tuple[float, float], count: int, route: Route | None) -> Tensor:
         """A guidance scale for each sample, the same at all of its times."""
         low, high = between
         times = self.config.times_per_sample
-        drawn = torch.rand(count // times, generator=self.generator)
-        return (low + (high - low) * drawn).repeat(times)
-
-    @property
-    def runs_both_ways(self) -> bool:
-        """Whether each sample runs with and without its caption."""
-        return self.passes is not Pass.ALONE
+        drawn = torch.rand(count // times, generator=self.generator).to(self.device)
+        own = low + (high - low) * drawn if route is None else route.guidance
+        return own.repeat(times)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a loss or the estimator asks for the unpruned model."""
         weights = self.weights
         estimates = self.learns_scores and self.config.estimator.needs_teacher
-        guides = self.runs_both_ways and weights.guided
+        guides = self.calls.both_ways and weights.guided
         return bool(weights.output or weights.distillation or guides or estimates)
 
     def teach(self, arguments: dict[str, Any]) -> tuple[BlockFeatures, Tensor]:
@@ -278,6 +271,23 @@ class Student:
             prediction = self.path.prediction(self.teacher(**arguments))
         return features, prediction
 
+    def unpruned(
+        self, batch: Batch, x: Tensor, t: Tensor, scales: Tensor | None, empty: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The unpruned model's prediction, guided as in sampling.
+
+        Args:
+            batch: B samples' captions.
+            x: Their states.
+            t: Times in [0, 1].
+            scales: Guidance scales; None without guidance.
+            empty: Conditioning of "no caption".
+        """
+        with torch.no_grad(), self.as_teacher(), self.autocast():
+            out = self.teacher(**self.calls.guided(x, t, batch, scales, empty))
+        found = self.path.prediction(out)
+        return guided(found, scales) if scales is not None and self.calls.both_ways else found
+
     def close(self) -> None:
         """Give the model back as it came: its own weights, no hooks, no LoRA."""
         (self.reduction or self.attachment).detach()
@@ -292,20 +302,6 @@ class Student:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
-
-    def arguments(self, noisy: Tensor, t: Tensor, batch: Batch) -> dict[str, Any]:
-        """What a model is called with for noisy samples at their times, in its dtype."""
-        spec = self.spec
-        return {
-            spec.sample: noisy.to(self.dtype),
-            spec.timestep: self.path.timestep(t),
-            "return_dict": False,
-            **{name: self._in_dtype(value) for name, value in batch.conditioning.items()},
-            **batch.shared,
-        }
-
-    def _in_dtype(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if value.is_floating_point() else value
 
     def _gates(
         self, part: Part, progress: float, teacher: BlockFeatures
@@ -322,7 +318,7 @@ class Student:
                 soft_k=part.soft_k[block],
                 noise_std=config.router.noise_std,
                 generator=self.generator,
-                is_pair=self.runs_both_ways,
+                is_pair=self.calls.both_ways,
                 teacher_update=teacher.update(block) if config.estimator.needs_teacher else None,
             )
 

@@ -32,12 +32,7 @@ from shiva_dit.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from shiva_dit.training.data import (
-    Feed,
-    TrainingData,
-    data_name,
-    drop_captions,
-)
+from shiva_dit.training.data import TrainingData, data_name
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
 from shiva_dit.training.log import LOG_FILE, open_log
@@ -47,6 +42,7 @@ from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import StageName, TrainConfig
+from shiva_dit.training.samples import Samples
 from shiva_dit.training.student import Student
 from shiva_dit.training.trained import Trained
 
@@ -89,7 +85,6 @@ class Trainer:
         self.step = 0
         self.last_good: Path | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.indices = Feed(data, config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
         law = made_law(config, sampler, spec, spec.tokens(model, sample.latents))
         self.origin["sampler"] = {"time_law": law.name}
@@ -109,7 +104,8 @@ class Trainer:
         config = self.config
         if self.student.started is None:
             fit_updates(self.student, self.data)
-        adapter = self.student.adapter
+        adapter, student = self.student.adapter, self.student
+        self.samples = Samples(config, self.data, student, self.generator, self.origin)
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
         self.planner = Planner(
             config,
@@ -161,11 +157,7 @@ class Trainer:
         sums = {"loss": 0.0}
         for part in plan.parts:
             count = len(part.t) // config.times_per_sample
-            batch = self.data.batch(self.indices.take(count), self.generator)
-            batch = batch.to(self.student.device)
-            empty = self.data.unconditional()
-            if not self.student.runs_both_ways:
-                batch = drop_captions(batch, empty, config.caption_dropout, self.generator)
+            batch, empty = self.samples.take(count), self.data.unconditional()
             loss, errors = self.student.loss(part, batch, progress, empty)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError("the loss is not finite")
@@ -309,7 +301,7 @@ class Trainer:
         state = {
             "config": to_dict(self.config),
             "step": self.step,
-            "position": self.indices.position,
+            "position": self.samples.indices.position,
             "budget": self.budget.state_dict(),
             "origin": self.origin,
         }
@@ -336,7 +328,7 @@ class Trainer:
             self.optimization.load_tensors(checkpoint.tensors)
             self.generator.set_state(checkpoint.tensors["generator"])
             self.step = checkpoint.state["step"]
-            self.indices.position = checkpoint.state["position"]
+            self.samples.indices.position = checkpoint.state["position"]
             self.budget.load_state_dict(checkpoint.state["budget"])
         except KeyError as error:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error

@@ -60,7 +60,9 @@ class About:
         rest["format"] = FORMAT
         rows = (json.dumps([s.name, s.key, s.shape, s.texts, s.repeats]) for s in self.samples)
         lines = ",\n".join(rows)
-        text = json.dumps(rest, indent=2, sort_keys=True)[:-2] + f',\n  "samples": [\n{lines}\n]}}\n'
+        text = (
+            json.dumps(rest, indent=2, sort_keys=True)[:-2] + f',\n  "samples": [\n{lines}\n]}}\n'
+        )
         write_atomically(out / ABOUT, lambda file: file.write_text(text, encoding="utf-8"))
 
     @classmethod

@@ -8,7 +8,9 @@ WIDEST = 2.0
 """Ratio of the sides of the widest and the tallest shape."""
 
 
-def shapes(size: int, step: int, *, several: bool, largest: int | None = None) -> list[tuple[int, int]]:
+def shapes(
+    size: int, step: int, *, several: bool, largest: int | None = None
+) -> list[tuple[int, int]]:
     """Width and height of every shape, in pixels; the square is the first.
 
     Args:
@@ -28,9 +30,9 @@ def shapes(size: int, step: int, *, several: bool, largest: int | None = None) -
     for width in range(stride, int(size * math.sqrt(WIDEST)) + stride, stride):
         height = size * size // width // stride * stride
         longest = max(width, height)
-        if height and longest <= WIDEST * 1.05 * min(width, height):
-            if largest is None or longest <= largest:
-                found |= {(width, height), (height, width)}
+        fits = largest is None or longest <= largest
+        if height and fits and longest <= WIDEST * 1.05 * min(width, height):
+            found |= {(width, height), (height, width)}
     return [square, *sorted(found - {square})]
 
 

@@ -30,7 +30,7 @@ class Read:
     texts: list[list[dict[str, Tensor]]]
     """Of each sample, all its captions."""
     conditioning: dict[str, Tensor] | None
-    """Already put together, where no sample has several."""
+    """Put together; None where the data has several captions to draw from."""
 
 
 class FolderData:
@@ -119,11 +119,10 @@ class FolderData:
         expected = self._expected.pop(key, None)
         read = self._read(key) if expected is None else expected.result()
         conditioning = read.conditioning
-        if self._several:
-            drawn = torch.rand(len(key), generator=generator).tolist()
         if conditioning is None:
-            chosen = [texts[int(u * len(texts))] for u, texts in zip(drawn, read.texts, strict=True)]
-            conditioning = _stacked(chosen)
+            drawn = torch.rand(len(key), generator=generator).tolist()
+            own = zip(drawn, read.texts, strict=True)
+            conditioning = _stacked([texts[int(u * len(texts))] for u, texts in own])
         return Batch(latents=read.latents, conditioning=conditioning)
 
     def unconditional(self) -> dict[str, Tensor]:
@@ -140,8 +139,7 @@ class FolderData:
             )
         latents = torch.stack([self.latents.read(sample.key)[LATENTS] for sample in samples])
         texts = [[self.texts.read(key) for key in sample.texts] for sample in samples]
-        alone = all(len(own) == 1 for own in texts)
-        together = _stacked([own[0] for own in texts]) if alone else None
+        together = None if self._several else _stacked([own[0] for own in texts])
         return Read(latents.float(), texts, together)
 
     def changed_since(self) -> str | None:
@@ -151,7 +149,9 @@ class FolderData:
             return None  # moved, or on another machine
         if find(source, leave_out=Path(self.name)).signature() == self.about.files:
             return None
-        return f"{source} has changed since it was encoded into {self.name}: {AGAIN} to take that up."
+        return (
+            f"{source} has changed since it was encoded into {self.name}: {AGAIN} to take that up."
+        )
 
     def check_pipeline(self, source: str) -> None:
         """Raise if this was encoded by other encoders than a saved pipeline's.

@@ -144,7 +144,7 @@ def fitted(picture: Image.Image, shape: tuple[int, int]) -> Image.Image:
 
 @torch.no_grad()
 def encode_pictures(pipe: Any, pictures: Sequence[Image.Image]) -> Float[Tensor, "B C H W"]:
-    """Latents of pictures of one size, as the transformer takes them, in the autoencoder's dtype."""
+    """Latents of pictures of one size, scaled for the transformer, in the autoencoder's dtype."""
     pixels = pipe.image_processor.preprocess(list(pictures)).to(pipe.vae.device, pipe.vae.dtype)
     mean = pipe.vae.encode(pixels).latent_dist.mode()
     return (mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor

@@ -95,7 +95,9 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}, is damaged, it is not JSON: {error}") from error
+            raise ValueError(
+                f"{file}, line {number}, is damaged, it is not JSON: {error}"
+            ) from error
 
 
 def _key(path: Path) -> str:

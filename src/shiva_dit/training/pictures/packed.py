@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -19,16 +20,30 @@ ROWS = 16
 """Rows of a parquet file in memory at once."""
 
 
+def needed(module: str, what: str) -> Any:
+    """A module of a library that not everybody has.
+
+    Raises:
+        ImportError: If it isn't installed; says what to do.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"{what} are read by {package}, which is not installed: pip install 'shiva-dit[data]'"
+        ) from error
+
+
 def tar_entries(tar: Path, root: Path, words: Words) -> Iterator[Entry]:
     """The samples of a webdataset shard, in its order."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander  # noqa: PLC0415
-
+    read = needed("webdataset.tariterators", "tar files")
     name = tar.relative_to(root).as_posix()
     count = 0
     try:
         with tar.open("rb") as stream:
             source = {"url": str(tar), "stream": stream}
-            for sample in group_by_keys(tar_file_expander([source])):
+            for sample in read.group_by_keys(read.tar_file_expander([source])):
                 count += 1
                 yield from _of_sample(sample, name, words)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
@@ -78,16 +93,16 @@ def _captions(fields: Mapping[str, Any], key: str, words: Words) -> tuple[str, .
 
 def parquet_entries(file: Path, root: Path, words: Words) -> Iterator[Entry]:
     """The rows of a parquet file, in its order; a part of it in memory at a time."""
-    from datasets import load_dataset  # noqa: PLC0415
-    from datasets.exceptions import DatasetGenerationError  # noqa: PLC0415
-    from datasets.utils import logging  # noqa: PLC0415
-    from pyarrow import ArrowException  # noqa: PLC0415
+    datasets = needed("datasets", "parquet files")
+    damaged = (needed("pyarrow", "parquet files").ArrowException, OSError, ValueError)
+    damaged += (datasets.exceptions.DatasetGenerationError,)
+    logging = datasets.utils.logging
 
     name, count = file.relative_to(root).as_posix(), 0
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it has to say is said here
     try:
-        rows = load_dataset(
+        rows = datasets.load_dataset(
             "parquet",
             data_files=[glob.escape(str(file.absolute()))],
             split="train",
@@ -97,7 +112,7 @@ def parquet_entries(file: Path, root: Path, words: Words) -> Iterator[Entry]:
         for row in rows:
             yield _of_row(row, f"{name} row {count}", file, words)
             count += 1
-    except (ArrowException, DatasetGenerationError, OSError, ValueError) as error:
+    except damaged as error:
         said = f"{file} is damaged after {count} rows, fetch it again: {error}"
         yield Entry(name=name, problem=Problem("parquet", said))
     finally:

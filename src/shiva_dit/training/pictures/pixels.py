@@ -58,11 +58,17 @@ class Looks:
 
 
 @lru_cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@lru_cache
 def suffixes() -> frozenset[str]:
     """Endings of files that are read as pictures, in lower case."""
-    Image.init()
-    known = set(Image.OPEN)
-    return frozenset(s for s, f in Image.registered_extensions().items() if f in known & {*FORMATS})
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, name in known if name in formats())
 
 
 def look(data: bytes) -> Looks:
@@ -145,7 +151,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _transform(profile: bytes, mode: str) -> Any:
     """From a profile's colours to sRGB; None where it does nothing, and text: why it can't."""
     try:
-        given = ImageCms.ImageCmsProfile(BytesIO(profile))
+        given: Any = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = given.profile.xcolor_space.strip()
         if space != {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode]:
             return f"is for {space}"
@@ -167,7 +173,9 @@ def _transform(profile: bytes, mode: str) -> Any:
         steps = np.linspace(0, 255, 9).round().astype(np.uint8)
         lattice = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
         probe = Image.fromarray(lattice)
-    before, after = (np.asarray(p.convert("RGB"), dtype=np.int16) for p in (probe, made.apply(probe)))
+    before, after = (
+        np.asarray(p.convert("RGB"), dtype=np.int16) for p in (probe, made.apply(probe))
+    )
     return made if np.abs(before - after).max() > 2 else None  # sRGB itself, but for rounding
 
 
@@ -198,7 +206,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise PictureError("is an empty file: fetch it again")
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
+        with Image.open(BytesIO(data), formats=formats()) as image:
             yield image
     except PictureError:
         raise

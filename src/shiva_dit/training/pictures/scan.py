@@ -34,10 +34,10 @@ class BadPicturesError(ValueError):
     def __init__(self, problems: list[Problem], count: int) -> None:
         self.problems = problems
         what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(
-            f"{'; '.join(self.lines())}: {what} beside {count} good pictures. Mend them, or leave "
-            "them out with --skip-bad."
+        self.said = (
+            f"{what} beside {count} good pictures: mend them, or leave them out by --skip-bad."
         )
+        super().__init__(f"{'; '.join(self.lines())}; {self.said}")
 
     def lines(self) -> list[str]:
         """The first of them, and how many there are more."""
@@ -62,7 +62,7 @@ class Taking:
 
     shapes: list[tuple[int, int]]
     """Sizes that they may be brought to."""
-    words: Words = Words()
+    words: Words = field(default_factory=Words)
     background: tuple[int, int, int] = (255, 255, 255)
     """What shows through transparency, in sRGB."""
     repeats: bool = False
@@ -183,9 +183,7 @@ def _seen(
         notes.append("lie in folders named 10_name, and count once: --repeats takes the number")
     repeats = max(int(times[1]), 1) if times and taking.repeats else 1
     captions = entry.captions
-    return Picture(
-        name=entry.name, key=key, shape=shape, captions=captions, repeats=repeats
-    ), notes
+    return Picture(name=entry.name, key=key, shape=shape, captions=captions, repeats=repeats), notes
 
 
 def _notes_of(looks: Looks, shape: tuple[int, int]) -> Iterator[str]:

@@ -92,7 +92,9 @@ class Shards:
             return
         number = int(self._files[-1].stem) + 1 if self._files else 0
         path = self.folder / f"{number:06d}.safetensors"
-        flat = {f"{k}.{n}": value for k, record in self._added.items() for n, value in record.items()}
+        flat = {
+            f"{k}.{n}": value for k, record in self._added.items() for n, value in record.items()
+        }
         write_atomically(path, lambda file: save_file(flat, file))
         self._added, self._bytes = {}, 0
         self._list(path)
@@ -112,7 +114,7 @@ class Shards:
             ):
                 buffer = torch.empty(shape, dtype=dtype)
                 file.seek(offset)
-                view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+                view = buffer.view(-1).view(torch.uint8).numpy().data
                 done = 0
                 while done < len(view) and (got := file.readinto(view[done:])):
                     done += got

@@ -1,4 +1,4 @@
-"""Where captioned pictures are: folders, metadata files, tars and parquet, found without reading."""
+"""Where captioned pictures are, found without reading: in folders, tars and parquet files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shiva_dit.provenance import data_digest
-from shiva_dit.training.pictures.packed import parquet_entries, tar_entries
 from shiva_dit.training.pictures.entry import Entry, Problem, Words
 from shiva_dit.training.pictures.metadata import METADATA, Metadata, read_metadata
+from shiva_dit.training.pictures.packed import parquet_entries, tar_entries
 from shiva_dit.training.pictures.pixels import suffixes
 
 CAPTIONS = (".txt", ".caption")
@@ -53,7 +53,9 @@ def find(source: Path, *, leave_out: Path | None = None) -> Found:
         ValueError: If there is nothing there.
     """
     if not source.exists():
-        raise ValueError(f"{source} is not there: name a folder of pictures, a tar or parquet file.")
+        raise ValueError(
+            f"{source} is not there: name a folder of pictures, a tar or parquet file."
+        )
     found = Found(source if source.is_dir() else source.parent)
     if source.is_dir():
         _walk(source, found, leave_out)

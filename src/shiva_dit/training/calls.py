@@ -1,0 +1,70 @@
+"""How a model is called in training: noisy samples at their times, with captions and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shiva_dit.models.guidance import Pass
+from shiva_dit.models.spec import ModelSpec
+from shiva_dit.training.data import Batch
+from shiva_dit.training.guided import TOLD, both_ways
+from shiva_dit.training.paths import NoisePath
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calls:
+    """The arguments of a model's forward."""
+
+    spec: ModelSpec
+    path: NoisePath
+    dtype: torch.dtype
+    """Of the model."""
+    passes: Pass
+    """How guided samples run; ALONE without guidance, and where the model is told its scale."""
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether each sample runs with and without its caption."""
+        return self.passes is not Pass.ALONE
+
+    def plain(self, noisy: Tensor, t: Float[Tensor, " B"], batch: Batch) -> dict[str, Any]:
+        """Each sample once, with its caption, in the model's dtype."""
+        return {
+            self.spec.sample: noisy.to(self.dtype),
+            self.spec.timestep: self.path.timestep(t),
+            "return_dict": False,
+            **{name: self._in_dtype(value) for name, value in batch.conditioning.items()},
+            **batch.shared,
+        }
+
+    def guided(
+        self,
+        noisy: Float[Tensor, "B ..."],
+        t: Float[Tensor, " B"],
+        batch: Batch,
+        scales: Float[Tensor, " B"] | None,
+        empty: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """As a pipeline calls it with guidance: both ways in one batch, or told the scale.
+
+        Args:
+            noisy: The samples at their times.
+            t: Those, in [0, 1].
+            batch: Their captions.
+            scales: Guidance scales; None without guidance.
+            empty: Conditioning of "no caption", without a batch dimension.
+        """
+        if scales is None:
+            return self.plain(noisy, t, batch)
+        if self.both_ways:
+            return self.plain(torch.cat([noisy] * 2), t.repeat(2), both_ways(batch, empty))
+        return {**self.plain(noisy, t, batch), TOLD: self.spec.told_guidance * scales}
+
+    def _in_dtype(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value

@@ -1,0 +1,70 @@
+"""What the parts of a training step are trained on."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from shiva_dit.provenance import data_digest
+from shiva_dit.training.data import Batch, Feed, TrainingData, drop_captions
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.student import Student
+from shiva_dit.training.trajectories import Trajectories
+
+TRAJECTORIES = "trajectories"
+"""Folder in that of a run."""
+
+
+class Samples:
+    """Samples of the data, and of the unpruned model's own trajectories where the recipe says so.
+
+    Args:
+        config: The recipe.
+        data: Training samples.
+        student: Whose teacher draws the trajectories.
+        generator: Source of augmentation, dropped captions and the choice of trajectories.
+        origin: Digests of model and data.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        student: Student,
+        generator: torch.Generator,
+        origin: dict[str, object],
+    ) -> None:
+        self.config, self.data, self.student = config, data, student
+        self.generator = generator
+        self.indices = Feed(data, config.seed)
+        self.trajectories: Trajectories | None = None
+        if config.trajectories.count:
+            if getattr(data, "groups", lambda: None)() is not None:
+                raise ValueError(
+                    "trajectories are drawn at one size, and the data has several shapes: set "
+                    "trajectories.count = 0, or encode without --buckets."
+                )
+            self.trajectories = Trajectories(
+                config.trajectories,
+                data,
+                student.path,
+                config.guidance,
+                at_once=config.batch_size // config.micro_batches,
+                seed=config.seed,
+                folder=config.out / TRAJECTORIES,
+                origin=data_digest({name: origin[name] for name in ("backbone", "data")}),
+            )
+
+    def take(self, count: int) -> Batch:
+        """The next samples of a part, on the student's device."""
+        empty, drawn = self.data.unconditional(), self.trajectories
+        share = self.config.trajectories.share
+        if drawn is not None and torch.rand((), generator=self.generator) < share:
+            drawn.draw(partial(self.student.unpruned, empty=empty), self.student.device)
+            return drawn.batch(count, self.generator).to(self.student.device)
+        batch = self.data.batch(self.indices.take(count), self.generator)
+        batch = batch.to(self.student.device)  # what follows would keep a processor busy
+        if self.student.calls.both_ways:
+            return batch
+        return drop_captions(batch, empty, self.config.caption_dropout, self.generator)
