@@ -13,6 +13,11 @@ COLUMNS = ("text", "caption", "captions", "prompt")
 """Names under which captions stand, where none was said; the first that is there counts."""
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none that a person put there."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Why something can't be taken."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shiva_dit.training.pictures.entry import Entry, Problem, Words
+from shiva_dit.training.pictures.entry import Entry, Problem, Words, is_hidden
 from shiva_dit.training.pictures.pixels import suffixes
 
 TEXTS = ("txt", "caption", "text")
@@ -54,6 +54,8 @@ def tar_entries(tar: Path, root: Path, words: Words) -> Iterator[Entry]:
 
 def _of_sample(sample: Mapping[str, Any], tar: str, words: Words) -> Iterator[Entry]:
     key = f"{tar}/{sample['__key__']}"
+    if any(is_hidden(part) for part in key.split("/")):
+        return
     fields = {field: value for field, value in sample.items() if not field.startswith("__")}
     pictures = [field for field in fields if f".{field.rpartition('.')[2]}" in suffixes()]
     pictures = [field for field in pictures if "." not in field] or pictures

@@ -23,7 +23,7 @@ FORMATS = (
 """Formats of pixels that Pillow reads; none that runs programs or renders pages."""
 UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, TypeError, KeyError),
-    *(IndexError, AttributeError, OverflowError, NotImplementedError),
+    *(IndexError, AttributeError, OverflowError, RuntimeError),
 )
 """What Pillow's readers raise on damaged files: whatever their parsers stumble over."""
 

@@ -17,7 +17,7 @@ from shiva_dit.provenance import data_digest
 from shiva_dit.training.pictures.buckets import kept_share, nearest
 from shiva_dit.training.pictures.entry import Entry, Problem, Words
 from shiva_dit.training.pictures.pixels import READING, Looks, PictureError, glance, look
-from shiva_dit.training.pictures.sources import entries, find, shared_captions
+from shiva_dit.training.pictures.sources import entries, find, orphans, shared_captions
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -142,14 +142,15 @@ def scan(
             result.problems.append(seen)
         else:
             result.pictures.append(seen)
-    _note(result, shared_captions(found), taking)
+    result.notes["captions have no picture"] = orphans(found)
+    result.notes["share their caption's file with another picture"] = shared_captions(found)
+    _note(result, taking)
     return result
 
 
-def _note(result: Scan, shared: int, taking: Taking) -> None:
+def _note(result: Scan, taking: Taking) -> None:
     """What is to be said of captions and repeated pictures."""
     notes, pictures = result.notes, result.pictures
-    notes["share their caption's file with another picture"] = shared
     notes["have several captions (one is drawn each time)"] = sum(
         len(picture.captions) > 1 for picture in pictures
     )

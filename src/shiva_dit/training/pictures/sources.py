@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shiva_dit.provenance import data_digest
-from shiva_dit.training.pictures.entry import Entry, Problem, Words
+from shiva_dit.training.pictures.entry import Entry, Problem, Words, is_hidden
 from shiva_dit.training.pictures.metadata import METADATA, Metadata, read_metadata
 from shiva_dit.training.pictures.packed import parquet_entries, tar_entries
 from shiva_dit.training.pictures.pixels import suffixes
@@ -80,7 +80,7 @@ def _walk(source: Path, found: Found, leave_out: Path | None) -> None:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        hidden = [name for name in folders if _is_hidden(name)]
+        hidden = [name for name in folders if is_hidden(name)]
         found.left_out[HIDDEN] += len(hidden)
         here = Path(top)
         folders[:] = sorted(n for n in {*folders} - {*hidden} if (here / n).absolute() != skipped)
@@ -93,7 +93,7 @@ def _walk(source: Path, found: Found, leave_out: Path | None) -> None:
 
 def _sort_in(path: Path, found: Found) -> None:
     name, ending = path.name.lower(), path.suffix.lower()
-    if _is_hidden(path.name):
+    if is_hidden(path.name):
         found.left_out[HIDDEN] += 1
     elif name in METADATA:
         found.metadata.append(path)
@@ -107,10 +107,6 @@ def _sort_in(path: Path, found: Found) -> None:
         found.pictures.append(path)
     else:
         found.left_out[ending or "without an ending"] += 1
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def _stamp(path: Path, root: Path) -> tuple[str, int, int]:
@@ -161,6 +157,12 @@ def _of_file(path: Path, found: Found, metadata: Metadata, words: Words) -> Entr
     return Entry(
         name=name, path=path, captions=tuple(dict.fromkeys(captions)), folder=path.parent.name
     )
+
+
+def orphans(found: Found) -> int:
+    """How many captions' files have no picture beside them."""
+    names = {(path.parent, path.stem) for path in found.pictures}
+    return sum(len(texts) for key, texts in found.captions.items() if key not in names)
 
 
 def shared_captions(found: Found) -> int:
