@@ -472,3 +472,178 @@ def test_other_pipelines_and_folders_are_refused(tmp_path: Path) -> None:
         encode_folder(pipe, tmp_path, tmp_path / "data", size=32)
     with pytest.raises(ValueError, match="holds no encoded pictures"):
         FolderData(tmp_path)
+
+
+def test_pictures_of_several_shapes_train_and_go_on_to_the_bit(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for number, (width, height) in enumerate([(64, 64), (90, 60), (60, 90), (70, 60)] * 3):
+        pixels = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(pictures / f"{number:02d}.png")
+        (pictures / f"{number:02d}.txt").write_text(f"one of {number}\nanother")
+    data = tmp_path / "data"
+    words = ["--pipeline", str(pipeline)]
+    given = ["encode", str(pictures), *words, "--out", str(data), "--size", "32", "--buckets"]
+    assert cli.main(given) == 0
+    assert "12 have several captions" in capsys.readouterr().err
+    read = FolderData(data)
+    groups = read.groups()
+    assert groups is not None
+    assert len(set(groups)) >= 3
+    assert read.longest_side() > SIDE
+    with pytest.raises(ValueError, match="one batch has pictures of 2 shapes"):
+        read.batch(torch.tensor([0, 1]), torch.Generator())
+    recipe = Path(__file__).parents[1] / "recipes" / "sd35.toml"
+    short = ["warmup_steps=2", "policy_steps=2", "joint_steps=4", "batch_size=4", "micro_batches=2"]
+    short += ["precision=float32", "checkpoint_every=3", "rejected=low_rank"]
+    for name in ("whole", "parts"):
+        call = ["train", str(recipe), *short, f"out={tmp_path / name}", "--data", str(data), *words]
+        assert cli.main(call) == 0
+        if name == "parts":
+            shutil.rmtree(tmp_path / name / "adapter")
+            for path in (tmp_path / name / "checkpoints").iterdir():
+                if not path.name.endswith("6"):
+                    shutil.rmtree(path)
+            assert cli.main([*call, "--resume"]) == 0
+    weights = "adapter/adapter.safetensors"
+    files = [path.name for path in (tmp_path / "whole" / "adapter").glob("*.safetensors")]
+    assert files
+    for name in files:
+        whole, parts = (tmp_path / run / "adapter" / name for run in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes(), weights
+
+
+def test_one_of_several_captions_is_drawn_by_the_generator(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "a.txt").write_text("one\ntwo\nthree\n")
+    data = FolderData(encode(pipeline, pictures, tmp_path / "data", batch_size=1))
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    with torch.no_grad():
+        pooled = [pipe.encode_prompt(text, None, None)[2][0] for text in ("one", "two", "three")]
+    generator, indices = torch.Generator().manual_seed(0), torch.tensor([0, 1])
+    found = []
+    for _ in range(30):
+        data.expect(indices)
+        batch = data.batch(indices, generator)
+        own = batch.conditioning["pooled_projections"][0]
+        found.append([torch.equal(own, value.half()) for value in pooled].index(True))
+    assert {0, 1, 2} == set(found)
+    again = torch.Generator().manual_seed(0)
+    drawn = [int(torch.rand(2, generator=again)[0] * 3) for _ in range(30)]
+    assert found == drawn
+    assert torch.equal(generator.get_state(), again.get_state())
+
+
+def test_what_was_read_ahead_is_what_is_read(
+    pipeline: Path, pictures: Path, tmp_path: Path
+) -> None:
+    data = FolderData(encode(pipeline, pictures, tmp_path / "data"))
+    none = torch.Generator()
+    for indices in (torch.tensor([2, 0]), torch.tensor([1])):
+        plain = data.batch(indices, none)
+        data.expect(indices)
+        ahead = data.batch(indices, none)
+        assert torch.equal(plain.latents, ahead.latents)
+        for name, value in plain.conditioning.items():
+            assert torch.equal(ahead.conditioning[name], value)
+    path = shards(tmp_path / "data", "latents")[0]
+    path.write_bytes(path.read_bytes()[:200])
+    data.expect(torch.tensor([0]))
+    with pytest.raises(ValueError, match="it ends too early"):
+        data.batch(torch.tensor([0]), none)
+
+
+def test_the_command_lists_all_problems_and_can_leave_them_out(
+    pipeline: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "b.txt").unlink()
+    (pictures / "more" / "c.webp").write_bytes(b"<html>")
+    out = tmp_path / "data"
+    call = ["encode", str(pictures), "--pipeline", str(pipeline), "--out", str(out), "--size", "32"]
+    assert cli.main(call) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any(
+        line.endswith("b.jpg has no caption: write it into b.txt beside it") for line in lines
+    )
+    assert any("c.webp can't be read as a picture: it is a web page" in line for line in lines)
+    assert lines[-1] == (
+        "shiva-dit: 2 problems beside 1 good pictures: mend them, or leave them out by --skip-bad."
+    )
+    assert not out.exists()
+    assert cli.main([*call, "--skip-bad", "--look"]) == 0
+    text = capsys.readouterr().err
+    assert "1 pictures taken, 2 skipped (1 for no caption, 1 for picture)" in text
+    # 4 channels of 16x16 in float32, and (77 + 256) tokens of 32 and 20 values in 16 bits.
+    assert "to encode: 1 pictures and 1 captions, 0.00 GB (0.00 MB a picture, 0.02 MB a cap" in text
+    assert not out.exists()
+    assert cli.main([*call, "--skip-bad"]) == 0
+    assert "1 pictures are in" in capsys.readouterr().err
+    assert len(FolderData(out)) == 1
+
+
+def test_cheap_checks_come_before_the_pipeline_is_loaded(
+    pipeline: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        StableDiffusion3Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded")
+    )
+    out = tmp_path / "data"
+    call = ["encode", str(pictures), "--pipeline", str(pipeline), "--out", str(out), "--size"]
+    assert cli.main([*call, "128"]) == 2
+    assert "size must be at most 64 pixels, for which the model has positions" in (
+        capsys.readouterr().err
+    )
+    (pictures / "a.txt").unlink()
+    assert cli.main([*call, "32"]) == 2
+    assert "a.png has no caption" in capsys.readouterr().err
+    index = pipeline / "model_index.json"
+    broken = tmp_path / "other"
+    shutil.copytree(pipeline, broken)
+    made = json.loads(index.read_text())
+    (broken / "model_index.json").write_text(json.dumps({**made, "_class_name": "FluxPipeline"}))
+    call[3] = str(broken)
+    assert cli.main([*call, "32"]) == 2
+    assert "StableDiffusion3Pipeline, got FluxPipeline" in capsys.readouterr().err
+    call[3] = str(tmp_path / "nowhere" / "at" / "all")
+    assert cli.main([*call, "32"]) == 2
+    assert "shiva-dit: " in capsys.readouterr().err
+
+
+def test_training_says_what_is_stale_and_refuses_data_of_other_encoders(
+    pipeline: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    call = ["encode", str(pictures), "--pipeline", str(pipeline), "--out", str(data)]
+    assert cli.main([*call, "--size", "32"]) == 0
+    read = FolderData(data)
+    assert read.changed_since() is None
+    (pictures / "a.txt").write_text("changed")
+    message = read.changed_since()
+    assert message is not None
+    assert "has changed since it was encoded into" in message
+    read.check_pipeline(str(pipeline))
+    other = tmp_path / "other"
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    pipe.save_pretrained(other)  # the same weights, written again
+    read.check_pipeline(str(other))
+    with torch.no_grad():
+        pipe.text_encoder_2.get_input_embeddings().weight.mul_(1.1)
+    pipe.save_pretrained(other)
+    with pytest.raises(ValueError, match=r"encoded by another pipeline .*text_encoder_2 differ"):
+        read.check_pipeline(str(other))
+    recipe = Path(__file__).parents[1] / "recipes" / "sd35.toml"
+    out = f"out={tmp_path / 'run'}"
+    words = ["train", str(recipe), out, "--data", str(data), "--pipeline", str(other)]
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    text = capsys.readouterr().err
+    assert "has changed since it was encoded" in text
+    assert "text_encoder_2 differ" in text

@@ -86,7 +86,7 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
     device = usable_device(options.device)
     check_folder(recipe.out)
-    made = _demo(recipe, options.base) if options.data is None else _own(options)
+    made = _demo(recipe, options.base) if options.data is None else _own(options, device)
     model, data, scheduler = made
     model.to(device)
     try:
@@ -108,14 +108,14 @@ def _demo(recipe: Any, base: Path | None) -> tuple[Any, Any, Any]:
     return load_backbone(task, base or ASSETS), task, task.sampler(recipe.num_steps)
 
 
-def _own(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _own(options: argparse.Namespace, device: Any) -> tuple[Any, Any, Any]:
     """A pipeline's transformer, data that `encode` made, and how the pipeline takes its steps."""
     from diffusers import AutoModel
 
     from shiva_dit.models.sampling import Sampler
     from shiva_dit.training.folder import FolderData
 
-    data = FolderData(options.data)
+    data = FolderData(options.data, pinned=device.type == "cuda")
     changed = data.changed_since()
     if changed is not None:
         print(f"shiva-dit: {changed}", file=sys.stderr)

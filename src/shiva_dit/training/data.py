@@ -31,10 +31,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {name: value.to(device) for name, value in self.conditioning.items()}
+
+        def there(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=value.is_pinned())
+
+        moved = {name: there(value) for name, value in self.conditioning.items()}
         shared = send_to_device(dict(self.shared), device)
         route = None if self.route is None else self.route.to(device)
-        latents = self.latents.to(device)
+        latents = there(self.latents)
         return Batch(latents=latents, conditioning=moved, shared=shared, route=route)
 
     def conditioning_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -208,10 +212,10 @@ class Feed:
     Args:
         data: The samples.
         seed: Of the shuffling.
-        ahead: How many takes are read ahead.
+        ahead: How many takes are read ahead, and kept in memory.
     """
 
-    def __init__(self, data: TrainingData, seed: int, ahead: int = 3) -> None:
+    def __init__(self, data: TrainingData, seed: int, ahead: int = 6) -> None:
         groups = getattr(data, "groups", None)
         numbers = None if groups is None else groups()
         self._order = (
@@ -236,9 +240,10 @@ class Feed:
         """The next `count` indices."""
         if any(len(indices) != count for indices in self._next):
             self.position = self._position
-        while len(self._next) <= self._ahead:
-            self._next.append(self._order.take(count))
-            if self._expect is not None:
-                self._expect(self._next[-1])
+        if len(self._next) <= self._ahead // 2:  # several at a time: to wake a thread takes a while
+            while len(self._next) <= self._ahead:
+                self._next.append(self._order.take(count))
+                if self._expect is not None:
+                    self._expect(self._next[-1])
         self._position += count
         return self._next.popleft()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shiva_dit.provenance import data_digest
 from shiva_dit.training.data import Batch
-from shiva_dit.training.pictures.about import ABOUT, AGAIN, LATENTS, TEXT, About
+from shiva_dit.training.pictures.about import ABOUT, AGAIN, LATENTS, TEXT, About, Sample
 from shiva_dit.training.pictures.encoders import signature
 from shiva_dit.training.pictures.shards import Shards
 from shiva_dit.training.pictures.sources import find
@@ -27,10 +27,8 @@ class Read:
     """What a batch is made of."""
 
     latents: Tensor
-    texts: list[list[dict[str, Tensor]]]
-    """Of each sample, all its captions."""
-    conditioning: dict[str, Tensor] | None
-    """Put together; None where the data has several captions to draw from."""
+    texts: dict[str, Tensor]
+    """Of all captions of all samples, in order."""
 
 
 class FolderData:
@@ -39,12 +37,13 @@ class FolderData:
     Args:
         folder: Its `out`.
         workers: Threads that read ahead of what is asked for (`expect`).
+        pinned: Whether batches are in pinned memory, for a GPU.
 
     Raises:
         ValueError: If it is no such folder, or not complete.
     """
 
-    def __init__(self, folder: Path, workers: int = WORKERS) -> None:
+    def __init__(self, folder: Path, workers: int = WORKERS, *, pinned: bool = False) -> None:
         if not (folder / ABOUT).is_file():
             raise ValueError(
                 f"{folder} holds no encoded pictures ({ABOUT} is missing): make it by "
@@ -65,7 +64,9 @@ class FolderData:
         self._check_alike(folder)
         self._rows = [row for row, s in enumerate(about.samples) for _ in range(s.repeats)]
         self._several = any(len(sample.texts) > 1 for sample in about.samples)
-        self._empty = self.texts.read(about.empty)
+        self._pinned = pinned
+        empty = self.texts.read([about.empty], pinned=pinned)
+        self._empty = {name: value[0] for name, value in empty.items()}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
         self._expected: dict[tuple[int, ...], Future[Read]] = {}
 
@@ -118,29 +119,38 @@ class FolderData:
         key = tuple(indices.tolist())
         expected = self._expected.pop(key, None)
         read = self._read(key) if expected is None else expected.result()
-        conditioning = read.conditioning
-        if conditioning is None:
-            drawn = torch.rand(len(key), generator=generator).tolist()
-            own = zip(drawn, read.texts, strict=True)
-            conditioning = _stacked([texts[int(u * len(texts))] for u, texts in own])
-        return Batch(latents=read.latents, conditioning=conditioning)
+        texts = read.texts
+        if self._several:
+            drawn, rows, start = torch.rand(len(key), generator=generator).tolist(), [], 0
+            for index, u in zip(key, drawn, strict=True):
+                count = len(self._sample(index).texts)
+                rows.append(start + int(u * count))
+                start += count
+            texts = {name: value[rows] for name, value in texts.items()}
+        return Batch(latents=read.latents, conditioning=texts)
 
     def unconditional(self) -> dict[str, Tensor]:
         """The empty caption."""
         return self._empty
 
     def _read(self, indices: Sequence[int]) -> Read:
-        samples = [self.about.samples[self._rows[index]] for index in indices]
+        samples = [self._sample(index) for index in indices]
         found = {sample.shape for sample in samples}
         if len(found) > 1:
             raise ValueError(
                 f"one batch has pictures of {len(found)} shapes: take its indices from a `Feed`, "
                 "or encode without --buckets."
             )
-        latents = torch.stack([self.latents.read(sample.key)[LATENTS] for sample in samples])
-        texts = [[self.texts.read(key) for key in sample.texts] for sample in samples]
-        together = None if self._several else _stacked([own[0] for own in texts])
-        return Read(latents.float(), texts, together)
+        keys = [key for sample in samples for key in sample.texts]
+        texts = self.texts.read(keys, pinned=self._pinned)
+        kept = self.latents.read([s.key for s in samples], pinned=self._pinned)[LATENTS]
+        if kept.dtype == torch.float32:
+            return Read(kept, texts)
+        latents = torch.empty(kept.shape, dtype=torch.float32, pin_memory=self._pinned)
+        return Read(latents.copy_(kept), texts)
+
+    def _sample(self, index: int) -> Sample:
+        return self.about.samples[self._rows[index]]
 
     def changed_since(self) -> str | None:
         """What to say if the pictures' files aren't as they were when they were encoded."""
@@ -173,7 +183,3 @@ class FolderData:
     def longest_side(self) -> int:
         """In pixels."""
         return max(math.ceil(max(sample.shape)) for sample in self.about.samples)
-
-
-def _stacked(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

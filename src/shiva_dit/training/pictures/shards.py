@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from shiva_dit.provenance import write_atomically
 
-MOST_BYTES = 256 * 2**20
+MOST_BYTES = 128 * 2**20
 MOST_RECORDS = 1024
 """When a file is full."""
 NAME = re.compile(r"\d{6}\.safetensors")
@@ -36,11 +39,38 @@ class Kind:
     dtypes: tuple[torch.dtype, ...]
     shapes: tuple[tuple[int, ...], ...]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of one record."""
-        sizes = zip(self.dtypes, self.shapes, strict=True)
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in sizes)
+    @classmethod
+    def of(cls, record: dict[str, Tensor]) -> Kind:
+        """That of a record."""
+        names = tuple(sorted(record))
+        values = [record[name] for name in names]
+        return cls(names, tuple(v.dtype for v in values), tuple(tuple(v.shape) for v in values))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Records of one kind in a file, their tensors stacked."""
+
+    path: Path
+    prefix: str
+    kind: Kind
+    starts: tuple[int, ...]
+    """Where each tensor begins in the file."""
+
+    def check(self, count: int, header: dict[str, Any]) -> None:
+        """Raise unless the file's tensors are so many records.
+
+        Raises:
+            ValueError: If not.
+        """
+        for name, dtype, shape in zip(
+            self.kind.names, self.kind.dtypes, self.kind.shapes, strict=True
+        ):
+            begin, end = header[self.prefix + name]["data_offsets"]
+            if end - begin != count * dtype.itemsize * math.prod(shape) or not count:
+                raise ValueError("a tensor's length isn't what its keys say")
+        if not self.kind.names:
+            raise ValueError("records without tensors")
 
 
 class Shards:
@@ -59,7 +89,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.kinds: dict[Kind, Kind] = {}
-        self._places: dict[str, tuple[int, Kind, tuple[int, ...]]] = {}
+        self._places: dict[str, tuple[Block, int]] = {}
         self._added: dict[str, dict[str, Tensor]] = {}
         self._bytes = 0
         self._files: list[Path] = []
@@ -76,7 +106,7 @@ class Shards:
 
     def kind(self, key: str) -> Kind:
         """What a record that is in a file is made of."""
-        return self._places[key][1]
+        return self._places[key][0].kind
 
     def add(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Add a record, and write a file if it is full."""
@@ -90,37 +120,48 @@ class Shards:
         """Write what was added."""
         if not self._added:
             return
-        number = int(self._files[-1].stem) + 1 if self._files else 0
-        path = self.folder / f"{number:06d}.safetensors"
-        flat = {
-            f"{k}.{n}": value for k, record in self._added.items() for n, value in record.items()
-        }
-        write_atomically(path, lambda file: save_file(flat, file))
+        alike: dict[Kind, list[str]] = {}
+        for key, record in self._added.items():
+            alike.setdefault(Kind.of(record), []).append(key)
+        tensors, keys = {}, {}
+        for number, (kind, own) in enumerate(alike.items()):
+            keys[str(number)] = " ".join(own)
+            for name in kind.names:
+                stacked = torch.stack([self._added[key][name] for key in own])
+                tensors[f"{number}.{name}"] = stacked
+        last = int(self._files[-1].stem) if self._files else -1
+        path = self.folder / f"{last + 1:06d}.safetensors"
+        write_atomically(path, lambda file: save_file(tensors, file, metadata=keys))
         self._added, self._bytes = {}, 0
         self._list(path)
 
-    def read(self, key: str) -> dict[str, Tensor]:
-        """A record.
+    def read(self, keys: Sequence[str], *, pinned: bool = False) -> dict[str, Tensor]:
+        """Records that are alike, one after the other along a new first axis.
+
+        Args:
+            keys: Of the records.
+            pinned: Whether to read into pinned memory, from which a GPU copies by itself.
 
         Raises:
-            KeyError: If there is none.
-            ValueError: If its file is damaged.
+            KeyError: If one isn't there.
+            ValueError: If a file is damaged, or they aren't alike.
         """
-        number, kind, offsets = self._places[key]
-        path, read = self._files[number], {}
-        with path.open("rb", buffering=0) as file:
-            for name, dtype, shape, offset in zip(
-                kind.names, kind.dtypes, kind.shapes, offsets, strict=True
-            ):
-                buffer = torch.empty(shape, dtype=dtype)
-                file.seek(offset)
-                view = buffer.view(-1).view(torch.uint8).numpy().data
-                done = 0
-                while done < len(view) and (got := file.readinto(view[done:])):
-                    done += got
-                if done < len(view):
-                    raise ValueError(damaged(path, "it ends too early"))
-                read[name] = buffer
+        places = [self._places[key] for key in keys]
+        kind = places[0][0].kind
+        if any(block.kind is not kind for block, _ in places):
+            raise ValueError(f"{self.folder} has tensors of several kinds: encode into another.")
+        columns = zip(kind.names, kind.dtypes, kind.shapes, strict=True)
+        read = {
+            name: torch.empty((len(keys), *shape), dtype=dtype, pin_memory=pinned)
+            for name, dtype, shape in columns
+        }
+        views = [value.flatten(1).view(torch.uint8).numpy() for value in read.values()]
+        for at, (block, row) in enumerate(places):
+            with block.path.open("rb", buffering=0) as file:
+                for view, start in zip(views, block.starts, strict=True):
+                    file.seek(start + row * view.shape[1])
+                    if not _fill(file, view[at].data):
+                        raise ValueError(damaged(block.path, "it ends too early"))
         return read
 
     def _list(self, path: Path) -> None:
@@ -132,40 +173,41 @@ class Shards:
                 if not 0 < length <= size - 8:
                     raise ValueError("no header")
                 header = json.loads(file.read(length))
-            start, records = 8 + length, _records(header)
-            if start + max((o[1] for r in records.values() for *_, o in r), default=0) != size:
+            keys = header.pop("__metadata__")
+            if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
                 raise ValueError("its length isn't what its header says")
-            found = {key: self._place(record, start) for key, record in records.items()}
+            blocks = [
+                (self._block(path, f"{number}.", header, 8 + length), own.split())
+                for number, own in keys.items()
+            ]
+            for block, own in blocks:
+                block.check(len(own), header)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(damaged(path, error)) from error
-        number = len(self._files)
         self._files.append(path)
-        for key, (kind, offsets) in found.items():
-            self._places[key] = number, kind, offsets
+        for block, own in blocks:
+            self._places.update((key, (block, row)) for row, key in enumerate(own))
 
-    def _place(
-        self, record: list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, int]]], start: int
-    ) -> tuple[Kind, tuple[int, ...]]:
-        names, dtypes, shapes, offsets = zip(*sorted(record, key=lambda r: r[0]), strict=True)
-        made = Kind(names, dtypes, shapes)
-        for dtype, shape, (begin, end) in zip(dtypes, shapes, offsets, strict=True):
-            if end - begin != dtype.itemsize * math.prod(shape):
-                raise ValueError("a tensor's length isn't what its shape says")
-        return self.kinds.setdefault(made, made), tuple(start + begin for begin, _ in offsets)
+    def _block(self, path: Path, prefix: str, header: dict[str, Any], start: int) -> Block:
+        names = sorted(name for name in header if name.startswith(prefix))
+        own = [header[name] for name in names]
+        made = Kind(
+            tuple(name.removeprefix(prefix) for name in names),
+            tuple(DTYPES[about["dtype"]] for about in own),
+            tuple(tuple(about["shape"][1:]) for about in own),
+        )
+        starts = tuple(start + about["data_offsets"][0] for about in own)
+        return Block(path, prefix, self.kinds.setdefault(made, made), starts)
 
 
-def _records(
-    header: dict[str, dict],
-) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, int]]]]:
-    records: dict[str, list] = {}
-    for flat, about in header.items():
-        if flat == "__metadata__":
-            continue
-        key, _, name = flat.partition(".")
-        begin, end = about["data_offsets"]
-        one = name, DTYPES[about["dtype"]], tuple(about["shape"]), (begin, end)
-        records.setdefault(key, []).append(one)
-    return records
+def _fill(file: FileIO, content: memoryview) -> bool:
+    """Read until memory is full; whether there was enough."""
+    while len(content):
+        count = file.readinto(content)
+        if not count:
+            return False
+        content = content[count:]
+    return True
 
 
 def damaged(path: Path, reason: object) -> str:
