@@ -570,8 +570,7 @@ def test_what_was_trained_for_a_range_may_move_in_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny.sd3()
-    adapter = tiny.adapter(model, keep_ratio=0.5)
-    adapter.training_record = {"recipe": {"policy": {"target_range": [0.3, 0.8]}}}
+    adapter = tiny.adapter(model, keep_ratio=0.5, target_range=(0.3, 0.8))
     adapter.save_pretrained(tmp_path)
     loaded = ShivaAdapter.from_pretrained(tmp_path)
     assert loaded.trained_for == (0.3, 0.8)

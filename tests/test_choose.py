@@ -126,9 +126,8 @@ def test_keep_ratios_are_tried_one_by_one() -> None:
 
 
 def test_ratios_of_an_adapter_for_a_range_are_tried_by_themselves(tmp_path: Path) -> None:
-    adapter = tiny.adapter(tiny.sd3())
-    for trained, ratios in ((None, ()), ([0.3, 0.8], (0.3, 0.467, 0.633))):
-        adapter.training_record = {"recipe": {"policy": {"target_range": trained}}}
+    for trained, ratios in ((None, ()), ((0.3, 0.8), (0.3, 0.467, 0.633))):
+        adapter = tiny.adapter(tiny.sd3(), target_range=trained)
         adapter.save_pretrained(tmp_path)
         assert keep_ratios_of(str(tmp_path)) == ratios
 

@@ -349,6 +349,28 @@ def test_a_schedule_at_the_policys_own_mean_is_the_policy():
     assert (torch.tensor(schedule.ratios, dtype=torch.float64) - ratios).abs().max() <= 1e-6
 
 
+def test_a_policy_that_knows_its_target_has_a_shape_for_each():
+    """It starts as one that doesn't; the mean is met whatever it has learned."""
+    policy = trained_policy(knows_target=True)
+    plain = trained_policy()
+    state = {n: v for n, v in policy.state_dict().items() if not n.endswith("_by_target")}
+    plain.load_state_dict(state)
+    for target in (0.2, 0.7, 1.0):
+        assert policy.schedule(target, 8).ratios == plain.schedule(target, 8).ratios
+    with torch.no_grad():
+        policy.time_by_target.normal_(generator=torch.Generator().manual_seed(1))
+        policy.layer_by_target.normal_(generator=torch.Generator().manual_seed(2))
+    assert torch.equal(policy.logits(TIMES), policy.logits(TIMES, 0.5))  # its own
+
+    def shape(target: float) -> torch.Tensor:
+        found = policy.schedule(target, 8)
+        assert found.mean_keep_ratio == pytest.approx(target, abs=1e-9)
+        logits = torch.tensor(found.ratios, dtype=torch.float64)[:, 1:].logit()
+        return logits - logits.mean()
+
+    assert float((shape(0.2) - shape(0.7)).abs().max()) > 0.05
+
+
 def test_logits_are_time_plus_layer_plus_anchor():
     policy = trained_policy()
     logits = policy.logits(TIMES).double()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shiva_dit.core.anchor import ratios_from_logits
+from shiva_dit.core.anchor import ratios_from_logits, shifted_logits
 from shiva_dit.core.annealing import anneal
 from shiva_dit.core.keep_table import KeepTable, merged_bins, nearest_bin
 from shiva_dit.core.schedule import Schedule
@@ -332,6 +332,29 @@ def test_ratios_stay_above_zero_however_far_apart_the_logits_are():
     ratios = ratios_from_logits(logits, 0.5, (0,))
     assert Schedule.from_ratios(ratios).mean_keep_ratio == pytest.approx(0.5, abs=1e-6)
     assert ratios[0][2] == 1e-6  # the smallest ratio there is
+
+
+def test_shifted_logits_carry_the_shifts_own_gradient():
+    """Of a random sum of the ratios, against differences; all moved alike change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    weights, task = [1.0, 0.5, 1.5], torch.randn(3, 3, generator=generator, dtype=torch.float64)
+
+    def loss(values):
+        return (torch.sigmoid(shifted_logits(values, 0.3, (0,), weights))[:, 1:] * task).sum()
+
+    (found,) = torch.autograd.grad(loss(logits), logits)
+    wanted = ratios_from_logits(logits, 0.3, (0,), weights)
+    shifted = torch.sigmoid(shifted_logits(logits.detach(), 0.3, (0,), weights))[:, 1:]
+    torch.testing.assert_close(shifted, torch.tensor(wanted, dtype=torch.float64)[:, 1:])
+    assert float(found[:, 1:].abs().max()) > 1e-2
+    assert float(found.sum()) == pytest.approx(0.0, abs=1e-12)
+    for row in range(3):
+        for block in range(4):
+            step = torch.zeros_like(logits)
+            step[row, block] = 1e-4
+            by_hand = (loss(logits + step) - loss(logits - step)) / 2e-4
+            assert float(found[row, block]) == pytest.approx(by_hand.item(), abs=1e-7)
 
 
 @pytest.mark.parametrize("target", [0.0, -0.1, 1.1, float("nan")])

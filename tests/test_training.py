@@ -902,6 +902,26 @@ def test_a_start_for_another_model_is_moved_to_this_one(tmp_path: Path, kind: st
         recipe(tmp_path / "b", start_base=base)
 
 
+def test_an_adapter_for_one_target_starts_one_for_many_and_back(tmp_path: Path) -> None:
+    """What the policy learns of targets starts at zero, moves, and is left out again."""
+    first = train(recipe(tmp_path / "a"), tiny.sd3(), TinyData(), resume=False)
+    many = dataclasses.replace(recipe(tmp_path).policy, target_range=(0.3, 0.7))
+    rates = dataclasses.replace(recipe(tmp_path).optimizer, policy=1e-2)
+    config = recipe(tmp_path / "b", start=first, policy=many, optimizer=rates)
+    second = train(config, tiny.sd3(), TinyData(), resume=False)
+    adapter = shiva_dit.ShivaAdapter.from_pretrained(second)
+    assert adapter.trained_for == (0.3, 0.7)
+    moved = adapter.state_dict()["policy.layer_by_target"]
+    assert float(moved.abs().max()) > 1e-4
+    for keep in (0.3, 0.6):
+        served = attachment_of(shiva_dit.apply(tiny.sd3(), second, keep_ratio=keep))
+        assert served is not None
+        assert served.schedule.mean_keep_ratio == pytest.approx(keep, abs=1e-9)
+    back = Trainer(recipe(tmp_path / "c", start=second), tiny.sd3(), TinyData())
+    assert "policy.layer_by_target" not in back.student.adapter.state_dict()
+    back.close()
+
+
 def test_an_adapter_of_another_shape_is_no_start(tmp_path: Path) -> None:
     first = train(recipe(tmp_path / "a"), tiny.sd3(), TinyData(), resume=False)
     for change in ({"backbone": "lora"}, {"router": RouterConfig(hidden=8)}):

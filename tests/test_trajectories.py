@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,9 @@ ALWAYS = TrajectoryConfig(count=3, steps=4, share=1.0)
 
 
 def drawn(trainer: Trainer) -> Trajectories:
-    found = trainer.samples.trajectories
-    assert found is not None
-    student, empty = trainer.student, trainer.data.unconditional()
-    found.draw(partial(student.unpruned, empty=empty), student.device)
-    return found
+    trainer.samples.draw()
+    assert trainer.samples.trajectories is not None
+    return trainer.samples.trajectories
 
 
 def test_a_route_goes_evenly_between_its_states() -> None:
@@ -63,7 +61,7 @@ def test_states_are_those_of_guided_sampling_by_the_unpruned_model(
         assert torch.equal(batch.conditioning[argument], value)
 
     diffusion = student.spec.diffusion
-    solver = (
+    solver: Any = (
         UniPCMultistepScheduler.from_config(DDPMScheduler().config)
         if diffusion
         else UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
@@ -173,6 +171,26 @@ def test_a_stopped_run_goes_on_to_the_bit_and_draws_nothing_again(
         assert torch.equal(value, second.optimization.tensors()[name]), name
     whole.close()
     second.close()
+
+
+def test_drawing_can_be_stopped_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal ends it then and there, and what was drawn is found again."""
+    trainer, calls = guided_trainer(tmp_path, trajectories=SOME), []
+    sampled = Trajectories._sampled
+
+    def stopped(self: Trajectories, *given: Any) -> dict[str, torch.Tensor]:
+        calls.append(given)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return sampled(self, *given)
+
+    monkeypatch.setattr(Trajectories, "_sampled", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(show_progress=False)
+    assert trainer.step == 0
+    trainer.samples.draw()
+    assert len(calls) == 3
+    trainer.close()
 
 
 def test_others_files_are_not_taken_for_ones_own(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ class ShivaConfig:
     """Blocks that are never pruned."""
     keep_ratio: float = 0.6
     """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1)."""
+    target_range: tuple[float, float] | None = None
+    """Mean keep ratios, lowest and highest in (0, 1), that it is trained for, if more than one: its
+    policy then has a shape of its own for each."""
     multiple: int | None = None
     """The number of tokens kept is a multiple of this, or all; as `Schedule.for_tokens` sees fit by
     default."""
@@ -80,6 +83,8 @@ class ShivaConfig:
             whole_number(name, getattr(self, name), least=1, most=most)
         if not 0.0 < self.keep_ratio < 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1), got {self.keep_ratio}.")
+        if self.target_range is not None and not 0.0 < min(self.target_range) < 1.0:
+            raise ValueError(f"target_range must lie within (0, 1), got {self.target_range}.")
         if self.multiple is not None:
             whole_number("multiple", self.multiple, least=1)
         for block in self.full_blocks:

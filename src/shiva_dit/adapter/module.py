@@ -46,7 +46,12 @@ class AdapterModule(nn.Module):
             config.normalize_inputs,
             config.router_inputs,
         )
-        self.policy = AdaptiveRatioPolicy(config.num_blocks, config.keep_ratio, config.full_blocks)
+        self.policy = AdaptiveRatioPolicy(
+            config.num_blocks,
+            config.keep_ratio,
+            config.full_blocks,
+            knows_target=config.target_range is not None,
+        )
         self.updates: RejectedUpdates | None = None
         if config.rejected == "low_rank":
             self.updates = RejectedUpdates(
@@ -73,7 +78,7 @@ class AdapterModule(nn.Module):
     def trained_for(self) -> tuple[float, float]:
         """Mean keep ratios, lowest and highest, that it was trained for."""
         own = self.config.keep_ratio
-        return self._recorded("recipe", "policy", "target_range") or (own, own)
+        return self.config.target_range or (own, own)
 
     @property
     def trained_for_guidance(self) -> tuple[float, float] | None:

@@ -34,6 +34,32 @@ def ratios_from_logits(
     return tuple(tuple(row) for row in ratios.tolist())
 
 
+def shifted_logits(
+    logits: torch.Tensor,
+    target: float,
+    full_blocks: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """The logits with `anchor_shift` added, and its gradient: what moves all alike has none.
+
+    The shift s solves mean(sigmoid(logits + s)) = target, so ds is minus the mean of the logits'
+    changes, each weighed by its sigmoid's slope.
+
+    Args:
+        logits: Of shape (bins, blocks), with at least one block that may be pruned.
+        target: Mean keep ratio over the prunable blocks, in (0, 1).
+        full_blocks: Blocks that don't count.
+        weights: How much each bin counts for the mean; all alike by default.
+    """
+    moved = logits + anchor_shift(logits, target, full_blocks, weights)
+    chosen = moved[:, [block for block in range(moved.shape[1]) if block not in full_blocks]]
+    ratios = torch.sigmoid(chosen)
+    by_row = ratios.new_tensor(weights or [1.0] * len(ratios))
+    mean = by_row @ ratios.mean(1)
+    slope = by_row @ (ratios * (1.0 - ratios)).mean(1).detach()
+    return moved - (mean - mean.detach()) / slope
+
+
 def anchor_shift(
     logits: torch.Tensor,
     target: float,

@@ -26,13 +26,26 @@ class AdaptiveRatioPolicy(nn.Module):
     prompts, so at inference it is a table (`schedule`). The last layers start at zero and b at
     logit(target): the policy starts exactly at the target ratio, everywhere.
 
+    One that knows its target has a shape of its own at each mean R (ours; p starts at zero):
+
+    .. math:: \mathrm{logit}\, r(t, l) = \Phi_t(\mathrm{MLP}(t) + \rho\, p_t)
+              + \Phi_l(e_l + \rho\, p_l) + b, \qquad
+              \rho = \mathrm{logit}\, R
+
     Args:
         num_blocks: L.
         target: Mean keep ratio asked for, in (0, 1).
         full_blocks: Blocks that are never pruned; their ratio is 1.
+        knows_target: Whether the ratios' shape depends on the mean that is asked for.
     """
 
-    def __init__(self, num_blocks: int, target: float, full_blocks: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        target: float,
+        full_blocks: Sequence[int] = (0,),
+        knows_target: bool = False,
+    ) -> None:
         super().__init__()
         if not 0.0 < target < 1.0:
             raise ValueError(
@@ -43,17 +56,34 @@ class AdaptiveRatioPolicy(nn.Module):
         self.layer_embedding = nn.Embedding(num_blocks, POLICY_HIDDEN)
         self.layer_branch = _branch()
         self.time_branch = _branch()
-        self.anchor = nn.Parameter(torch.tensor(math.log(target) - math.log1p(-target)))
+        self.target = target
+        self.anchor = nn.Parameter(torch.tensor(_logit(target)))
+        self.time_by_target = self.layer_by_target = None
+        if knows_target:
+            self.time_by_target = nn.Parameter(torch.zeros(TIME_FEATURES))
+            self.layer_by_target = nn.Parameter(torch.zeros(POLICY_HIDDEN))
 
     @property
     def prunable_blocks(self) -> tuple[int, ...]:
         """Blocks whose ratio is learned."""
         return tuple(b for b in range(self.num_blocks) if b not in self.full_blocks)
 
-    def logits(self, t: Float[Tensor, " S"]) -> Float[Tensor, "S L"]:
-        """Logits of the ratios at times t in [0, 1] (Eq. 10), for every block."""
-        time = self.time_branch(time_features(t.to(self.anchor)))  # (S, 1)
-        layer = self.layer_branch(self.layer_embedding.weight).squeeze(-1)  # (L,)
+    def logits(self, t: Float[Tensor, " S"], target: float | None = None) -> Float[Tensor, "S L"]:
+        """Logits of the ratios at times t in [0, 1] (Eq. 10), for every block.
+
+        Args:
+            t: Times in [0, 1].
+            target: The mean keep ratio that they are for, in (0, 1), to a policy that knows it; by
+                default the one that it starts at.
+        """
+        times, layers = time_features(t.to(self.anchor)), self.layer_embedding.weight
+        if self.time_by_target is not None:
+            assert self.layer_by_target is not None
+            rho = _logit(self.target if target is None else target)
+            times = times + rho * self.time_by_target
+            layers = layers + rho * self.layer_by_target
+        time = self.time_branch(times)  # (S, 1)
+        layer = self.layer_branch(layers).squeeze(-1)  # (L,)
         return time + layer + self.anchor
 
     def forward(
@@ -66,7 +96,11 @@ class AdaptiveRatioPolicy(nn.Module):
             noise: Added to the logits during policy learning, N(0, 1) in the paper (Eq. 29).
         """
         logits = self.logits(t)
-        ratios = torch.sigmoid(logits if noise is None else logits + noise)
+        return self.ratios(logits if noise is None else logits + noise)
+
+    def ratios(self, logits: Float[Tensor, "S L"]) -> Float[Tensor, "S L"]:
+        """Keep ratios of logits, 1 for blocks that are never pruned (Eq. 11)."""
+        ratios = torch.sigmoid(logits)
         full = torch.zeros(self.num_blocks, dtype=torch.bool, device=ratios.device)
         full[list(self.full_blocks)] = True
         return torch.where(full, 1.0, ratios)
@@ -81,9 +115,13 @@ class AdaptiveRatioPolicy(nn.Module):
         """
         centres = (torch.arange(num_bins, device=self.anchor.device) + 0.5) / num_bins
         with torch.no_grad():
-            logits = self.logits(centres)
+            logits = self.logits(centres, target if target < 1.0 else None)
         ratios = ratios_from_logits(logits, target, self.full_blocks, law.weights(num_bins))
         return Schedule(ratios=ratios, full_blocks=self.full_blocks, law=law)
+
+
+def _logit(ratio: float) -> float:
+    return math.log(ratio) - math.log1p(-ratio)
 
 
 def _branch() -> nn.Sequential:

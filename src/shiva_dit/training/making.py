@@ -95,6 +95,7 @@ def adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
         "router_inputs": config.router.inputs,
         "select_every": config.router.select_every,
         "num_bins": config.policy.num_bins,
+        "target_range": config.policy.target_range,
         "rejected": config.rejected,
         "rejected_rank": config.rejected_rank,
         "backbone": config.backbone,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from shiva_dit.core.anchor import anchor_shift
+from shiva_dit.core.anchor import shifted_logits
 from shiva_dit.core.budget import BudgetController, logit_normal, stratified, stratified_ratios
 from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.schedule import Schedule
@@ -176,9 +176,9 @@ class Planner:
         if self.config.shared_bin:
             jitter = torch.rand(times.shape, generator=generator)
             times = (bins[:, None] + jitter) / num_bins
-        offsets = self._logit_offsets(stage, grid, generator)
-        if offsets is not None:
-            picked = self.policy(grid[bins.to(device)], offsets.to(device))  # (M, L)
+        moved = self._moved(stage, grid, bins.to(device), generator)  # (M, L)
+        if moved is not None:
+            picked = moved
             counts = [tuple(keep_count(self.num_tokens, r) for r in row) for row in picked.tolist()]
         else:
             picked = ratios[bins.to(device)]
@@ -200,21 +200,26 @@ class Planner:
             _budget=self.budget.loss(executed),
         )
 
-    def _logit_offsets(
-        self, stage: StageName, grid: Float[Tensor, " S"], generator: torch.Generator
+    def _moved(
+        self,
+        stage: StageName,
+        grid: Float[Tensor, " S"],
+        bins: Int[Tensor, " M"],
+        generator: torch.Generator,
     ) -> Float[Tensor, "M L"] | None:
-        """What is added to each part's logits: exploration (Eq. 29), or the anchor moved."""
-        policy, shape = self.config.policy, (self.config.micro_batches, self.policy.num_blocks)
+        """Ratios of each part where they aren't the table's: explored (Eq. 29), or at a target."""
+        policy, num_parts = self.config.policy, len(bins)
         if stage == "policy" and policy.logit_noise:
-            return policy.logit_noise * torch.randn(shape, generator=generator)
-        if stage == "joint" and policy.target_range is not None:
-            targets = stratified_ratios(shape[0], *policy.target_range, generator).tolist()
-            logits = self.policy.logits(grid)
-            moved = [
-                anchor_shift(logits, target, self.full_blocks, self.weights) for target in targets
-            ]
-            return torch.tensor(moved)[:, None].expand(shape)
-        return None
+            noise = torch.randn((num_parts, self.policy.num_blocks), generator=generator)
+            return self.policy(grid[bins], policy.logit_noise * noise.to(grid))
+        if stage != "joint" or policy.target_range is None:
+            return None
+        rows = []
+        targets = stratified_ratios(num_parts, *policy.target_range, generator).tolist()
+        for target, row in zip(targets, bins.tolist(), strict=True):
+            logits = self.policy.logits(grid, target)
+            rows.append(shifted_logits(logits, target, self.full_blocks, self.weights)[row])
+        return self.policy.ratios(torch.stack(rows))
 
     def _fixed_in_time(self, generator: torch.Generator) -> StepPlan:
         """Counts of a fixed schedule that varies with time, drawn as the policy's are."""

@@ -58,13 +58,19 @@ class Samples:
 
     def take(self, count: int) -> Batch:
         """The next samples of a part, on the student's device."""
-        empty, drawn = self.data.unconditional(), self.trajectories
         share = self.config.trajectories.share
-        if drawn is not None and torch.rand((), generator=self.generator) < share:
-            drawn.draw(partial(self.student.unpruned, empty=empty), self.student.device)
-            return drawn.batch(count, self.generator).to(self.student.device)
+        if self.trajectories is not None and torch.rand((), generator=self.generator) < share:
+            self.draw()
+            return self.trajectories.batch(count, self.generator).to(self.student.device)
         batch = self.data.batch(self.indices.take(count), self.generator)
         batch = batch.to(self.student.device)  # what follows would keep a processor busy
         if self.student.calls.both_ways:
             return batch
+        empty = self.data.unconditional()
         return drop_captions(batch, empty, self.config.caption_dropout, self.generator)
+
+    def draw(self) -> None:
+        """Draw the trajectories now, which can be stopped at any time: what is drawn is kept."""
+        if self.trajectories is not None:
+            predict = partial(self.student.unpruned, empty=self.data.unconditional())
+            self.trajectories.draw(predict, self.student.device)

@@ -15,8 +15,9 @@ from shiva_dit.models.backbone import LORA_PREFIX, PEFT_NAME
 from shiva_dit.provenance import load_tensors, module_digest, tensors_digest
 from shiva_dit.training.recipe import TrainConfig
 
-FREE = {"keep_ratio", "multiple", "num_bins", "select_every", "base_model"}
-"""What may differ between an adapter and one that starts from it: nothing of these has weights."""
+FREE = {"keep_ratio", "target_range", "multiple", "num_bins", "select_every", "base_model"}
+"""What may differ between an adapter and one that starts from it: nothing of these has weights that
+can't start at zero."""
 
 
 def read_start(config: TrainConfig, adapter: ShivaAdapter, model: nn.Module) -> ShivaAdapter:
@@ -94,7 +95,13 @@ def start_from(given: ShivaAdapter, adapter: ShivaAdapter, model: Any) -> str:
     Returns:
         SHA-256 of all that was taken.
     """
-    adapter.load_state_dict(given.state_dict())
+    taken = given.state_dict()
+    for name, value in adapter.state_dict().items():
+        if name.startswith("policy.") and name.endswith("_by_target"):
+            taken.setdefault(name, torch.zeros_like(value))
+    if adapter.config.target_range is None:
+        taken = {name: value for name, value in taken.items() if "_by_target" not in name}
+    adapter.load_state_dict(taken)
     tuned = given.backbone_weights
     if given.config.backbone == "full":
         parameters = dict(model.named_parameters())

@@ -205,6 +205,7 @@ class Trainer:
                 f"method {self.config.method!r} with a frozen backbone has nothing to train."
             )
         total = self.config.total_steps
+        self.samples.draw()
         self.student.model.train()
         bar = tqdm(
             total=total,
