@@ -6,6 +6,8 @@ from functools import partial
 
 import torch
 
+from shiva_dit.methods.blocks import BlockReducer
+from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.provenance import data_digest
 from shiva_dit.training.data import Batch, Feed, TrainingData, drop_captions
 from shiva_dit.training.recipe import TrainConfig
@@ -38,9 +40,15 @@ class Samples:
         self.config, self.data, self.student = config, data, student
         self.generator = generator
         self.indices = Feed(data, config.seed)
+        several = getattr(data, "groups", lambda: None)() is not None
+        if several and isinstance(student.reducer, (FixedMapSelector, BlockReducer)):
+            raise ValueError(
+                f'method = "{config.method}" is for one grid of tokens, and the data has several '
+                "shapes: encode without --buckets."
+            )
         self.trajectories: Trajectories | None = None
         if config.trajectories.count:
-            if getattr(data, "groups", lambda: None)() is not None:
+            if several:
                 raise ValueError(
                     "trajectories are drawn at one size, and the data has several shapes: set "
                     "trajectories.count = 0, or encode without --buckets."
