@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as arrow
 import pytest
 from PIL import Image, ImageCms
+from pyarrow import parquet
 
 from shiva_dit.training.pictures import sources
 from shiva_dit.training.pictures.buckets import kept_share, nearest, shapes
@@ -458,9 +460,6 @@ def test_tars_as_webdataset_writes_them(folder: Path) -> None:
 
 
 def test_parquet_as_datasets_writes_it(folder: Path) -> None:
-    arrow = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
-    from pyarrow import parquet  # noqa: PLC0415
-
     pictures = [coded(drawn(seed=seed)) for seed in range(20)]
     cells = [{"bytes": data, "path": None} for data in pictures]
     texts: list[Any] = [f"caption {i}" for i in range(20)]

@@ -173,7 +173,7 @@ class FolderData:
         now = signature(source) if then else None
         if then is None or now is None:
             return
-        other = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+        other = sorted(name for name in {*then} & {*now} if then[name] != now[name])
         if other:
             raise ValueError(
                 f"{self.name} was encoded by another pipeline than {source} ({', '.join(other)} "

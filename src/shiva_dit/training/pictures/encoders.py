@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from shiva_dit.provenance import data_digest, module_digest
+from shiva_dit.provenance import data_digest, module_digest, read_as
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 LATENTS = "latents"
@@ -203,7 +203,7 @@ def _samples(folder: Path) -> list[tuple[str, ...]]:
     """Name, dtype, shape and some bytes of every tensor of a folder's safetensors files."""
     found = []
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
+        with path.open("rb") as file, read_as("safetensors", path):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
             for name, about in header.items():
