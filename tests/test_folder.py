@@ -607,7 +607,7 @@ def test_the_command_lists_all_problems_and_can_leave_them_out(
     assert not out.exists()
     assert cli.main([*call, "--skip-bad", "--look"]) == 0
     text = capsys.readouterr().err
-    assert "1 pictures taken, 2 skipped (1 for no caption, 1 for picture)" in text
+    assert "1 pictures taken, 2 problems (1 for no caption, 1 for picture)" in text
     # 4 channels of 16x16 in float32, and (77 + 256) tokens of 32 and 20 values in 16 bits.
     assert "to encode: 1 pictures and 1 captions, 0.00 GB (0.00 MB a picture, 0.02 MB a cap" in text
     assert not out.exists()

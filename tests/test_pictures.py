@@ -295,12 +295,14 @@ def test_all_problems_are_listed_before_anything_is_done(folder: Path) -> None:
     put(folder / "wide.png", None)
     (folder / "wide.txt").write_bytes("utf".encode("utf-16-le"))
     put(folder / "zero.png").write_bytes(b"")
+    (folder / "both.png").write_bytes(b"neither picture nor caption")
     put(folder / "broken.png").unlink()
     (folder / "broken.png").symlink_to(folder / "nowhere.png")
     found = seen(folder)
     assert len(found.pictures) == 3
     text = lines(found)
-    assert text.count("has no caption: write it into") == 11
+    assert text.count("has no caption: write it into") == 12
+    assert "both.png can't be read as a picture" in text
     assert "latin.txt is not UTF-8 text (invalid continuation byte at byte 3)" in text or (
         "latin.txt is not UTF-8 text (unexpected end of data at byte 3)" in text
     )
@@ -308,12 +310,14 @@ def test_all_problems_are_listed_before_anything_is_done(folder: Path) -> None:
     assert "zero.png is an empty file: fetch it again" in text
     assert "broken.png can't be read: leads nowhere" in text
     error = BadPicturesError(found.problems, 3)
-    assert error.lines()[-1] == "and 5 more"
+    assert error.lines()[-1] == "and 7 more"
     assert len(error.lines()) == 11
     assert (
-        "15 problems beside 3 good pictures: mend them, or leave them out by --skip" in error.said
+        "17 problems beside 3 good pictures: mend them, or leave them out by --skip" in error.said
     )
-    assert "3 pictures taken, 15 skipped (11 for no caption, 2 for caption" in said(found)
+    assert "3 pictures taken, 17 problems (12 for no caption, 2 for picture, 2 for caption" in said(
+        found
+    )
 
 
 def test_metadata_of_the_hubs_image_folders(folder: Path) -> None:

@@ -167,7 +167,7 @@ def _encode(options: argparse.Namespace) -> int:
         from diffusers import DiffusionPipeline
 
         load = DiffusionPipeline.from_pretrained
-        pipe = _loaded(options.pipeline, load, transformer=None, torch_dtype=dtype)
+        pipe = _loaded(options.pipeline, load, transformer=None, dtype=dtype)
         return pipe.to(device)
 
     try:

@@ -73,7 +73,7 @@ def _of_sample(sample: Mapping[str, Any], tar: str, words: Words) -> Iterator[En
         name = f"{key}.{field}"
         if captions is None:
             said = f"{name} has no caption: add a {key.rpartition('/')[2]}.txt to the tar"
-            yield Entry(name=name, problem=Problem("no caption", said))
+            yield Entry(name=name, data=fields[field], problem=Problem("no caption", said))
         else:
             yield Entry(name=name, data=fields[field], captions=captions)
 

@@ -88,11 +88,11 @@ class Scan:
         taken = f"{len(self.pictures)} pictures taken"
         kinds = Counter(problem.kind for problem in self.problems)
         bad = [f"{count} for {kind}" for kind, count in kinds.most_common()]
-        lines = [f"{taken}, {len(self.problems)} skipped ({', '.join(bad)})" if bad else taken]
+        lines = [f"{taken}, {len(self.problems)} problems ({', '.join(bad)})" if bad else taken]
         lines += [f"{count} {note}" for note, count in self.notes.items() if count]
         if self.left_out:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.left_out.items()))
-            lines.append(f"files left out: {kinds}")
+            lines.append(f"files left out: {kinds} (pictures of these kinds: save them as .png)")
         return lines
 
 
@@ -127,21 +127,25 @@ def scan(
     found = find(source, leave_out=leave_out)
     result = Scan(problems=found.problems, left_out=found.left_out, signature=found.signature())
 
-    def each(entry: Entry) -> tuple[Picture | Problem, list[str]]:
-        return (entry.problem, []) if entry.problem else _seen(entry, taking, known)
+    def each(entry: Entry) -> tuple[list[Problem], Picture | None, list[str]]:
+        problems = [] if entry.problem is None else [entry.problem]
+        if entry.path is None and entry.data is None:
+            return problems, None, []
+        seen, notes = _seen(entry, taking, known)
+        if isinstance(seen, Problem):
+            return [*problems, seen], None, []
+        return (problems, None, []) if problems else ([], seen, notes)
 
     told = tqdm(
         ordered(each, entries(found, taking.words), taking.workers),
         desc="look",
-        unit="picture",
+        unit=" pictures",
         disable=not show_progress,
     )
-    for seen, notes in told:
+    for problems, picture, notes in told:
         result.notes.update(notes)
-        if isinstance(seen, Problem):
-            result.problems.append(seen)
-        else:
-            result.pictures.append(seen)
+        result.problems += problems
+        result.pictures += [] if picture is None else [picture]
     result.notes["captions have no picture"] = orphans(found)
     result.notes["share their caption's file with another picture"] = shared_captions(found)
     _note(result, taking)

@@ -145,15 +145,15 @@ def _of_file(path: Path, found: Found, metadata: Metadata, words: Words) -> Entr
         try:
             captions += words.lines(text.read_bytes(), str(text))
         except ValueError as error:
-            return Entry(name=name, problem=Problem("caption", str(error)))
+            return Entry(name=name, path=path, problem=Problem("caption", str(error)))
         except OSError as error:
             said = f"{text} can't be read: {error.strerror or error}"
-            return Entry(name=name, problem=Problem("caption", said))
+            return Entry(name=name, path=path, problem=Problem("caption", said))
     if not captions and not texts:
         said = f"{path} has no caption: write it into {path.stem}.txt beside it"
         if found.metadata:
             said += f", or into {found.metadata[0].name}"
-        return Entry(name=name, problem=Problem("no caption", said))
+        return Entry(name=name, path=path, problem=Problem("no caption", said))
     return Entry(
         name=name, path=path, captions=tuple(dict.fromkeys(captions)), folder=path.parent.name
     )
