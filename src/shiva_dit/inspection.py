@@ -146,7 +146,8 @@ class _FlipTest:
     ) -> None:
         self.path = path_of(attachment.spec, scheduler)
         self.attachment, self.data, self.config = attachment, data, config
-        self.device = next(attachment.model.parameters()).device
+        weight = next(attachment.model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.randperm(len(data), generator=self.generator)
         self.found: dict[tuple[str, str, int], list[tuple[float | None, float | None]]] = {}
@@ -183,7 +184,7 @@ class _FlipTest:
         self.arguments = {
             spec.sample: self.path.noisy(batch.latents, noise, times),
             spec.timestep: self.path.timestep(times),
-            **batch.conditioning,
+            **batch.conditioning_in(self.dtype),
         }
         self.shared = {**batch.shared, "return_dict": False}
         num_tokens = spec.tokens(self.attachment.model, batch.latents)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shiva_dit.cli.errors import is_torchs_memory_error
-from shiva_dit.cli.options import Command, path, positive, program, use_threads
+from shiva_dit.cli.options import Command, bounded, path, positive, program, use_threads
+
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add_commands(command: Command) -> None:
@@ -28,10 +30,20 @@ def add_commands(command: Command) -> None:
     add = command(
         "encode", _encode, "encode a folder of pictures and captions for training", goes_on=True
     )
-    add("images", type=path, help="pictures, each with a text file of the same name")
+    add("images", type=path, help="folder of captioned pictures, or a tar or parquet file")
     add("--pipeline", required=True, help="folder or Hub id of a Stable Diffusion 3 pipeline")
     add("--out", type=path, required=True, help="folder to fill, or to go on in")
     add("--size", type=positive, default=1024, help="side of the pictures in pixels")
+    add("--buckets", action="store_true", help="keep about the pictures' shapes, not one square")
+    add("--background", default="white", help="what shows through transparency: a colour")
+    add("--caption-column", help="column of tables that holds captions")
+    add("--whole-captions", action="store_true", help="a file is one caption, not one a line")
+    add("--repeats", action="store_true", help="a folder named 10_cats counts ten times")
+    add("--skip-bad", action="store_true", help="leave out what can't be taken")
+    add("--look", action="store_true", help="list all problems and the cost, and stop")
+    add("--batch-size", type=positive, default=4, help="pictures encoded at once")
+    add("--workers", type=positive, default=2, help="threads that read and decode pictures")
+    add("--precision", choices=PRECISIONS, default="float32", help="of the encoders")
     add("--device", default="cpu", help="where the encoders run, such as cuda")
 
     add = command("train-base", _train_base, "train a demo task's backbone and its judge")
@@ -76,7 +88,7 @@ def _train(options: argparse.Namespace) -> int:
     with joined(options.device) as (processes, own):
         device = usable_device(own)
         check_folder(recipe.out)
-        made = _demo(recipe, options.base) if options.data is None else _own(options)
+        made = _demo(recipe, options.base) if options.data is None else _own(options, device)
         model, data, scheduler = made
         model.to(device)
         given: dict[str, Any] = {"resume": options.resume, "scheduler": scheduler}
@@ -103,14 +115,18 @@ def _demo(recipe: Any, base: Path | None) -> tuple[Any, Any, Any]:
     return load_backbone(task, base or ASSETS), task, task.sampler(recipe.num_steps)
 
 
-def _own(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _own(options: argparse.Namespace, device: Any) -> tuple[Any, Any, Any]:
     """A pipeline's transformer, data that `encode` made, and how the pipeline takes its steps."""
     from diffusers import AutoModel
 
     from shiva_dit.models.sampling import Sampler
     from shiva_dit.training.folder import FolderData
 
-    data = FolderData(options.data)
+    data = FolderData(options.data, pinned=device.type == "cuda")
+    changed = data.changed_since()
+    if changed is not None:
+        print(f"shiva-dit: {changed}", file=sys.stderr)
+    data.check_pipeline(options.pipeline)
     model = loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
     return model, data, loaded(options.pipeline, Sampler.saved)
 
@@ -133,17 +149,41 @@ def loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def _encode(options: argparse.Namespace) -> int:
-    from diffusers import DiffusionPipeline
+    import torch
 
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
-    from shiva_dit.training.folder import encode_folder
+    from shiva_dit.training.folder import BadPicturesError, Encoding, Facts, encode
 
-    device = usable_device(options.device)
+    how = Encoding(
+        size=options.size,
+        buckets=options.buckets,
+        background=options.background,
+        caption_column=options.caption_column,
+        whole_captions=options.whole_captions,
+        repeats=options.repeats,
+        skip_bad=options.skip_bad,
+        batch_size=options.batch_size,
+        workers=bounded("--workers", options.workers),
+    )
+    device, dtype = usable_device(options.device), getattr(torch, options.precision)
     check_folder(options.out)
-    pipe = loaded(options.pipeline, DiffusionPipeline.from_pretrained, transformer=None)
-    pipe.to(device)
-    print(encode_folder(pipe, options.images, options.out, size=options.size))
+    facts = loaded(options.pipeline, Facts.saved, dtype=dtype)
+
+    def load() -> Any:
+        from diffusers import DiffusionPipeline
+
+        load = DiffusionPipeline.from_pretrained
+        pipe = loaded(options.pipeline, load, transformer=None, dtype=dtype)
+        return pipe.to(device)
+
+    try:
+        print(encode(facts, load, options.images, options.out, how, only_look=options.look))
+    except BadPicturesError as error:
+        for line in error.lines():
+            print(line, file=sys.stderr)
+        print(f"shiva-dit: {error.said}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,11 +32,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {name: value.to(device) for name, value in self.conditioning.items()}
+
+        def there(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=value.is_pinned())
+
+        moved = {name: there(value) for name, value in self.conditioning.items()}
         shared = send_to_device(dict(self.shared), device)
         route = None if self.route is None else self.route.to(device)
-        latents = self.latents.to(device)
+        latents = there(self.latents)
         return Batch(latents=latents, conditioning=moved, shared=shared, route=route)
+
+    def conditioning_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The conditioning as a model of this dtype takes it."""
+        given = self.conditioning.items()
+        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in given}
 
 
 @runtime_checkable
@@ -44,7 +54,8 @@ class TrainingData(Protocol):
 
     It may also have a method `identity() -> str`, a digest of its content: a run then goes on with
     the same data alone, and the adapter's record says what it was trained on. And a `name`, for
-    the record.
+    the record. Data that can be read ahead, or whose samples can't all be in one batch, says so by
+    the methods of a `Feed`.
     """
 
     def __len__(self) -> int:
@@ -138,15 +149,124 @@ class ShuffledIndices:
             raise ValueError("the data set is empty: nothing to train on.")
         self.length, self.seed = length, seed
         self.position = 0
+        self._epoch: tuple[int, Tensor] | None = None
 
     def take(self, count: int) -> Int[Tensor, " B"]:
         """The next `count` indices, over as many epochs as that needs."""
         picked: list[Tensor] = []
         while count > 0:
             epoch, start = divmod(self.position, self.length)
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(self.length, generator=generator)[start : start + count]
+            order = self._order(epoch)[start : start + count]
             picked.append(order)
             self.position += len(order)
             count -= len(order)
         return torch.cat(picked)
+
+    def _order(self, epoch: int) -> Int[Tensor, " S"]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = epoch, torch.randperm(self.length, generator=generator)
+        return self._epoch[1]
+
+
+class GroupedIndices:
+    """Endless shuffled indices of which each `take` is of one group, such as one shape.
+
+    A group is taken as often as its share of the samples, and its samples in epochs of their own:
+    the next of all samples in a shuffled order says whose turn it is. As `ShuffledIndices` it has a
+    position; it goes on from there with the same `count`.
+
+    Args:
+        groups: Of each sample, the number of its group.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, groups: Sequence[int], seed: int) -> None:
+        self.groups, self.seed = torch.tensor(groups), seed
+        self.members = [torch.nonzero(self.groups == g)[:, 0] for g in self.groups.unique()]
+        self.position = 0
+        self._restore(0, 1)
+
+    def take(self, count: int) -> Int[Tensor, " B"]:
+        """The next `count` indices.
+
+        Raises:
+            ValueError: If the position was reached with another count.
+        """
+        if self.position != self._reached:
+            self._restore(self.position, count)
+        number = int(self._number[self._leaders.take(1)])
+        picked = self.members[number][self._within[number].take(count)]
+        self.position = self._reached = self._reached + count
+        return picked
+
+    def _restore(self, position: int, count: int) -> None:
+        """Stand where takes of `count` led to."""
+        takes, rest = divmod(position, count)
+        if rest:
+            raise ValueError(
+                f"{position} samples were not taken {count} at a time: go on with the batch_size "
+                "and micro_batches that the run began with."
+            )
+        self._leaders = ShuffledIndices(len(self.groups), self.seed)
+        self._within = [ShuffledIndices(len(own), self.seed) for own in self.members]
+        self._number = torch.unique(self.groups, return_inverse=True)[1]
+        if takes:
+            led = self._number[self._leaders.take(takes)].bincount(minlength=len(self.members))
+            for order, times in zip(self._within, led.tolist(), strict=True):
+                order.position = times * count
+        self._reached = position
+
+
+class Feed:
+    """Indices of what is trained on next, whose data begins to be read before it is asked for.
+
+    Data that can be read ahead has a method `expect(indices)`. Data whose samples can't all be in
+    one batch has a method `groups()`: the group of each sample, or None.
+
+    Args:
+        data: The samples.
+        seed: Of the shuffling.
+        reads: Whether the data of a take with this number is wanted here; all by default.
+        ahead: How many takes are read ahead, and kept in memory.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        seed: int,
+        reads: Callable[[int], bool] = lambda take: True,
+        ahead: int = 6,
+    ) -> None:
+        groups = getattr(data, "groups", None)
+        numbers = None if groups is None else groups()
+        self._order = (
+            ShuffledIndices(len(data), seed) if numbers is None else GroupedIndices(numbers, seed)
+        )
+        self._expect, self._reads = getattr(data, "expect", None), reads
+        self._ahead = 0 if self._expect is None else ahead
+        self._next: deque[Tensor] = deque()
+        self._position = 0
+
+    @property
+    def position(self) -> int:
+        """Number of samples that were taken."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._position = self._order.position = value
+        self._next.clear()
+
+    def take(self, count: int) -> Int[Tensor, " B"]:
+        """The next `count` indices."""
+        if any(len(indices) != count for indices in self._next):
+            self.position = self._position
+        if len(self._next) <= self._ahead // 2:  # several at a time: to wake a thread takes a while
+            while len(self._next) <= self._ahead:
+                number = self._order.position // count
+                self._next.append(self._order.take(count))
+                if self._expect is not None and self._reads(number):
+                    self._expect(self._next[-1])
+        self._position += count
+        return self._next.popleft()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shiva_dit.core.budget import stratified
 from shiva_dit.models.features import record_blocks
-from shiva_dit.training.data import ShuffledIndices, TrainingData
+from shiva_dit.training.data import Feed, TrainingData
 from shiva_dit.training.student import Student
 
 NUM_BATCHES = 16
@@ -28,7 +28,7 @@ def fit_updates(student: Student, data: TrainingData) -> None:
     config = student.config
     size = config.batch_size // config.micro_batches
     generator = torch.Generator().manual_seed(config.seed)
-    indices = ShuffledIndices(len(data), config.seed)
+    indices = Feed(data, config.seed)
     schedule = student.adapter.schedule
     blocks = schedule.prunable_blocks
     sums: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -36,12 +36,13 @@ def fit_updates(student: Student, data: TrainingData) -> None:
         batch = data.batch(indices.take(size), generator).to(student.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
         t = schedule.law.at(stratified(size, generator)).to(student.device)
+        num_tokens = student.spec.tokens(student.model, batch.latents)
         noisy = student.path.noisy(batch.latents, noise, t)
         with (
             student.as_teacher(),
             student.autocast(),
             record_blocks(
-                student.teacher, inputs=blocks, outputs=blocks, num_tokens=student.num_tokens
+                student.teacher, inputs=blocks, outputs=blocks, num_tokens=num_tokens
             ) as features,
         ):
             student.teacher(**student.calls.plain(noisy, t, batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +31,14 @@ class Part:
     """k of every block."""
     soft_k: Sequence[Tensor | float]
     """k before rounding, with the policy's gradient where it learns."""
+
+    def for_tokens(self, num_tokens: int, planned: int) -> Part:
+        """The same shares of another number of tokens than it was planned for."""
+        if num_tokens == planned:
+            return self
+        counts = tuple(keep_count(num_tokens, k / planned) for k in self.counts)
+        soft_k = [k * (num_tokens / planned) for k in self.soft_k]
+        return replace(self, counts=counts, soft_k=soft_k)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from shiva_dit.methods.blocks import BlockReducer
+from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.provenance import data_digest
-from shiva_dit.training.data import Batch, ShuffledIndices, TrainingData, drop_captions
+from shiva_dit.training.data import Batch, Feed, TrainingData, drop_captions
 from shiva_dit.training.guided import guided
 from shiva_dit.training.processes import ALONE, Processes
 from shiva_dit.training.recipe import TrainConfig
@@ -41,9 +43,21 @@ class Samples:
     ) -> None:
         self.config, self.data, self.student = config, data, student
         self.generator, self.processes = generator, processes
-        self.indices = ShuffledIndices(len(data), config.seed)
+        mine = set(processes.mine(config.micro_batches))
+        self.indices = Feed(data, config.seed, lambda take: take % config.micro_batches in mine)
+        several = getattr(data, "groups", lambda: None)() is not None
+        if several and isinstance(student.reducer, (FixedMapSelector, BlockReducer)):
+            raise ValueError(
+                f'method = "{config.method}" is for one grid of tokens, and the data has several '
+                "shapes: encode without --buckets."
+            )
         self.trajectories: Trajectories | None = None
         if config.trajectories.count:
+            if several:
+                raise ValueError(
+                    "trajectories are drawn at one size, and the data has several shapes: set "
+                    "trajectories.count = 0, or encode without --buckets."
+                )
             self.trajectories = Trajectories(
                 config.trajectories,
                 data,
@@ -61,7 +75,16 @@ class Samples:
 
     def take(self, indices: Int[Tensor, " B"]) -> Batch:
         """A part's samples, on the student's device: these, or as many trajectories."""
-        return self._take(indices).to(self.student.device)
+        share = self.config.trajectories.share
+        if self.trajectories is not None and torch.rand((), generator=self.generator) < share:
+            self.draw()
+            return self.trajectories.batch(len(indices), self.generator).to(self.student.device)
+        batch = self.data.batch(indices, self.generator)
+        batch = batch.to(self.student.device)  # what follows would keep a processor busy
+        if self.student.calls.both_ways:
+            return batch
+        empty = self.data.unconditional()
+        return drop_captions(batch, empty, self.config.caption_dropout, self.generator)
 
     def draw(self) -> None:
         """Draw the trajectories now, which can be stopped at any time: what is drawn is kept."""
@@ -75,14 +98,3 @@ class Samples:
             out = student.teacher(**student.calls.guided(x, t, batch, scales, empty))
         found = student.path.prediction(out)
         return guided(found, scales) if scales is not None and student.calls.both_ways else found
-
-    def _take(self, indices: Int[Tensor, " B"]) -> Batch:
-        share = self.config.trajectories.share
-        if self.trajectories is not None and torch.rand((), generator=self.generator) < share:
-            self.draw()
-            return self.trajectories.batch(len(indices), self.generator)
-        batch = self.data.batch(indices, self.generator)
-        if self.student.calls.both_ways:
-            return batch
-        empty = self.data.unconditional()
-        return drop_captions(batch, empty, self.config.caption_dropout, self.generator)

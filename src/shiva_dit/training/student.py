@@ -102,13 +102,11 @@ class Student:
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
         self.spec = model_spec(model)
         self._put_on()
-        passes = Pass.ALONE
-        if config.guidance is not None:
-            passes = passes_in_training(model, self.spec)
+        passes = Pass.ALONE if config.guidance is None else passes_in_training(model, self.spec)
         self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes)
-        self.num_tokens = self.spec.tokens(model, sample.latents)
-        last = self.adapter.config.num_blocks - 1
-        every = range(config.loss.distill_every - 1, last, config.loss.distill_every)
+        self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
+        last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every
+        every = range(each - 1, last, each)
         self.distilled = (*every, last)
 
     def _method(self, sample: Batch) -> tuple[Reducer | None, LossConfig]:
@@ -171,6 +169,8 @@ class Student:
             The loss, and by name "distill" and, where samples are guided, "guided".
         """
         weights, scales, samples = self.weights, None, len(batch.latents)
+        self.num_tokens = self.spec.tokens(self.model, batch.latents)
+        part = part.for_tokens(self.num_tokens, self.planned_tokens)
         lesson = Lesson(progress=progress, generator=self.generator)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         t, route = part.t.to(self.device), batch.route

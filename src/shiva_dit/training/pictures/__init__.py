@@ -1,0 +1,1 @@
+"""Captioned pictures as people have them: found, looked at, encoded once, and read in training."""
