@@ -161,7 +161,7 @@ def test_gradients_reach_all_of_a_blocks_group_and_nothing_else():
     router = make_router()
     run_router(router, 2).square().sum().backward()
     for name, parameter in router.groups[1].named_parameters():
-        assert parameter.grad.abs().max() > 0, name
+        assert not parameter.requires_grad or parameter.grad.abs().max() > 0, name
     for group in (router.groups[0], router.groups[2]):
         # The context terms of all blocks are one product: other groups get zeros from it.
         grads = [parameter.grad for parameter in group.parameters() if parameter.grad is not None]

@@ -185,8 +185,12 @@ def test_drawing_can_be_stopped_at_once(tmp_path: Path, monkeypatch: pytest.Monk
         return sampled(self, *given)
 
     monkeypatch.setattr(Trajectories, "_sampled", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(show_progress=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(show_progress=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert trainer.step == 0
     trainer.samples.draw()
     assert len(calls) == 3

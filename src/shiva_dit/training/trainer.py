@@ -315,6 +315,20 @@ class Trainer:
             ValueError: If there is none, or it is damaged, another recipe's, another model's or
                 other data's.
         """
+        path = self.processes.from_first(self._to_resume)
+        checkpoint = load_checkpoint(path)
+        try:
+            self.optimization.load_tensors(checkpoint.tensors)
+            self.step = checkpoint.state["step"]
+            self.samples.indices.position = checkpoint.state["position"]
+            self.budget.load_state_dict(checkpoint.state["budget"])
+        except KeyError as error:
+            raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
+        self.last_good = path
+        return path
+
+    def _to_resume(self) -> Path:
+        """The checkpoint that this run goes on from."""
         path = latest_checkpoint(self.checkpoints)
         if path is None:
             raise ValueError(
@@ -327,11 +341,6 @@ class Trainer:
         try:
             check_recipe(self.config, checkpoint.state["config"], path)
             check_origin(self.origin, checkpoint.state, path)
-            self.optimization.load_tensors(checkpoint.tensors)
-            self.step = checkpoint.state["step"]
-            self.samples.indices.position = checkpoint.state["position"]
-            self.budget.load_state_dict(checkpoint.state["budget"])
         except KeyError as error:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
-        self.last_good = path
         return path
