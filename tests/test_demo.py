@@ -308,13 +308,13 @@ def test_training_the_base_lowers_its_loss(task: DigitsTask, tmp_path: Path) -> 
     assert losses[30] < 0.9 * losses[1]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_what_ships_was_made_by_the_recipes_that_ship(name: str) -> None:
+@pytest.mark.parametrize(("name", "last"), [("digits", "digits"), ("scenes", "scenes-guided")])
+def test_what_ships_was_made_by_the_recipes_that_ship(name: str, last: str) -> None:
     task = load_task(name)
     base = load_recipe(BaseTraining, ROOT / f"recipes/{name}-base.toml")
     record = json.loads((ASSETS / record_file(task)).read_text())
     assert from_dict(BaseTraining, record["config"]) == base
-    recipe = load_recipe(TrainConfig, ROOT / f"recipes/{name}.toml")
+    recipe = load_recipe(TrainConfig, ROOT / f"recipes/{last}.toml")
     made = ShivaAdapter.from_pretrained(shipped_adapter(task)).training_record["recipe"]
     assert from_dict(TrainConfig, {**made, "out": str(recipe.out)}) == recipe
 
