@@ -14,9 +14,10 @@ from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName
 from shiva_dit.training.settings import OptimizerConfig
 
-SUMMED_WIDE = ("router", "updates")
-"""Whose gradients are summed in float64: Adam divides them by their size, however small, and so
-shows what the order of a sum rounds away."""
+SUMMED = ("router", "updates", "backbone")
+"""Whose gradients come from the parts of a batch. They are summed in float64, so that the order of
+the sum changes nothing: Adam divides small gradients by their size, and would show what it rounds
+away."""
 PARTS = ("router", "policy", "backbone", "updates")
 ACTIVE: dict[StageName, set[str]] = {
     "warmup": {"router", "updates"},
@@ -42,7 +43,7 @@ class Optimization:
     ) -> None:
         self.parts, self.config = parts, config
         self.untuned = [untuned[name] for name in parts["backbone"]]
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, str], Tensor] = {}
         # Gradients of scores and ratios are tiny (a mean over all pixels): Adam's usual eps would
         # hide them.
         small = {"eps": 1e-15}
@@ -80,40 +81,33 @@ class Optimization:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Add what a part's backward left, where that is summed wider."""
-        for part in SUMMED_WIDE:
+        """Add what a part's backward left to what others left."""
+        for part in SUMMED:
             for name, parameter in self.parts[part].items():
                 if parameter.grad is not None:
-                    wide, key = parameter.grad.double(), f"{part}.{name}"
-                    self._sums[key] = self._sums[key] + wide if key in self._sums else wide
+                    key = part, name
+                    if key in self._sums:
+                        self._sums[key] += parameter.grad
+                    else:
+                        self._sums[key] = parameter.grad.to(_wide(parameter))
                     parameter.grad = None
 
     @torch.no_grad()
     def reduce(self, processes: Processes) -> None:
         """Sum the gradients over all parts and processes; the policy's are alike on all."""
-        names = [(part, name) for part in (*SUMMED_WIDE, "backbone") for name in self.parts[part]]
-        own = {key: self._gradient(*key) for key in names}
-        known = torch.tensor([float(found is not None) for found in own.values()])
-        place = next(iter(self.parts["router"].values()), known)
-        known = known.to(place.device)
+        names = [(part, name) for part in SUMMED for name in self.parts[part]]
+        device = next((self.parts[p][n].device for p, n in names), None)
+        known = torch.tensor([float(key in self._sums) for key in names], device=device)
         processes.sum([known])
-        summed: list[tuple[nn.Parameter, Tensor]] = []
-        for (part, name), has in zip(names, known.tolist(), strict=True):
-            if has:  # in one process at least
-                parameter, found = self.parts[part][name], own[part, name]
-                if found is None:
-                    kind = torch.float64 if part in SUMMED_WIDE else parameter.dtype
-                    found = torch.zeros_like(parameter, dtype=kind)
-                summed.append((parameter, found))
-        processes.sum([found for _, found in summed])
-        for parameter, found in summed:
-            parameter.grad = found.to(parameter.dtype)
-        self._sums.clear()
-
-    def _gradient(self, part: str, name: str) -> Tensor | None:
-        if part in SUMMED_WIDE:
-            return self._sums.get(f"{part}.{name}")
-        return self.parts[part][name].grad
+        for key, has in zip(names, known.tolist(), strict=True):
+            if has and key not in self._sums:  # another process has one
+                parameter = self.parts[key[0]][key[1]]
+                self._sums[key] = torch.zeros_like(parameter, dtype=_wide(parameter))
+        summed = [key for key in names if key in self._sums]
+        processes.sum([self._sums[key] for key in summed])
+        for part, name in summed:
+            parameter = self.parts[part][name]
+            parameter.grad = self._sums.pop((part, name)).to(parameter.dtype)
 
     def drop(self) -> None:
         """Forget the gradients of a step that failed."""
@@ -185,6 +179,11 @@ class Optimization:
         for part, parameters in self.parts.items():
             for (name, parameter), mean in zip(parameters.items(), self.average[part], strict=True):
                 yield f"{part}.{name}", parameter, mean
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    """What gradients are summed in; Apple's GPUs have no float64."""
+    return torch.float32 if parameter.device.type == "mps" else torch.float64
 
 
 def adamw_tensors(adamw: torch.optim.AdamW) -> dict[str, Tensor]:
