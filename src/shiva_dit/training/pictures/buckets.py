@@ -20,7 +20,7 @@ def shapes(
         largest: No side is longer.
 
     >>> shapes(1024, 16, several=True)[:5]
-    [(1024, 1024), (704, 1472), (768, 1344), (832, 1216), (896, 1152)]
+    [(1024, 1024), (704, 1408), (704, 1472), (768, 1280), (768, 1344)]
     """
     square = (size, size)
     if not several:
