@@ -574,6 +574,12 @@ def test_what_was_trained_for_a_range_may_move_in_it(
     adapter.save_pretrained(tmp_path)
     loaded = ShivaAdapter.from_pretrained(tmp_path)
     assert loaded.trained_for == (0.3, 0.8)
+    older = tiny.adapter(tiny.sd3(), keep_ratio=0.5)
+    older.training_record = {"recipe": {"policy": {"target_range": [0.3, 0.8]}}}
+    assert older.trained_for == (0.3, 0.8)
+    for wrong in ((0.8, 0.3), (0.3, 1.2), (0.0, 0.5)):
+        with pytest.raises(ValueError, match=r"target_range must rise within \(0, 1\)"):
+            tiny.adapter(tiny.sd3(), target_range=wrong)
     for asked in (0.3, 0.5, 0.8, 1.0):  # all tokens of a frozen backbone are the model itself
         shiva_dit.apply(model, loaded, keep_ratio=asked)
     shiva_dit.apply(model, loaded)

@@ -83,8 +83,9 @@ class ShivaConfig:
             whole_number(name, getattr(self, name), least=1, most=most)
         if not 0.0 < self.keep_ratio < 1.0:
             raise ValueError(f"keep_ratio must lie in (0, 1), got {self.keep_ratio}.")
-        if self.target_range is not None and not 0.0 < min(self.target_range) < 1.0:
-            raise ValueError(f"target_range must lie within (0, 1), got {self.target_range}.")
+        low, high = self.target_range or (0.1, 0.9)
+        if not 0.0 < low < high < 1.0:
+            raise ValueError(f"target_range must rise within (0, 1), got {self.target_range}.")
         if self.multiple is not None:
             whole_number("multiple", self.multiple, least=1)
         for block in self.full_blocks:

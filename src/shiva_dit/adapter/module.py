@@ -78,7 +78,8 @@ class AdapterModule(nn.Module):
     def trained_for(self) -> tuple[float, float]:
         """Mean keep ratios, lowest and highest, that it was trained for."""
         own = self.config.keep_ratio
-        return self.config.target_range or (own, own)
+        recorded = self._recorded("recipe", "policy", "target_range")  # all that older ones have
+        return self.config.target_range or recorded or (own, own)
 
     @property
     def trained_for_guidance(self) -> tuple[float, float] | None:

@@ -39,7 +39,7 @@ class Calls:
             self.spec.sample: noisy.to(self.dtype),
             self.spec.timestep: self.path.timestep(t),
             "return_dict": False,
-            **{name: self._in_dtype(value) for name, value in batch.conditioning.items()},
+            **batch.conditioning_in(self.dtype),
             **batch.shared,
         }
 
@@ -65,6 +65,3 @@ class Calls:
         if self.both_ways:
             return self.plain(torch.cat([noisy] * 2), t.repeat(2), both_ways(batch, empty))
         return {**self.plain(noisy, t, batch), TOLD: self.spec.told_guidance * scales}
-
-    def _in_dtype(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if value.is_floating_point() else value

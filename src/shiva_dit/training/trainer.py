@@ -261,6 +261,8 @@ class Trainer:
 
     def _any(self, signals: list[int]) -> bool:
         """Whether a signal has come to one of the processes: all stop at the same step."""
+        if self.processes.count == 1:
+            return bool(signals)
         found = torch.tensor([float(len(signals))], device=self.student.device)
         self.processes.sum([found])
         return bool(found)

@@ -159,7 +159,9 @@ def with_lora(pipe: Any, lora: Path | None) -> Any:
     try:
         pipe.load_lora_weights(lora.parent if lora.is_file() else lora, **_named(lora))
     except Exception as error:  # whatever diffusers and PEFT raise on what is no LoRA of it
-        raise ValueError(f"lora: diffusers can't load {lora} into this pipeline: {error}") from None
+        raise ValueError(
+            f"lora: diffusers can't load {lora} into this pipeline: {error}"
+        ) from error
     return pipe
 
 
