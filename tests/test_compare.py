@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.cli import main
 from shiva_dit.config import load_recipe
-from shiva_dit.demo.base import load_backbone
+from shiva_dit.demo.base import load_backbone, load_judge
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.compare import Comparison, run_comparison
-from shiva_dit.experiments.contest import compete, noise_seed
+from shiva_dit.experiments.contest import compete
 from shiva_dit.experiments.contestants import (
     Contestant,
     Diverged,
@@ -27,7 +27,7 @@ from shiva_dit.experiments.kept import put_on
 from shiva_dit.experiments.measures import measure
 from shiva_dit.experiments.merging import merge_records
 from shiva_dit.experiments.plots import draw_comparison, draw_schedules
-from shiva_dit.experiments.scoring import sample
+from shiva_dit.experiments.scoring import noise_seed, sample
 from shiva_dit.models.counted import model_flops
 from shiva_dit.provenance import file_digest
 from shiva_dit.report.comparison import comparison_rows, comparison_table
@@ -85,7 +85,9 @@ def test_a_wrong_comparison_says_what_is_wrong(arms: dict, message: str) -> None
 
 def test_settings_of_records_that_name_no_sampler_are_those_of_their_time() -> None:
     plain = {"task": "digits", "count": 300}
-    assert saved_settings(plain, "x").sampler == "euler_diffusers" != Settings().sampler
+    assert (
+        saved_settings(plain, "x").sampler == "euler_diffusers" != Settings(task="digits").sampler
+    )
     assert saved_settings({**plain, "sampler": "unipc"}, "x").sampler == "unipc"
     whole = json.loads((ROOT / "results" / RECORD).read_text())
     parts = [_one_seed(whole, index) for index in range(2)]
@@ -299,7 +301,7 @@ def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(
         "map": {"name": "map", "method": "fixed_map", "backbone": "dora"},
         "dense": {"name": "tuned", "method": "dense", "backbone": "lora"},
     }
-    settings = Settings(count=20, num_steps=4)
+    settings = Settings(task="digits", count=20, num_steps=4)
     comparison = Comparison(
         what="x", about="y", seeds=(0,), settings=settings, recipe=short, arms=arms
     )
@@ -347,7 +349,11 @@ def test_merging_competes_like_any_method() -> None:
     merging = Contestant(name="merging", recipe=recipe, draws_maps=True)
     made = {}
     for contestant in (dense, merging):
-        job = Job(settings=Settings(count=20, num_steps=2), contestants=(contestant,), seed=0)
+        job = Job(
+            settings=Settings(task="digits", count=20, num_steps=2),
+            contestants=(contestant,),
+            seed=0,
+        )
         (made[contestant.name],) = compete(job)
     found, bare = made["merging"], made["dense"]
     assert isinstance(found, Outcome)
@@ -363,7 +369,7 @@ def test_merging_competes_like_any_method() -> None:
 def test_published_methods_compete(method: str) -> None:
     """Single predictions are asked of those alone that don't go by the steps of a run."""
     recipe = TrainConfig(method=method, backbone="frozen", keep_ratio=0.5)
-    settings = Settings(count=20, num_steps=3, guidance=3.0)
+    settings = Settings(task="digits", count=20, num_steps=3, guidance=3.0)
     job = Job(settings=settings, contestants=(Contestant(name=method, recipe=recipe),), seed=0)
     (found,) = compete(job)
     assert isinstance(found, Outcome)
@@ -371,5 +377,5 @@ def test_published_methods_compete(method: str) -> None:
     assert 0.5 * dense < found.flops < dense
     by_steps = method in ("ibtm", "sdtm")
     assert (found.held_out.error is None) == by_steps
-    values = measure(found, None, settings.judge(load_task("digits")))
+    values = measure(found, None, load_judge(load_task("digits")))
     assert ("held_out_error" in values) == (not by_steps)

@@ -31,12 +31,12 @@ from shiva_dit.demo.digits import MAX_WORDS, DigitsTask
 from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.demo.train_base import BaseTraining, train_base
-from shiva_dit.experiments.contest import flops_per_image
 from shiva_dit.experiments.contestants import Settings
 from shiva_dit.experiments.maps import kept_maps
 from shiva_dit.experiments.quickstart import CONTROLS, FEW, NAMES, load_quickstart_recipe
 from shiva_dit.experiments.scoring import Sampler, floors, sample, sampler_times, score
 from shiva_dit.experiments.served import Serving
+from shiva_dit.experiments.subjects import flops_per_image
 from shiva_dit.methods.fixed_map import FixedMapSelector
 from shiva_dit.metrics import psnr
 from shiva_dit.models.attach import attach

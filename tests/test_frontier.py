@@ -19,7 +19,6 @@ import shiva_dit
 from shiva_dit.config import from_dict
 from shiva_dit.demo.base import load_backbone, shipped_adapter
 from shiva_dit.demo.tasks import load_task
-from shiva_dit.experiments.contest import flops_per_image, noise_seed
 from shiva_dit.experiments.frontier.caches import CACHES, cached, fresh
 from shiva_dit.experiments.frontier.config import REFERENCE, Arm, Frontier, Point, points
 from shiva_dit.experiments.frontier.executed import counted
@@ -27,9 +26,11 @@ from shiva_dit.experiments.frontier.put import arm_on, refusals
 from shiva_dit.experiments.frontier.quality import interval, on_front
 from shiva_dit.experiments.frontier.run import run_frontier
 from shiva_dit.experiments.frontier.sheet import draw_sheet
-from shiva_dit.experiments.frontier.source import TaskSource, read_prompts, source_of, twin
+from shiva_dit.experiments.frontier.source import TaskSource, source_of
+from shiva_dit.experiments.own_pipeline import first_prompts, twin
 from shiva_dit.experiments.plots import draw_front
-from shiva_dit.experiments.scoring import sample_through
+from shiva_dit.experiments.scoring import noise_seed, sample_through
+from shiva_dit.experiments.subjects import flops_per_image
 from shiva_dit.metrics import LARGEST_PSNR, decibels, squared_errors
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.report.frontier import budget_rows, frontier_rows, frontier_table
@@ -340,7 +341,7 @@ def test_a_pipeline_of_ones_own_is_held_against_itself(pipeline: Path, tmp_path:
     with pytest.raises(ValueError, match="other settings"):
         run_frontier(frontier, tmp_path / "out")
     with pytest.raises(ValueError, match="has 2 prompts"):
-        read_prompts(prompts, 3)
+        first_prompts(prompts, 3)
 
 
 def saved_lora(folder: Path) -> Path:
@@ -417,6 +418,10 @@ def test_twins_share_weights_only_where_they_may() -> None:
         ({"task": None}, "of a task or of a pipeline"),
         ({"pipeline": "x"}, "of a task or of a pipeline"),
         ({"prompts": "x.txt"}, "pipeline and prompts"),
+        (
+            {"task": None, "pipeline": "x", "prompts": "x", "count": 2, "timing": {"batch": 3}},
+            "timing.batch must be at most count",
+        ),
         ({"reference": "nobody"}, "no arm 'nobody'"),
         ({"guidance": [0.5]}, "guidance must be"),
         ({"arms": {"unpruned": {"name": "x", "method": "random"}}}, "no method without training"),

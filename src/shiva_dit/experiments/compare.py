@@ -6,15 +6,13 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from shiva_dit.config import check_seeds, check_types, from_dict, merged, to_dict
-from shiva_dit.core.schedule import Schedule
-from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contestants import (
     Contestant,
     Diverged,
@@ -22,29 +20,16 @@ from shiva_dit.experiments.contestants import (
     Outcome,
     Settings,
     reference,
-    saved_settings,
 )
-from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.measures import row
+from shiva_dit.experiments.outcomes import TRAINED, Runs
 from shiva_dit.experiments.pool import run_jobs
-from shiva_dit.experiments.scoring import Sampler, Score, floors
+from shiva_dit.experiments.scoring import Sampler
+from shiva_dit.experiments.subjects import OwnSubject, Subject, subject_of
 from shiva_dit.ownership import owned
-from shiva_dit.provenance import (
-    load_tensors,
-    provenance,
-    read_as,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from shiva_dit.provenance import provenance, write_json
 from shiva_dit.training.recipe import TrainConfig
 
-PLAIN = ("flops", "sample_s", "train_s", "keep_ratio", "parameters", "kept")
-"""What of an `Outcome` a run's file holds as it is."""
-TRAINED = "trained"
-"""Folder, within a comparison's, of what was trained: one for each recipe and seed."""
-RUN_BY = ("run_at", "num_steps", "sampler")
-"""What decides how a trained `Contestant` is run; None where nothing is said."""
 UNPRUNED = "unpruned"
 """Key of the model as it ships: it is always among the contestants."""
 REFERENCE = "reference"
@@ -84,7 +69,7 @@ class Comparison:
     """What is asked, in a sentence."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each arm is trained and sampled once per seed."""
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings = field(default_factory=partial(Settings, task="digits"))
     """What is equal for all arms."""
     recipe: dict = field(default_factory=dict)  # type: ignore[type-arg]
     """What the arms' recipes have in common (`TrainConfig`)."""
@@ -137,8 +122,9 @@ def run_comparison(
     Args:
         comparison: What to run.
         out: Folder for one JSON file and one file of images per arm and seed, what each recipe and
-            seed trained (`trained/<arm>-<seed>`, see `kept.put_on`), and `record.json`. Arms that
-            it holds already are not run again.
+            seed trained (`trained/<arm>-<seed>`, see `kept.put_on`), `record.json`, and of a model
+            of one's own the pictures (`pictures/<arm>`). Arms that it holds already are not run
+            again; a training that was cut off goes on from its last checkpoint.
         workers: Recipes at a time, each in a process of one thread.
         retry_failed: Whether arms that are recorded as failed are run again.
 
@@ -150,22 +136,25 @@ def run_comparison(
             is at work in it.
     """
     contestants = comparison.contestants()
+    subject = subject_of(comparison.settings)
     with owned(out):
-        return _run(comparison, contestants, out, workers, retry_failed)
+        return _run(comparison, subject, contestants, out, workers, retry_failed)
 
 
 def _run(
     comparison: Comparison,
+    subject: Subject,
     contestants: Mapping[str, Contestant],
     out: Path,
     workers: int,
     retry_failed: bool,
 ) -> dict[str, Any]:
     start = time.perf_counter()
+    runs = Runs(out, comparison.settings, subject.identity)
     todo = []
     for seed in comparison.seeds:
         for key, contestant in contestants.items():
-            if not _is_done(out, comparison.settings, contestant, key, seed, retry_failed):
+            if not runs.has(contestant, key, seed, retry_failed):
                 todo.append((key, seed))
     groups = _by_training(contestants, todo)
     jobs = [
@@ -182,10 +171,13 @@ def _run(
     with bar:
         for (name, seed, keys), outcomes in zip(groups, run_jobs(jobs, workers), strict=True):
             for key, outcome in zip(keys, outcomes, strict=True):
-                _save(out, comparison.settings, contestants[key], key, seed, outcome, name)
+                runs.save(contestants[key], key, seed, outcome, name)
                 bar.update()
-    record = _record(comparison, contestants, out)
+    record = _record(comparison, subject, contestants, runs)
     record["wall_s"] = time.perf_counter() - start
+    if isinstance(subject, OwnSubject):
+        for key in contestants:
+            runs.write_pictures(key, subject.prompts, comparison.seeds)
     record["runs_of_this_call"] = len(todo)
     write_json(out / "record.json", record)
     return record
@@ -205,32 +197,31 @@ def _by_training(
 
 
 def _record(
-    comparison: Comparison, contestants: Mapping[str, Contestant], out: Path
+    comparison: Comparison, subject: Subject, contestants: Mapping[str, Contestant], runs: Runs
 ) -> dict[str, Any]:
-    task = load_task(comparison.settings.task)
-    judge = comparison.settings.judge(task)
-    found = {key: {s: _load(out, key, s) for s in comparison.seeds} for key in contestants}
+    found = {key: {s: runs.load(key, s) for s in comparison.seeds} for key in contestants}
     truth = {s: o for s, o in found[REFERENCE].items() if isinstance(o, Outcome)}
     rows = []
     for key, contestant in contestants.items():
         outcomes = {s: o for s, o in found[key].items() if isinstance(o, Outcome)}
         twins = None if key == REFERENCE else [truth[seed] for seed in outcomes]
-        made = row(key, contestant.name, list(outcomes.values()), twins, judge)
+        made = row(key, contestant.name, list(outcomes.values()), twins, subject.judge)
         made |= _arm(contestant, list(outcomes.values()))
         failed = {s: o for s, o in found[key].items() if isinstance(o, Diverged)}
         if failed:
             made["failed"] = [{"seed": s, **dataclasses.asdict(o)} for s, o in failed.items()]
-        kept = [_kept(out, key, seed) for seed in outcomes]
+        kept = [runs.kept(key, seed) for seed in outcomes]
         if any(kept):
             made["kept_by_seed"] = kept
         rows.append(made)
+    floor = subject.floors(comparison.settings.count)
     return {
         "what": comparison.what,
         "about": comparison.about,
         "config": to_dict(comparison),
-        "floor": dataclasses.asdict(floors(task, judge, comparison.settings.count)),
+        **({} if floor is None else {"floor": dataclasses.asdict(floor)}),
         "rows": rows,
-        "runs_at": _where_run(comparison, contestants, out),
+        "runs_at": runs.made_by([(key, seed) for key in contestants for seed in comparison.seeds]),
         "provenance": provenance(),
     }
 
@@ -252,99 +243,3 @@ def _arm(contestant: Contestant, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             if outcome.schedule is not None
         ]
     return made
-
-
-def _where_run(
-    comparison: Comparison, contestants: Mapping[str, Contestant], out: Path
-) -> list[Any]:
-    """The code that the runs were made with: one entry unless the comparison was resumed."""
-    found = []
-    for key in contestants:
-        for seed in comparison.seeds:
-            plain = read_json(out / f"{key}-{seed}.json")
-            code = {name: plain["provenance"][name] for name in ("commit", "dirty")}
-            if code not in found:
-                found.append(code)
-    return found
-
-
-def _is_done(
-    out: Path, settings: Settings, contestant: Contestant, key: str, seed: int, retry_failed: bool
-) -> bool:
-    """Whether a run is there; settings that it was saved without count as their defaults."""
-    path = out / f"{key}-{seed}.json"
-    if not path.is_file():
-        return False
-    with read_as("run of a comparison", path):
-        plain = read_json(path)
-        run = plain["run"]
-        recipe = run["recipe"] and from_dict(TrainConfig, run["recipe"], str(path))
-        same = recipe == contestant.recipe and run["seed"] == seed
-        same = same and all(run.get(name) == getattr(contestant, name) for name in RUN_BY)
-        same = same and saved_settings(run["settings"], str(path)) == settings
-    if not same:
-        raise ValueError(
-            f"{path} was made with other settings: remove it to run that arm again, or use "
-            "another folder (--out)."
-        )
-    return not (retry_failed and "failed" in plain)
-
-
-def _save(
-    out: Path,
-    settings: Settings,
-    contestant: Contestant,
-    key: str,
-    seed: int,
-    outcome: Outcome | Diverged,
-    training: str,
-) -> None:
-    """The images first: a run whose JSON is there is whole."""
-    path = out / f"{key}-{seed}.safetensors"
-    plain = {
-        "run": {
-            "settings": to_dict(settings),
-            "recipe": None if contestant.recipe is None else to_dict(contestant.recipe),
-            **{name: getattr(contestant, name) for name in RUN_BY},
-            "seed": seed,
-        },
-        "provenance": provenance(),
-    }
-    if isinstance(outcome, Diverged):
-        plain["failed"] = dataclasses.asdict(outcome)
-    else:
-        write_atomically(path, lambda file: save_file({"images": outcome.images}, file))
-        plain |= {
-            "score": dataclasses.asdict(outcome.score),
-            "held_out": dataclasses.asdict(outcome.held_out),
-            "schedule": None if outcome.schedule is None else outcome.schedule.to_json(),
-            **{name: getattr(outcome, name) for name in PLAIN},
-            "trained": training if outcome.kept else None,
-        }
-    write_json(path.with_suffix(".json"), plain)
-
-
-def _load(out: Path, key: str, seed: int) -> Outcome | Diverged:
-    path = out / f"{key}-{seed}.json"
-    plain = read_json(path)
-    with read_as("run of a comparison", path):
-        if "failed" in plain:
-            return Diverged(**plain["failed"])
-        for name in ("run", "provenance", "trained"):
-            plain.pop(name, None)
-        schedule = plain.pop("schedule")
-        return Outcome(
-            score=Score(**plain.pop("score")),
-            held_out=HeldOut(**plain.pop("held_out")),
-            schedule=None if schedule is None else Schedule.from_json(schedule),
-            images=load_tensors(path.with_suffix(".safetensors"))["images"],
-            **plain,
-        )
-
-
-def _kept(out: Path, key: str, seed: int) -> dict[str, Any] | None:
-    """Where an arm's weights are, and the SHA-256 of each file."""
-    plain = read_json(out / f"{key}-{seed}.json")
-    if not plain.get("kept"):
-        return None
-    return {"folder": f"{TRAINED}/{plain['trained']}", "files": plain["kept"]}

@@ -5,64 +5,51 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from shiva_dit.demo.task import DemoTask
-from shiva_dit.demo.tasks import load_task
-from shiva_dit.experiments.contestants import (
-    MIN_COUNT,
-    Contestant,
-    Diverged,
-    Job,
-    Outcome,
-    Settings,
-)
-from shiva_dit.experiments.frontier.executed import counted
-from shiva_dit.experiments.held_out import HeldOut, held_out
+from shiva_dit.experiments.contestants import Contestant, Diverged, Job, Outcome, Settings
+from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.kept import keep, put_trained_on
 from shiva_dit.experiments.maps import kept_maps
-from shiva_dit.experiments.scoring import (
-    Sampler,
-    sample,
-    sampler_times,
-    score,
-)
-from shiva_dit.methods.blocks import BlockReducer
+from shiva_dit.experiments.scoring import noise_seed
+from shiva_dit.experiments.subjects import On, Subject, subject_of
 from shiva_dit.models.attachment import Attachment
-from shiva_dit.models.cost import pruned_flops
-from shiva_dit.models.counted import model_flops
 from shiva_dit.models.reducing import Reduction
-from shiva_dit.models.spec import grid_of
+from shiva_dit.training.checkpoint import latest_checkpoint
+from shiva_dit.training.data import data_name
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trained import Trained
 from shiva_dit.training.trainer import Trainer
 
-CHUNK = 100
-"""Images per call of the pipeline."""
+UNDER_WAY = "-under-way"
+"""What the folder of a training is called by while it isn't done, after the arm's name."""
 LARGEST = 1e6
 """Pictures lie about [-1, 1]; a judge's features of larger ones than this overflow."""
 
 
 def compete(job: Job) -> list[Outcome | Diverged]:
     """Train once if there is anything to train, then sample and judge each contestant."""
-    task = load_task(job.settings.task)
+    subject = subject_of(job.settings)
     recipe = job.contestants[0].recipe
     held: dict[float | None, HeldOut] = {}
     if recipe is None:
-        return [_run(job, task, contestant, None, held) for contestant in job.contestants]
-    trained, seconds = _train(job, task, recipe)
+        return [_run(job, subject, contestant, None, held) for contestant in job.contestants]
+    trained, seconds = _train(job, subject, recipe)
     if isinstance(trained, Diverged):
         return [trained for _ in job.contestants]
     kept = None
     if job.keep is not None and not recipe.trains_nothing:
         kept = keep(trained, recipe, job.keep)
-    outcomes = [_run(job, task, contestant, trained, held) for contestant in job.contestants]
+    outcomes = [_run(job, subject, contestant, trained, held) for contestant in job.contestants]
     return [
         outcome
         if isinstance(outcome, Diverged)
@@ -73,40 +60,47 @@ def compete(job: Job) -> list[Outcome | Diverged]:
 
 def _run(
     job: Job,
-    task: DemoTask,
+    subject: Subject,
     contestant: Contestant,
     trained: Trained | None,
     held: dict[float | None, HeldOut],
 ) -> Outcome | Diverged:
     """One contestant on a backbone of its own; errors held out are measured once for each ratio."""
-    backbone = job.settings.backbone(task)
-    attachment = schedule = None
+    backbone = subject.backbone()
+    on = schedule = None
     if trained is not None:
         schedule = trained.schedule
         if contestant.run_at is not None:
             schedule = trained.at(contestant.run_at)
         # Random tokens differ from the noise that pictures start from.
-        attachment = put_trained_on(trained, schedule, backbone, seed=noise_seed(job.seed) + 500)
+        on = put_trained_on(trained, schedule, backbone, seed=noise_seed(job.seed) + 500)
     try:
         found = held.get(contestant.run_at)
-        outcome = _judged(job.settings, contestant, job.seed, task, backbone, attachment, found)
+        outcome = _judged(job.settings, contestant, job.seed, subject, backbone, on, found)
     except FloatingPointError as error:
         return Diverged(step=None, reason=str(error))
     held[contestant.run_at] = outcome.held_out
-    return dataclasses.replace(outcome, schedule=schedule if attachment else None)
+    return dataclasses.replace(outcome, schedule=schedule if on else None)
 
 
-def _train(job: Job, task: DemoTask, recipe: TrainConfig) -> tuple[Trained | Diverged, float]:
-    """What was trained, or why not, and its CPU seconds."""
+def _train(job: Job, subject: Subject, recipe: TrainConfig) -> tuple[Trained | Diverged, float]:
+    """What was trained, or why not, and its CPU seconds.
+
+    A training that was cut off goes on from its last checkpoint; its seconds are then those of the
+    steps of this call, for all.
+    """
     label = _label("train", job.contestants[0].name, job.seed)
-    with tempfile.TemporaryDirectory() as out:
-        config = dataclasses.replace(recipe, task=task.name, seed=job.seed, out=Path(out))
-        trainer = Trainer(config, job.settings.backbone(task), task, task.sampler(config.num_steps))
+    data = subject.data
+    with _run_folder(job) as out:
+        config = dataclasses.replace(recipe, task=data_name(data), seed=job.seed, out=out)
+        trainer = Trainer(config, subject.backbone(), data, subject.sampler(config.num_steps))
         if config.trains_nothing:
             trained = trainer.result()
             trainer.close()
             return trained, 0.0
-        start = time.process_time()
+        if latest_checkpoint(trainer.checkpoints) is not None:
+            trainer.resume()
+        start, first = time.process_time(), trainer.step
         try:
             trained = trainer.run(description=label, position=_place(), saves_on_signals=False)
         except FloatingPointError as error:
@@ -114,32 +108,43 @@ def _train(job: Job, task: DemoTask, recipe: TrainConfig) -> tuple[Trained | Div
             return Diverged(step=trainer.step, reason=str(error).partition(" at step ")[0]), 0.0
         seconds = time.process_time() - start
         trainer.close()
-    return trained, seconds
+    return trained, seconds * config.total_steps / max(1, config.total_steps - first)
+
+
+@contextmanager
+def _run_folder(job: Job) -> Iterator[Path]:
+    """A folder for checkpoints; where trainings are kept, one that is cut off leaves it there."""
+    if job.keep is None:
+        with tempfile.TemporaryDirectory() as out:
+            yield Path(out)
+        return
+    folder = job.keep.with_name(f"{job.keep.name}{UNDER_WAY}")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _judged(
     settings: Settings,
     contestant: Contestant,
     seed: int,
-    task: DemoTask,
+    subject: Subject,
     backbone: Any,
-    attachment: Attachment | Reduction | None,
+    on: On,
     found: HeldOut | None,
 ) -> Outcome:
     """Sample and judge; the noise is the same for all contestants of a seed."""
     num_steps = contestant.num_steps or settings.num_steps
     sampler = contestant.sampler or settings.sampler
     parts, seconds = [], 0.0
-    starts = range(0, settings.count, CHUNK)
+    starts = range(0, settings.count, settings.batch)
     label = _label("sample", contestant.name, seed)
-    for part, start in enumerate(
-        tqdm(starts, desc=label, unit=f"x{CHUNK}", position=_place(), leave=False)
+    for start in tqdm(
+        starts, desc=label, unit=f"x{settings.batch}", position=_place(), leave=False
     ):
-        images, cpu_s = sample(
-            task,
+        images, cpu_s = subject.sample(
             backbone,
-            min(CHUNK, settings.count - start),
-            seed=noise_seed(seed) + part,
+            min(settings.batch, settings.count - start),
+            seed=seed,
             start=start,
             num_steps=num_steps,
             sampler=sampler,
@@ -148,35 +153,30 @@ def _judged(
         parts.append(images)
         seconds += cpu_s
     images = torch.cat(parts)
-    selects = attachment if isinstance(attachment, Attachment) else None
-    if isinstance(attachment, Reduction) and "steps" in attachment.reducer.needs:
+    if isinstance(on, Reduction) and "steps" in on.reducer.needs:
         found = HeldOut()  # single predictions are none of a run
-    found = found or held_out(task, settings.backbone(task), backbone, selects)
+    found = found or subject.held_out(backbone, on)
     if not (float(images.abs().max()) < LARGEST and math.isfinite(found.error or 0.0)):
         raise FloatingPointError("its pictures, or its predictions, are not finite")
-    keep_ratio, maps = 1.0, None
-    if isinstance(attachment, Reduction):
-        keep_ratio = attachment.reducer.count(task.num_tokens) / task.num_tokens
-    if selects is not None:
-        run = tuple(sampler_times(num_steps, sampler))
-        keep_ratio = selects.counts.table(task.num_tokens, run).mean_keep_ratio
-        if contestant.draws_maps:
-            maps = kept_maps(
-                task,
-                selects,
-                10,
-                seed=noise_seed(seed),
-                num_steps=num_steps,
-                sampler=sampler,
-            )
+    maps = None
+    if isinstance(on, Attachment) and contestant.draws_maps and subject.task is not None:
+        maps = kept_maps(
+            subject.task,
+            on,
+            10,
+            seed=noise_seed(seed),
+            num_steps=num_steps,
+            sampler=sampler,
+        )
+    flops, keep_ratio = subject.cost(backbone, on, num_steps, sampler, settings.guidance)
     return Outcome(
-        score=score(task, settings.judge(task), images),
+        score=subject.score(images),
         held_out=found,
-        flops=flops_per_image(task, backbone, attachment, num_steps, sampler),
+        flops=flops,
         images=images,
         sample_s=seconds,
         keep_ratio=keep_ratio,
-        parameters=0 if attachment is None else attachment.num_parameters,
+        parameters=0 if on is None else on.num_parameters,
         maps=maps,
     )
 
@@ -189,34 +189,3 @@ def _place() -> int:
     """Line of this process's progress bar."""
     identity = multiprocessing.current_process()._identity
     return (identity[0] - 1) if identity else 0
-
-
-def flops_per_image(
-    task: DemoTask,
-    backbone: Any,
-    attachment: Attachment | Reduction | None,
-    num_steps: int,
-    sampler: Sampler = "euler",
-) -> float:
-    """True FLOPs of one image without guidance: every sampler step with its own tokens.
-
-    Where they differ from picture to picture, it is the mean of the first few.
-    """
-    size = task.num_tokens, task.captions.max_words
-    if attachment is None:
-        return float(num_steps * model_flops(backbone, *size).dense())
-    if isinstance(attachment, Reduction) and isinstance(attachment.reducer, BlockReducer):
-        with counted(backbone) as executed:
-            sample(task, backbone, MIN_COUNT, seed=0, num_steps=num_steps, sampler=sampler)
-        return sum(executed) / MIN_COUNT
-    if isinstance(attachment, Reduction):
-        grid = grid_of(backbone, task.held_out_images)
-        return float(attachment.run_flops(*grid, task.captions.max_words, num_steps))
-    run = tuple(sampler_times(num_steps, sampler))
-    table = attachment.counts.table(task.num_tokens, run)
-    return float(sum(pruned_flops(attachment, *size, table.row(t)) for t in run))
-
-
-def noise_seed(seed: int) -> int:
-    """Sampling noise of a seed: apart from the training's, the same for all contestants."""
-    return 1000 * (seed + 1)

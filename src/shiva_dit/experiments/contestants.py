@@ -11,28 +11,37 @@ from torch import Tensor
 
 from shiva_dit.config import check_types, from_dict
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.demo.base import ASSETS, load_backbone, load_judge, usable_device
-from shiva_dit.demo.judge import Judge
-from shiva_dit.demo.task import DemoTask
 from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.scoring import NUM_STEPS, UNNAMED, Sampler, Score
 from shiva_dit.training.recipe import TrainConfig
 
 MIN_COUNT = 20
+CHUNK = 100
+"""Pictures per call of a pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """What is equal for all contestants."""
 
-    task: str = "digits"
-    """Name of the demo task."""
+    task: str | None = None
+    """Name of the demo task, or:"""
+    pipeline: str | None = None
+    """folder or Hub id of a pipeline of diffusers,"""
+    data: Path | None = None
+    """pictures that `shiva-dit encode` made by it, to train on,"""
+    prompts: Path | None = None
+    """and prompts to sample, one in a line."""
+    size: tuple[int, int] | None = None
+    """Height and width of its pictures in pixels; its own by default."""
     count: int = 300
     """Images that are judged, per contestant and seed."""
     num_steps: int = NUM_STEPS
     """Sampler steps."""
     sampler: Sampler = "euler"
     """How they are made."""
+    batch: int = CHUNK
+    """Pictures per call."""
     guidance: float = 1.0
     """Guidance scale; 1 is none."""
     device: str = "cpu"
@@ -42,30 +51,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.count < MIN_COUNT:
+        own = (self.pipeline, self.data, self.prompts)
+        if (self.task is None) == (self.pipeline is None):
+            raise ValueError("settings are of a task or of a pipeline: give one of the two.")
+        if any(given is None for given in own) != all(given is None for given in own):
+            raise ValueError("settings.pipeline, settings.data and settings.prompts go together.")
+        if self.size is not None and self.task is not None:
+            raise ValueError("settings.size is for a pipeline: a task has its own.")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}.")
+        if self.task is None and self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}.")
+        if self.task is not None and self.count < MIN_COUNT:
             raise ValueError(
                 f"count must be at least {MIN_COUNT} (a distance needs that many images), "
                 f"got {self.count}."
             )
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
-
-    def backbone(self, task: DemoTask) -> Any:
-        """The unpruned model, on its device.
-
-        Raises:
-            ValueError: If its weights are missing, or there is no such device here.
-        """
-        model: Any = load_backbone(task, self.base or ASSETS)
-        return model.to(usable_device(self.device))
-
-    def judge(self, task: DemoTask) -> Judge:
-        """Who judges.
-
-        Raises:
-            ValueError: If its weights are missing.
-        """
-        return load_judge(task, self.base or ASSETS)
 
 
 def saved_settings(data: Mapping[str, Any], where: str) -> Settings:
@@ -106,10 +109,11 @@ def reference(settings: Settings) -> Contestant:
 class Outcome:
     """One contestant's result for one seed."""
 
-    score: Score
+    score: Score | None
+    """A judge's verdict; None where there is none."""
     held_out: HeldOut
     flops: float
-    """FLOPs per image, all sampler steps."""
+    """FLOPs per image, all sampler steps; of a pipeline of one's own with guidance both halves."""
     images: Tensor
     """All that were judged."""
     sample_s: float

@@ -11,8 +11,7 @@ from shiva_dit.demo.base import ASSETS, load_backbone, usable_device
 from shiva_dit.demo.distil import Distillation, distilled
 from shiva_dit.demo.made import Made, make_base
 from shiva_dit.demo.task import DemoTask
-from shiva_dit.experiments.contest import noise_seed
-from shiva_dit.experiments.scoring import Sampler, sample, score
+from shiva_dit.experiments.scoring import Sampler, noise_seed, sample, score
 from shiva_dit.metrics import decibels, squared_errors
 
 COUNT = 50

@@ -14,21 +14,27 @@ from shiva_dit.experiments.scoring import distance_between
 from shiva_dit.metrics import psnr
 
 
-def measure(outcome: Outcome, reference: Outcome | None, judge: Judge) -> dict[str, float]:
+def measure(outcome: Outcome, reference: Outcome | None, judge: Judge | None) -> dict[str, float]:
     """All numbers of one outcome.
 
     Args:
         outcome: What is measured.
         reference: The unpruned model's, from the same noise (`contest.reference`); None if this is
             it.
-        judge: Gives the features of distances.
+        judge: Gives the features of distances; None leaves them out.
     """
     score = outcome.score
-    values = {
-        "correct": score.right["all"],
-        **{f"right_{name}": share for name, share in score.right.items() if name != "all"},
-        "frechet": score.frechet,
-        "kernel": score.kernel,
+    values = (
+        {}
+        if score is None
+        else {
+            "correct": score.right["all"],
+            **{f"right_{name}": share for name, share in score.right.items() if name != "all"},
+            "frechet": score.frechet,
+            "kernel": score.kernel,
+        }
+    )
+    values |= {
         "flops": outcome.flops,
         "keep_ratio": outcome.keep_ratio,
         "train_cpu_s": outcome.train_s,
@@ -43,7 +49,8 @@ def measure(outcome: Outcome, reference: Outcome | None, judge: Judge) -> dict[s
     if reference is not None:
         if not torch.equal(outcome.images, reference.images):  # of equal images it is infinite
             values["psnr"] = psnr(outcome.images, reference.images)
-        values["frechet_to_dense"] = distance_between(judge, outcome.images, reference.images)
+        if judge is not None:
+            values["frechet_to_dense"] = distance_between(judge, outcome.images, reference.images)
     return values
 
 
@@ -52,7 +59,7 @@ def row(
     name: str,
     outcomes: Sequence[Outcome],
     references: Sequence[Outcome] | None,
-    judge: Judge,
+    judge: Judge | None,
 ) -> dict[str, Any]:
     """One contestant's row: `x` is the mean over seeds of what `x_by_seed` lists.
 

@@ -34,7 +34,7 @@ from shiva_dit.training.recipe import TrainConfig
 
 NAMES: dict[str, str] = {
     "dense": "unpruned",
-    "reference": reference(Settings()).name,
+    "reference": reference(Settings(task="digits")).name,
     "random": "random, no training",
     "shiva": "Shiva",
     "shiva_unipc": "Shiva, by UniPC",
@@ -78,7 +78,7 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        Settings(count=self.count)
+        Settings(task="digits", count=self.count)
         if not self.seeds:
             raise ValueError("seeds must be at least 1.")
         check_seeds(self.seeds)
@@ -98,7 +98,7 @@ class Quickstart:
         self.config = config
         self.task = DigitsTask()
         self.judge = load_judge(self.task)
-        self.settings = Settings(count=config.count)
+        self.settings = Settings(task="digits", count=config.count)
         self.outcomes: dict[str, list[Outcome]] = {}
 
     @property
@@ -206,10 +206,12 @@ class Quickstart:
             if method == "reference":
                 continue
             first = self.outcomes[method][0]
+            score = first.score
+            assert score is not None
             share = first.flops / self.outcomes["dense"][0].flops
             caption = (
-                f"{share:.0%} of the FLOPs, {first.score.right['all']:.0%} right, "
-                f"distance {first.score.frechet:.1f}"
+                f"{share:.0%} of the FLOPs, {score.right['all']:.0%} right, "
+                f"distance {score.frechet:.1f}"
             )
             rows[NAMES[method]] = (first.images[:10], caption)
         keep = self.config.keep_ratio

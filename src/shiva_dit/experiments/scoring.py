@@ -103,7 +103,7 @@ def sample_through(
     shape = (count, task.channels, height, width)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     pipe.scheduler = _scheduler(sampler)
-    with _following(pipe):
+    with following(pipe):
         images = pipe(
             prompt_embeds=conditioning["encoder_hidden_states"],
             pooled_prompt_embeds=conditioning["pooled_projections"],
@@ -119,8 +119,13 @@ def sample_through(
     return images.cpu()
 
 
+def noise_seed(seed: int) -> int:
+    """Sampling noise of a seed: apart from the training's, the same for all contestants."""
+    return 1000 * (seed + 1)
+
+
 @contextmanager
-def _following(pipe: Any) -> Iterator[None]:
+def following(pipe: Any) -> Iterator[None]:
     """Within: what is attached to a pipeline's model knows the pipeline's steps."""
     attachment = attachment_of(pipe.transformer)
     if attachment is None:

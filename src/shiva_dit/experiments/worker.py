@@ -10,7 +10,9 @@ import threading
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from shiva_dit.experiments.contest import compete
 from shiva_dit.experiments.contestants import Diverged, Job, Outcome
@@ -27,6 +29,8 @@ def start_worker(lock: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(lock)
     torch.set_num_threads(1)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)  # each process would repeat the libraries' notices
 
 

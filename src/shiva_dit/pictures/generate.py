@@ -220,7 +220,7 @@ def _begin(out: Path, settings: dict[str, Any], wanted: Sequence[Wanted]) -> Non
                     f"{out} holds a {strange}, and no {ABOUT} that says how it was made: take an "
                     "empty folder."
                 )
-            _write_metadata(out, wanted)
+            write_metadata(out, wanted)
             write_json(path, {"settings": ours, "provenance": provenance()})
             return
         with read_as("settings of generated pictures", path):
@@ -233,7 +233,7 @@ def _begin(out: Path, settings: dict[str, Any], wanted: Sequence[Wanted]) -> Non
             )
 
 
-def _write_metadata(out: Path, wanted: Sequence[Wanted]) -> None:
+def write_metadata(out: Path, wanted: Sequence[Wanted]) -> None:
     """A line per picture, whether it is there yet or not."""
     rows = [
         {"file_name": one.file, "id": one.prompt.id, "prompt": one.prompt.text, "seed": one.seed}
@@ -263,8 +263,13 @@ def _pictures(pipe: Any, some: Sequence[Wanted], call: Mapping[str, Any]) -> lis
             f"the pictures of {', '.join(broken)} hold values that are not finite: take another "
             "dtype (--dtype float32), or other settings."
         )
-    pixels = (255 * values.clamp(0, 1)).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(one.squeeze(-1).numpy()) for one in pixels]
+    return [image_of(value) for value in values]
+
+
+def image_of(values: Float[Tensor, "C H W"]) -> Image.Image:
+    """A picture of values in [0, 1]."""
+    pixels = (255 * values.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(pixels.squeeze(-1).numpy())
 
 
 def _end(

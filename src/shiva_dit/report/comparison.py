@@ -21,8 +21,18 @@ COLUMNS = {
         "arm", "keep, asked", "keep", "FLOPs", "held-out error x 1000", "distance to real",
         "distance to unpruned",
     ),
+    "own": (
+        "arm", "FLOPs", "keep", "PSNR to unpruned, dB", "held-out error x 1000",
+        "train, CPU s per step",
+    ),
 }  # fmt: skip
-"""Tables of a comparison's record."""
+"""Tables of a comparison's record; "own" is that of a model without a judge."""
+JUDGED = (
+    ("distance to real", "frechet", "{:.2f}"),
+    ("judged right", "correct", "{:.1%}"),
+    ("kernel distance", "kernel", "{:.1f}"),
+)
+"""Columns of what a judge says."""
 
 
 def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[list[str]]:
@@ -31,12 +41,12 @@ def comparison_rows(record: dict[str, Any], kind: str = "comparison") -> list[li
     Raises:
         ValueError: If the record doesn't hold what the kind shows.
     """
-    columns = COLUMNS[kind]
+    columns = COLUMNS["own" if kind == "comparison" and "floor" not in record else kind]
     if not record["rows"]:
         raise ValueError("it has no rows: at least that of the unpruned model is needed.")
     rows = [list(columns)]
     for row in record["rows"]:
-        if "frechet" not in row:
+        if "flops" not in row:
             rows.append([row["name"], _failures(row), *["-"] * (len(columns) - 2)])
             continue
         cells = _cells(row, record["rows"][0])
@@ -52,11 +62,16 @@ def comparison_table(record: dict[str, Any], kind: str = "comparison") -> str:
     config = record["config"]
     note = (
         f"{record['about']} {config['settings']['count']} images per arm and seed, "
-        f"{by_seed(config['seeds'])} "
-        f"Floor of the distance to real: {record['floor']['frechet']:.2f}. "
+        f"{by_seed(config['seeds'])} {_floor(record)}"
         f"{sampled_by(config['settings'].get('sampler'))}"
     )
     return f"{markdown_rows(comparison_rows(record, kind))}\n\n{note}"
+
+
+def _floor(record: dict[str, Any]) -> str:
+    if "floor" not in record:
+        return ""
+    return f"Floor of the distance to real: {record['floor']['frechet']:.2f}. "
 
 
 def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
@@ -76,10 +91,13 @@ def _cells(row: dict[str, Any], unpruned: dict[str, Any]) -> dict[str, str]:
         "parameters": known(row.get("parameters"), "{:,}"),
         "held-out error x 1000": to_unpruned("held_out_error", "{:.2f}", 1000.0),
         "cosine": to_unpruned("held_out_cosine", "{:.4f}"),
-        "distance to real": spread(row["frechet_by_seed"], "{:.2f}"),
+        "PSNR to unpruned, dB": to_unpruned("psnr", "{:.1f}"),
         "distance to unpruned": to_unpruned("frechet_to_dense", "{:.2f}"),
-        "judged right": spread(row["correct_by_seed"], "{:.1%}"),
-        "kernel distance": spread(row["kernel_by_seed"], "{:.1f}"),
+        **{
+            column: spread(row[f"{measured}_by_seed"], form)
+            for column, measured, form in JUDGED
+            if f"{measured}_by_seed" in row
+        },
         **{
             name: spread(row[f"right_{name}_by_seed"], "{:.1%}")
             for name in ATTRIBUTES
@@ -101,5 +119,5 @@ def _failures(row: dict[str, Any]) -> str:
         said.append(f"diverged at step {', '.join(steps)}")
     if len(steps) < len(failed):
         said.append("pictures not finite")
-    whole = len(row.get("frechet_by_seed", []))
+    whole = len(row.get("flops_by_seed", []))
     return (f"{whole} of {whole + len(failed)} seeds; " if whole else "") + "; ".join(said)

@@ -162,6 +162,11 @@ class Frontier:
             raise ValueError("pipeline and prompts go together.")
         if self.count < 2 or self.batch < 1 or self.reference_steps < 1:
             raise ValueError("count must be at least 2, batch and reference_steps at least 1.")
+        if self.pipeline is not None and self.timing.repeats and self.timing.batch > self.count:
+            raise ValueError(
+                f"timing.batch must be at most count, the number of prompts, got "
+                f"{self.timing.batch} and {self.count}."
+            )
         if not self.seeds or not self.guidance:
             raise ValueError("a frontier needs a seed and a guidance scale.")
         check_seeds(self.seeds)

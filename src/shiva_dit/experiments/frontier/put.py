@@ -11,11 +11,11 @@ import torch
 
 import shiva_dit
 from shiva_dit.demo.base import shipped_adapter
-from shiva_dit.experiments.contest import noise_seed
 from shiva_dit.experiments.frontier.caches import cached, fresh
 from shiva_dit.experiments.frontier.config import SHIPPED, Arm, Point
 from shiva_dit.experiments.frontier.source import Source
 from shiva_dit.experiments.kept import put_on
+from shiva_dit.experiments.scoring import noise_seed
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.compiling import compile_options
 from shiva_dit.models.families import model_spec

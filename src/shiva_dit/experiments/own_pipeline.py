@@ -1,0 +1,150 @@
+"""A pipeline of a user's, and pictures of prompts from a file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shiva_dit.demo.base import usable_device
+from shiva_dit.experiments.scoring import following
+from shiva_dit.pictures.generate import Wanted
+from shiva_dit.pictures.prompts import Prompt, read_prompts
+from shiva_dit.pictures.samplers import Sampler, solver, steps_by
+from shiva_dit.provenance import data_digest, file_digest, module_digest
+
+
+class OwnPipeline:
+    """A pipeline of diffusers and its first prompts.
+
+    Args:
+        pipeline: Folder or Hub id.
+        prompts: A file of prompts, as `pictures.prompts.read_prompts` takes it.
+        count: How many of them are needed.
+        size: Height and width of its pictures in pixels; its own by default.
+        lora: A LoRA as diffusers loads it, a file or a folder.
+        device: Where it runs.
+
+    Raises:
+        ValueError: If there are fewer prompts, or its transformer isn't supported.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        prompts: Path,
+        count: int,
+        *,
+        size: tuple[int, int] | None = None,
+        lora: Path | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.prompts = first_prompts(prompts, count)
+        self._pipe: Any = DiffusionPipeline.from_pretrained(pipeline)
+        parts = sorted(self._pipe.components.items())
+        weights = [module_digest(part) for _, part in parts if isinstance(part, nn.Module)]
+        said = [[prompt.id, prompt.text] for prompt in self.prompts]
+        self.identity = data_digest([weights, said, *lora_digests(lora)])
+        self._pipe.to(usable_device(device))
+        self._lora, self._scheduler = lora, self._pipe.scheduler
+        self._size = {}
+        if size is not None:
+            self._size = dict(zip(("height", "width"), size, strict=True))
+
+    @property
+    def transformer(self) -> Any:
+        """As it was loaded: leave it as it is."""
+        return self._pipe.transformer
+
+    def around(self, transformer: Any) -> Any:
+        """The pipeline's other parts around a transformer."""
+        made = type(self._pipe)(**{**self._pipe.components, "transformer": transformer})
+        made.set_progress_bar_config(disable=True)
+        return with_lora(made, self._lora)
+
+    def pictures(
+        self,
+        pipe: Any,
+        places: Sequence[int],
+        *,
+        seed: int,
+        steps: int,
+        sampler: Sampler,
+        guidance: float,
+    ) -> Float[Tensor, "N C H W"]:
+        """Decoded pictures in [-1, 1], on the CPU; `generate` begins from the same noise.
+
+        Args:
+            pipe: From `around`, with or without something on its transformer.
+            places: Of which prompts.
+            seed: Of all noise.
+            steps: Sampler steps.
+            sampler: How they are made.
+            guidance: Guidance scale; 1 is none.
+        """
+        wanted = [Wanted(self.prompts[place], seed) for place in places]
+        pipe.scheduler = solver(self._scheduler, sampler)
+        with following(pipe):
+            images: Tensor = pipe(
+                prompt=[one.prompt.text for one in wanted],
+                guidance_scale=guidance,
+                generator=[one.generator() for one in wanted],
+                output_type="pt",
+                **self._size,
+                **steps_by(sampler, steps),
+            ).images
+        return 2.0 * images.float().cpu() - 1.0
+
+
+def with_lora(pipe: Any, lora: Path | None) -> Any:
+    """The pipeline, with a LoRA of the user's loaded.
+
+    Raises:
+        ValueError: If there is none, or diffusers can't load it.
+    """
+    if lora is None:
+        return pipe
+    if not lora.exists():
+        raise ValueError(f"lora: there is no file or folder {lora}.")
+    try:
+        pipe.load_lora_weights(lora.parent if lora.is_file() else lora, **_named(lora))
+    except Exception as error:  # whatever diffusers and PEFT raise on what is no LoRA of it
+        raise ValueError(
+            f"lora: diffusers can't load {lora} into this pipeline: {error}"
+        ) from error
+    return pipe
+
+
+def _named(lora: Path) -> dict[str, str]:
+    return {"weight_name": lora.name} if lora.is_file() else {}
+
+
+def lora_digests(lora: Path | None) -> list[str]:
+    """Of the files of a LoRA; none without one."""
+    if lora is None:
+        return []
+    files = [lora] if lora.is_file() else sorted(lora.glob("*.safetensors"))
+    return [file_digest(file) for file in files]
+
+
+def first_prompts(path: Path, count: int) -> list[Prompt]:
+    """The first prompts of a file.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    prompts = read_prompts(path)
+    if len(prompts) < count:
+        raise ValueError(f"{path} has {len(prompts)} prompts, and count asks for {count} pictures.")
+    return prompts[:count]
+
+
+def twin(model: Any, *, own_weights: bool) -> Any:
+    """A copy of a model; its tensors are copied, or shared with the model."""
+    tensors = () if own_weights else (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -1,0 +1,285 @@
+"""What a comparison is of: a demo task's backbone, or a pipeline and pictures of a user's own."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shiva_dit.demo.base import ASSETS, load_backbone, load_judge, usable_device
+from shiva_dit.demo.judge import Judge
+from shiva_dit.demo.task import DemoTask
+from shiva_dit.demo.tasks import load_task
+from shiva_dit.experiments.contestants import MIN_COUNT, Settings
+from shiva_dit.experiments.frontier.executed import counted
+from shiva_dit.experiments.held_out import HeldOut, held_out
+from shiva_dit.experiments.own_pipeline import OwnPipeline, twin
+from shiva_dit.experiments.scoring import (
+    Sampler,
+    Score,
+    floors,
+    noise_seed,
+    sample,
+    sampler_times,
+    score,
+)
+from shiva_dit.methods.blocks import BlockReducer
+from shiva_dit.models import sampling
+from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.cost import pruned_flops
+from shiva_dit.models.counted import model_flops
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.reducing import Reduction
+from shiva_dit.models.sampling import listed_times
+from shiva_dit.models.spec import grid_of
+from shiva_dit.pictures.prompts import Prompt
+from shiva_dit.provenance import data_digest
+from shiva_dit.training.data import TrainingData
+from shiva_dit.training.folder import FolderData
+
+On = Attachment | Reduction | None
+"""What is on a backbone."""
+
+
+class Subject(ABC):
+    """A backbone, what trains it, and pictures of it, judged where there is a judge."""
+
+    task: DemoTask | None = None
+    judge: Judge | None = None
+    """Of a demo task's pictures; others are held against the unpruned model's alone."""
+    data: TrainingData
+    """What is trained on."""
+    identity: str | None = None
+    """Digest of weights, prompts and training data; a demo task's are its recipe's."""
+
+    @abstractmethod
+    def backbone(self) -> Any:
+        """The unpruned model on its device, with weights that may be changed."""
+
+    @abstractmethod
+    def sampler(self, num_steps: int | None) -> sampling.Sampler:
+        """How the steps are taken that training is for."""
+
+    @abstractmethod
+    def sample(
+        self,
+        backbone: nn.Module,
+        count: int,
+        *,
+        seed: int,
+        start: int,
+        num_steps: int,
+        sampler: Sampler,
+        guidance: float,
+    ) -> tuple[Float[Tensor, "N C H W"], float]:
+        """Pictures in [-1, 1] of prompts from the first one on, and the CPU seconds they took."""
+
+    @abstractmethod
+    def held_out(self, pruned: Any, on: On) -> HeldOut:
+        """What a model does to samples that nothing is trained on."""
+
+    @abstractmethod
+    def cost(
+        self, backbone: nn.Module, on: On, num_steps: int, sampler: Sampler, guidance: float
+    ) -> tuple[float, float]:
+        """FLOPs of a picture, and the share of tokens that is kept."""
+
+    def score(self, images: Float[Tensor, "N C H W"]) -> Score | None:
+        """A judge's verdict, where there is one."""
+        if self.task is None or self.judge is None:
+            return None
+        return score(self.task, self.judge, images)
+
+    def floors(self, count: int) -> Score | None:
+        """What so many real pictures would score."""
+        if self.task is None or self.judge is None:
+            return None
+        return floors(self.task, self.judge, count)
+
+
+class DemoSubject(Subject):
+    """A demo task.
+
+    Args:
+        settings: Name it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.task is not None
+        self._demo = self.task = self.data = load_task(settings.task)
+        self._settings = settings
+        self._base = settings.base or ASSETS
+        self.judge = load_judge(self._demo, self._base)
+
+    def backbone(self) -> Any:
+        """The unpruned model.
+
+        Raises:
+            ValueError: If its weights are missing, or there is no such device here.
+        """
+        model: Any = load_backbone(self._demo, self._base)
+        return model.to(usable_device(self._settings.device))
+
+    def sampler(self, num_steps: int | None) -> sampling.Sampler:
+        """The task's."""
+        return self._demo.sampler(num_steps)
+
+    def sample(
+        self, backbone: nn.Module, count: int, *, seed: int, start: int, **how: Any
+    ) -> tuple[Float[Tensor, "N C H W"], float]:
+        """As `scoring.sample`; each batch has noise of its own."""
+        part = start // self._settings.batch
+        return sample(self._demo, backbone, count, seed=noise_seed(seed) + part, start=start, **how)
+
+    def held_out(self, pruned: Any, on: On) -> HeldOut:
+        """On the task's held-out pictures."""
+        selects = on if isinstance(on, Attachment) else None
+        return held_out(self._demo, self.backbone(), pruned, selects)
+
+    def cost(
+        self, backbone: nn.Module, on: On, num_steps: int, sampler: Sampler, guidance: float
+    ) -> tuple[float, float]:
+        """Counted without guidance, whatever the pictures are sampled with."""
+        del guidance
+        keep_ratio = kept_share(on, self._demo.num_tokens, sampler_times(num_steps, sampler))
+        return flops_per_image(self._demo, backbone, on, num_steps, sampler), keep_ratio
+
+
+class OwnSubject(Subject):
+    """A pipeline, with prompts from a file and pictures that `shiva-dit encode` made.
+
+    Args:
+        settings: Name all three.
+
+    Raises:
+        ValueError: If one can't be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.pipeline is not None
+        assert settings.prompts is not None
+        assert settings.data is not None
+        self._settings = settings
+        self.source = OwnPipeline(
+            settings.pipeline,
+            settings.prompts,
+            settings.count,
+            size=settings.size,
+            device=settings.device,
+        )
+        self.data = FolderData(settings.data, pinned=settings.device.startswith("cuda"))
+        self.data.check_pipeline(settings.pipeline)
+        self.identity = data_digest([self.source.identity, self.data.identity()])
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """Those that are sampled."""
+        return self.source.prompts
+
+    def backbone(self) -> Any:
+        """A copy of the pipeline's transformer."""
+        return twin(self.source.transformer, own_weights=True)
+
+    def sampler(self, num_steps: int | None) -> sampling.Sampler:
+        """The pipeline's."""
+        del num_steps
+        assert self._settings.pipeline is not None
+        return sampling.Sampler.saved(self._settings.pipeline)
+
+    def sample(
+        self,
+        backbone: nn.Module,
+        count: int,
+        *,
+        seed: int,
+        start: int,
+        num_steps: int,
+        sampler: Sampler,
+        guidance: float,
+    ) -> tuple[Float[Tensor, "N C H W"], float]:
+        """By the whole pipeline, decoded; each picture's noise by seed and prompt alone."""
+        pipe = self.source.around(backbone)
+        began = time.process_time()
+        with torch.no_grad():
+            images = self.source.pictures(
+                pipe,
+                range(start, start + count),
+                seed=seed,
+                steps=num_steps,
+                sampler=sampler,
+                guidance=guidance,
+            )
+        self._times = listed_times(pipe.scheduler, pipe.scheduler.timesteps.tolist())
+        return images, time.process_time() - began
+
+    def held_out(self, pruned: Any, on: On) -> HeldOut:
+        """Nothing is held out yet."""
+        del pruned, on
+        return HeldOut()
+
+    def cost(
+        self, backbone: nn.Module, on: On, num_steps: int, sampler: Sampler, guidance: float
+    ) -> tuple[float, float]:
+        """As the first picture executes them: with guidance both halves."""
+        how: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "guidance": guidance}
+        with counted(backbone) as executed, _tokens_of(backbone) as tokens:
+            self.sample(backbone, 1, seed=0, start=0, **how)
+        return float(sum(executed)), kept_share(on, tokens[0], self._times)
+
+
+def subject_of(settings: Settings) -> Subject:
+    """What settings name."""
+    return OwnSubject(settings) if settings.task is None else DemoSubject(settings)
+
+
+def kept_share(on: On, num_tokens: int, times: list[float]) -> float:
+    """Mean share of the tokens that is kept, over a run's steps and the pruned blocks."""
+    if on is None:
+        return 1.0
+    if isinstance(on, Reduction):
+        return on.reducer.count(num_tokens) / num_tokens
+    return on.counts.table(num_tokens, tuple(times)).mean_keep_ratio
+
+
+@contextmanager
+def _tokens_of(model: Any) -> Iterator[list[int]]:
+    """Within: the number of image tokens of each forward is appended to the list."""
+    found: list[int] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        found.append(model_spec(module).tokens(module, latents))
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def flops_per_image(
+    task: DemoTask, backbone: Any, on: On, num_steps: int, sampler: Sampler = "euler"
+) -> float:
+    """True FLOPs of one image without guidance: every sampler step with its own tokens.
+
+    Where they differ from picture to picture, it is the mean of the first few.
+    """
+    size = task.num_tokens, task.captions.max_words
+    if on is None:
+        return float(num_steps * model_flops(backbone, *size).dense())
+    if isinstance(on, Reduction) and isinstance(on.reducer, BlockReducer):
+        with counted(backbone) as executed:
+            sample(task, backbone, MIN_COUNT, seed=0, num_steps=num_steps, sampler=sampler)
+        return sum(executed) / MIN_COUNT
+    if isinstance(on, Reduction):
+        grid = grid_of(backbone, task.held_out_images)
+        return float(on.run_flops(*grid, task.captions.max_words, num_steps))
+    run = tuple(sampler_times(num_steps, sampler))
+    table = on.counts.table(task.num_tokens, run)
+    return float(sum(pruned_flops(on, *size, table.row(t)) for t in run))
