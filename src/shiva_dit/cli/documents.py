@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import argparse
 
-from shiva_dit.cli.options import Command, path
+from shiva_dit.cli.options import Command, path, positive
 
 
 def add_commands(command: Command) -> None:
-    """doctor, report."""
+    """doctor, report, page."""
     command("doctor", _doctor, "say what is installed, and what it is enough for")
 
     add = command("report", _report, "write tables and plots of documents from records")
     add("documents", nargs="+", type=path, help="Markdown files")
+
+    add = command("page", _page, "one HTML page of a comparison, a frontier or pictures")
+    add("folder", type=path, help="that compare, frontier or generate filled")
+    add("--dense", type=path, help="the unpruned model's pictures, beside generated ones")
+    add("--out", type=path, help="the page; page.html in the folder by default")
+    add("--pictures", type=positive, default=6, help="of each arm")
+
+
+def _page(options: argparse.Namespace) -> int:
+    from shiva_dit.experiments.page.content import written
+    from shiva_dit.experiments.page.folders import page_of
+    from shiva_dit.provenance import write_atomically
+
+    out = options.out or options.folder / "page.html"
+    text = written(page_of(options.folder, options.dense, count=options.pictures))
+    write_atomically(out, lambda file: file.write_text(text, encoding="utf-8"))
+    print(out)
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

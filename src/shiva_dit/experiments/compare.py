@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from shiva_dit.config import check_seeds, check_types, from_dict, merged, to_dict
 from shiva_dit.experiments.contestants import (
+    SHOWN,
     Contestant,
     Diverged,
     Job,
@@ -176,6 +177,7 @@ def _run(
     record = _record(comparison, subject, contestants, runs)
     record["wall_s"] = time.perf_counter() - start
     if isinstance(subject, OwnSubject):
+        record["prompts"] = [prompt.text for prompt in subject.prompts[:SHOWN]]
         for key in contestants:
             runs.write_pictures(key, subject.prompts, comparison.seeds)
     record["runs_of_this_call"] = len(todo)

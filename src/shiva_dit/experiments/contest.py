@@ -9,17 +9,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from shiva_dit.experiments.contestants import Contestant, Diverged, Job, Outcome, Settings
+from shiva_dit.experiments.contestants import SHOWN, Contestant, Diverged, Job, Outcome, Settings
 from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.kept import keep, put_trained_on
-from shiva_dit.experiments.maps import kept_maps
+from shiva_dit.experiments.maps import kept_maps, kept_shares
 from shiva_dit.experiments.scoring import noise_seed
 from shiva_dit.experiments.subjects import On, Subject, subject_of
 from shiva_dit.models.attachment import Attachment
@@ -135,21 +135,25 @@ def _judged(
     """Sample and judge; the noise is the same for all contestants of a seed."""
     num_steps = contestant.num_steps or settings.num_steps
     sampler = contestant.sampler or settings.sampler
-    parts, seconds = [], 0.0
+    parts, shares, seconds = [], [], 0.0
     starts = range(0, settings.count, settings.batch)
     label = _label("sample", contestant.name, seed)
     for start in tqdm(
         starts, desc=label, unit=f"x{settings.batch}", position=_place(), leave=False
     ):
-        images, cpu_s = subject.sample(
-            backbone,
-            min(settings.batch, settings.count - start),
-            seed=seed,
-            start=start,
-            num_steps=num_steps,
-            sampler=sampler,
-            guidance=settings.guidance,
-        )
+        count = min(settings.batch, settings.count - start)
+        with kept_shares(backbone, count) if start < SHOWN else nullcontext() as kept:
+            images, cpu_s = subject.sample(
+                backbone,
+                count,
+                seed=seed,
+                start=start,
+                num_steps=num_steps,
+                sampler=sampler,
+                guidance=settings.guidance,
+            )
+        if kept is not None and kept.shares is not None:
+            shares.append(kept.shares)
         parts.append(images)
         seconds += cpu_s
     images = torch.cat(parts)
@@ -178,6 +182,7 @@ def _judged(
         keep_ratio=keep_ratio,
         parameters=0 if on is None else on.num_parameters,
         maps=maps,
+        shares=torch.cat(shares)[:SHOWN] if shares else None,
     )
 
 

@@ -16,6 +16,8 @@ from shiva_dit.experiments.scoring import NUM_STEPS, UNNAMED, Sampler, Score
 from shiva_dit.training.recipe import TrainConfig
 
 MIN_COUNT = 20
+SHOWN = 8
+"""Pictures whose kept tokens are recorded."""
 CHUNK = 100
 """Pictures per call of a pipeline."""
 
@@ -128,6 +130,8 @@ class Outcome:
     """Ratios by time bin and block."""
     maps: Tensor | None = None
     """Kept tokens of the first ten, (L, T, 10, N), where they are recorded."""
+    shares: Tensor | None = None
+    """How often each token of the first pictures was kept (`KeptShares`), (B, N)."""
     kept: dict[str, str] | None = None
     """SHA-256 of the files that hold what was trained, by name; None where nothing was kept."""
 

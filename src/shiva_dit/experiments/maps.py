@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from jaxtyping import Bool
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from shiva_dit.demo.task import DemoTask
 from shiva_dit.experiments.held_out import masks, recorded
 from shiva_dit.experiments.scoring import NUM_STEPS, Sampler, sample
+from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.attachment import Attachment
+from shiva_dit.models.families import model_spec
 
 
 def kept_maps(
@@ -51,3 +57,52 @@ def kept_maps(
         seen.add(block)
         kept[block, step] = mask[:count]
     return kept
+
+
+class KeptShares:
+    """How often each token of each picture was kept, over blocks, steps and halves.
+
+    Args:
+        count: Pictures of a call, B.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._passes = count, 0
+        self._kept: Float[Tensor, "B N"] | None = None
+        self.num_tokens = 0
+
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A model's hook: how many tokens its forward has."""
+        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.num_tokens = model_spec(module).tokens(module, latents)
+
+    def add(self, block: int, chosen: Int[Tensor, "R k"]) -> None:
+        """An attachment's observer; halves stand one after the other."""
+        del block
+        if self._kept is None:
+            self._kept = torch.zeros(self._count, self.num_tokens)
+        one = torch.zeros(len(chosen), self.num_tokens).scatter(1, chosen.cpu(), 1.0)
+        halves = one.view(-1, self._count, self.num_tokens)
+        self._kept += halves.sum(0)
+        self._passes += len(halves)
+
+    @property
+    def shares(self) -> Float[Tensor, "B N"] | None:
+        """In [0, 1]; None where nothing was chosen."""
+        return None if self._kept is None else self._kept / self._passes
+
+
+@contextmanager
+def kept_shares(model: nn.Module, count: int) -> Iterator[KeptShares]:
+    """Within: a model's forwards, each of so many pictures, are watched."""
+    found = KeptShares(count)
+    attachment = attachment_of(model)
+    handle = model.register_forward_pre_hook(found.look, with_kwargs=True)
+    if attachment is not None:
+        attachment.forwards.observer = found.add
+    try:
+        yield found
+    finally:
+        handle.remove()
+        if attachment is not None:
+            attachment.forwards.observer = None

@@ -100,6 +100,8 @@ class Runs:
             plain["failed"] = dataclasses.asdict(outcome)
         else:
             pictures = {"images": outcome.images}
+            if outcome.shares is not None:
+                pictures["kept"] = outcome.shares
             write_atomically(
                 path.with_suffix(".safetensors"), lambda file: save_file(pictures, file)
             )
@@ -123,11 +125,13 @@ class Runs:
             for name in ("run", "provenance", "trained"):
                 plain.pop(name, None)
             schedule, score = plain.pop("schedule"), plain.pop("score")
+            tensors = load_tensors(path.with_suffix(".safetensors"))
             return Outcome(
                 score=None if score is None else Score(**score),
                 held_out=HeldOut(**plain.pop("held_out")),
                 schedule=None if schedule is None else Schedule.from_json(schedule),
-                images=load_tensors(path.with_suffix(".safetensors"))["images"],
+                images=tensors["images"],
+                shares=tensors.get("kept"),
                 **plain,
             )
 

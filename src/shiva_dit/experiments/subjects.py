@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from shiva_dit.demo.tasks import load_task
 from shiva_dit.experiments.contestants import MIN_COUNT, Settings
 from shiva_dit.experiments.frontier.executed import counted
 from shiva_dit.experiments.held_out import HeldOut, held_out
+from shiva_dit.experiments.maps import kept_shares
 from shiva_dit.experiments.own_pipeline import OwnPipeline, twin
 from shiva_dit.experiments.scoring import (
     Sampler,
@@ -34,7 +34,6 @@ from shiva_dit.models import sampling
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
-from shiva_dit.models.families import model_spec
 from shiva_dit.models.reducing import Reduction
 from shiva_dit.models.sampling import listed_times
 from shiva_dit.models.spec import grid_of
@@ -228,9 +227,9 @@ class OwnSubject(Subject):
     ) -> tuple[float, float]:
         """As the first picture executes them: with guidance both halves."""
         how: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "guidance": guidance}
-        with counted(backbone) as executed, _tokens_of(backbone) as tokens:
+        with counted(backbone) as executed, kept_shares(backbone, 1) as kept:
             self.sample(backbone, 1, seed=0, start=0, **how)
-        return float(sum(executed)), kept_share(on, tokens[0], self._times)
+        return float(sum(executed)), kept_share(on, kept.num_tokens, self._times)
 
 
 def subject_of(settings: Settings) -> Subject:
@@ -245,22 +244,6 @@ def kept_share(on: On, num_tokens: int, times: list[float]) -> float:
     if isinstance(on, Reduction):
         return on.reducer.count(num_tokens) / num_tokens
     return on.counts.table(num_tokens, tuple(times)).mean_keep_ratio
-
-
-@contextmanager
-def _tokens_of(model: Any) -> Iterator[list[int]]:
-    """Within: the number of image tokens of each forward is appended to the list."""
-    found: list[int] = []
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        found.append(model_spec(module).tokens(module, latents))
-
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def flops_per_image(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.config import to_dict
+from shiva_dit.experiments.contestants import SHOWN
 from shiva_dit.experiments.frontier.config import REFERENCE, Frontier, Point, points
 from shiva_dit.experiments.frontier.executed import counted
 from shiva_dit.experiments.frontier.put import (
@@ -26,6 +28,7 @@ from shiva_dit.experiments.frontier.put import (
 from shiva_dit.experiments.frontier.quality import judged, on_front, to_truth
 from shiva_dit.experiments.frontier.source import Source, source_of
 from shiva_dit.experiments.frontier.times import time_points
+from shiva_dit.experiments.maps import kept_shares
 from shiva_dit.experiments.scoring import floors
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import (
@@ -87,27 +90,35 @@ def _point(frontier: Frontier, source: Source, point: Point, out: Path) -> None:
         return  # one that was refused is tried again: what it lacked may be there now
     plain: dict[str, Any] = {"run": run, "provenance": provenance()}
     try:
-        images, flops = _pictures(frontier, source, point)
+        tensors, flops = _pictures(frontier, source, point)
     except refusals(point.arm) as error:
         plain["failed"] = reason(error)
     else:
         file = path.with_suffix(".safetensors")
-        shown = images.clamp(-1, 1).half().contiguous()  # off by 2.4e-4 at most: 84 dB
-        write_atomically(file, lambda path: save_file({"images": shown}, path))
+        write_atomically(file, lambda path: save_file(tensors, path))
         plain["flops"] = flops
     write_json(path, plain)
 
 
-def _pictures(frontier: Frontier, source: Source, point: Point) -> tuple[Tensor, float]:
-    """A point's pictures and FLOPs per picture, of the transformer, as they were executed."""
-    parts = []
+def _pictures(frontier: Frontier, source: Source, point: Point) -> tuple[dict[str, Tensor], float]:
+    """A point's pictures, with the kept tokens of the first, and FLOPs per picture, as executed."""
+    parts, shares = [], []
     with arm_on(point, source) as (pipe, run), counted(pipe.transformer) as counts:
         for start in range(0, frontier.count, frontier.batch):
-            parts.append(run(min(frontier.batch, frontier.count - start), start))
+            count = min(frontier.batch, frontier.count - start)
+            watched = start < SHOWN and not point.arm.whole_steps and point.arm.cache is None
+            with kept_shares(pipe.transformer, count) if watched else nullcontext() as kept:
+                parts.append(run(count, start))
+            if kept is not None and kept.shares is not None:
+                shares.append(kept.shares)
     images = torch.cat(parts)
     if not float(images.abs().max()) < LARGEST:
         raise FloatingPointError("its pictures are not finite")
-    return images, sum(counts) / frontier.count
+    # Off by 2.4e-4 at most: 84 dB.
+    tensors = {"images": images.clamp(-1, 1).half().contiguous()}
+    if shares:
+        tensors["kept"] = torch.cat(shares)[:SHOWN]
+    return tensors, sum(counts) / frontier.count
 
 
 def _identity(frontier: Frontier, source: Source, point: Point) -> dict[str, Any]:
@@ -165,6 +176,8 @@ def _record(
         "modes": times["modes"],
         "provenance": provenance(),
     }
+    if source.prompts:
+        record["prompts"] = list(source.prompts[:SHOWN])
     if source.task is not None and source.judge is not None:
         record["floor"] = dataclasses.asdict(floors(source.task, source.judge, frontier.count))
     return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -26,6 +27,8 @@ class Source(ABC):
     """Of a demo task's pictures; others are held against the unpruned model's alone."""
     identity: str
     """Digest of the model's weights and of the prompts."""
+    prompts: Sequence[str] = ()
+    """Those of a user's own."""
 
     @abstractmethod
     def pipe(self, *, own_weights: bool) -> Any:
@@ -109,6 +112,7 @@ class PipelineSource(Source):
             device=frontier.device,
         )
         self.identity = self._own.identity
+        self.prompts = [prompt.text for prompt in self._own.prompts]
 
     def pipe(self, *, own_weights: bool) -> Any:
         """The same parts around a transformer of its own."""
