@@ -120,7 +120,7 @@ def test_a_start_that_does_not_fit_is_one_line(
     assert re.search(r"\w+\.weight is \(.*\) there and \(.*\) here\.$", line)
     assert not (tmp_path / "a").exists()
     assert main([*words, "start=cats"]) == 2
-    assert "start: there is no task 'cats'; known: digits, scenes, scenes64." in said(capsys)
+    assert "start: there is no task 'cats'; known: digits, scenes, scenes64, emoji." in said(capsys)
 
 
 # --- few steps ------------------------------------------------------------------------------------

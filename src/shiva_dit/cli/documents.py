@@ -8,17 +8,30 @@ from shiva_dit.cli.options import Command, path, positive
 
 
 def add_commands(command: Command) -> None:
-    """doctor, report, page."""
+    """doctor, report, fetch, page."""
     command("doctor", _doctor, "say what is installed, and what it is enough for")
 
     add = command("report", _report, "write tables and plots of documents from records")
     add("documents", nargs="+", type=path, help="Markdown files")
+
+    add = command("fetch", _fetch, "get the pictures of a demo task that don't ship")
+    add("task", choices=["emoji"], help="emoji: 1,855 drawn pictures with names (MIT)")
+    add("--out", type=path, help="folder to fill; by default where the task looks for them")
+    add("--packages", type=path, help="folder with the packages' files, instead of npm")
 
     add = command("page", _page, "one HTML page of a comparison, a frontier or pictures")
     add("folder", type=path, help="that compare, frontier or generate filled")
     add("--dense", type=path, help="the unpruned model's pictures, beside generated ones")
     add("--out", type=path, help="the page; page.html in the folder by default")
     add("--pictures", type=positive, default=6, help="of each arm")
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from shiva_dit.demo.emoji_pictures import fetch, place
+
+    out = options.out or place()
+    print(f"{fetch(out, options.packages)} pictures are in {out}.")
+    return 0
 
 
 def _page(options: argparse.Namespace) -> int:

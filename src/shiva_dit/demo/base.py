@@ -60,7 +60,8 @@ def usable_device(name: str) -> torch.device:
 @torch.no_grad()
 def judge_accuracy(judge: Judge, task: DemoTask) -> dict[str, float]:
     """Share of unseen real images that the judge reads right, in [0, 1], by attribute."""
-    return task.right(judge(task.held_out_images), task.held_out_labels)
+    images, labels = task.judge_test()
+    return task.right(judge(images), labels)
 
 
 def load_backbone(task: DemoTask, folder: Path = ASSETS) -> SD3Transformer2DModel:

@@ -15,7 +15,22 @@ from shiva_dit.config import check_types
 
 
 class Judge(nn.Module):
-    """A convolutional classifier whose penultimate layer gives the features of the distances.
+    """Says what pictures show, from features in which distances between sets are taken."""
+
+    head: nn.Module
+    """From features to logits."""
+
+    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """Features of images in [-1, 1]; values outside are clipped, as a viewer would."""
+        raise NotImplementedError
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Logits of images in [-1, 1]."""
+        return self.head(self.features(images))
+
+
+class TrainedJudge(Judge):
+    """A small convolutional classifier that is trained beside a backbone.
 
     Args:
         channels: Image channels.
@@ -44,12 +59,8 @@ class Judge(nn.Module):
         self.head = nn.Linear(feature_dim, num_logits)
 
     def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """Features of images in [-1, 1]; values outside are clipped, as a viewer would."""
+        """Those of the last layer but one."""
         return self.body(images.float().clamp(-1, 1))
-
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """Logits of images in [-1, 1]."""
-        return self.head(self.features(images))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,7 @@ class Learning:
     """How a demo backbone learns, whatever it learns from."""
 
     task: str = "digits"
-    """"digits", "scenes" or "scenes64"."""
+    """"digits", "scenes", "scenes64" or "emoji"."""
     seed: int = 0
     """Of initial weights, data order and noise."""
     steps: int = 2500

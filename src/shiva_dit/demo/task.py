@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from shiva_dit.demo.captions import CaptionEncoder
-from shiva_dit.demo.judge import Judge
+from shiva_dit.demo.judge import Judge, JudgeTraining, TrainedJudge, train_judge
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.provenance import tensors_digest
 from shiva_dit.training.data import Batch
@@ -42,6 +42,8 @@ class DemoTask(ABC):
     captions: CaptionEncoder
     image_size: int
     """Pixels of a side."""
+    patch: ClassVar[int] = PATCH
+    """Pixels of a token's side."""
     held_out_images: Float[Tensor, "M C H W"]
     held_out_labels: Int[Tensor, "M ..."]
     num_blocks = NUM_BLOCKS
@@ -87,6 +89,14 @@ class DemoTask(ABC):
 
     # --- the judge --------------------------------------------------------------------------
 
+    def train_judge(self, judge: Judge, config: JudgeTraining, generator: torch.Generator) -> None:
+        """Train a judge in place."""
+        train_judge(judge, self.judge_batch, self.judge_loss, config, generator)
+
+    def judge_test(self) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B ..."]]:
+        """Pictures and labels that say what a judge is worth: the held-out ones."""
+        return self.held_out_images, self.held_out_labels
+
     @abstractmethod
     def judge_batch(
         self, count: int, generator: torch.Generator
@@ -108,7 +118,7 @@ class DemoTask(ABC):
     @property
     def num_tokens(self) -> int:
         """N image tokens."""
-        return (self.image_size // PATCH) ** 2
+        return (self.image_size // self.patch) ** 2
 
     def build_backbone(self) -> SD3Transformer2DModel:
         """An untrained backbone.
@@ -118,7 +128,7 @@ class DemoTask(ABC):
         """
         model: Any = SD3Transformer2DModel(
             sample_size=self.image_size,
-            patch_size=PATCH,
+            patch_size=self.patch,
             in_channels=self.channels,
             out_channels=self.channels,
             num_layers=self.num_blocks,
@@ -127,7 +137,7 @@ class DemoTask(ABC):
             joint_attention_dim=self.captions.embed_dim,
             caption_projection_dim=WIDTH,
             pooled_projection_dim=self.captions.pooled_dim,
-            pos_embed_max_size=self.image_size // PATCH,
+            pos_embed_max_size=self.image_size // self.patch,
         )
         zeroed: list[nn.Module] = [model.proj_out, model.norm_out.linear]
         for block in model.transformer_blocks:
@@ -139,7 +149,7 @@ class DemoTask(ABC):
 
     def build_judge(self) -> Judge:
         """An untrained judge, its lazy layer materialised."""
-        judge = Judge(self.channels, self.num_logits, self.feature_dim).eval()
+        judge = TrainedJudge(self.channels, self.num_logits, self.feature_dim).eval()
         judge(self.held_out_images[:1])
         return judge
 

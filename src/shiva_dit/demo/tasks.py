@@ -16,10 +16,18 @@ def _digits() -> DemoTask:
     return DigitsTask()
 
 
+def _emoji() -> DemoTask:
+    # Pillow reads the pictures.
+    from shiva_dit.demo.emoji import EmojiTask  # noqa: PLC0415
+
+    return EmojiTask()
+
+
 TASKS: dict[str, Callable[[], DemoTask]] = {
     "digits": _digits,
     "scenes": ScenesTask,
     "scenes64": partial(ScenesTask, 64),
+    "emoji": _emoji,
 }
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate as resized
 
 from shiva_dit.core.budget import logit_normal, stratified
 from shiva_dit.demo.base import judge_accuracy, load_backbone, usable_device
-from shiva_dit.demo.judge import Judge, JudgeTraining, shift, train_judge
+from shiva_dit.demo.judge import Judge, JudgeTraining, shift
 from shiva_dit.demo.learner import Learner, Learning
 from shiva_dit.demo.made import Made, make_base
 from shiva_dit.demo.task import DemoTask
@@ -117,7 +117,7 @@ def _train_judge(
     began = time.process_time()
     judge.to(place)
     generator = torch.Generator().manual_seed(config.seed)
-    train_judge(judge, task.judge_batch, task.judge_loss, config.judge, generator)
+    task.train_judge(judge, config.judge, generator)
     judge.cpu()
     return {
         "judge_accuracy_on_held_out": judge_accuracy(judge, task),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,12 +51,15 @@ class Subject(ABC):
     """A backbone, what trains it, and pictures of it, judged where there is a judge."""
 
     task: DemoTask | None = None
-    judge: Judge | None = None
-    """Of a demo task's pictures; others are held against the unpruned model's alone."""
     data: TrainingData
     """What is trained on."""
     identity: str | None = None
     """Digest of weights, prompts and training data; a demo task's are its recipe's."""
+
+    @property
+    def judge(self) -> Judge | None:
+        """Of a demo task's pictures; others are held against the unpruned model's alone."""
+        return None
 
     @abstractmethod
     def backbone(self) -> Any:
@@ -114,7 +118,15 @@ class DemoSubject(Subject):
         self._demo = self.task = self.data = load_task(settings.task)
         self._settings = settings
         self._base = settings.base or ASSETS
-        self.judge = load_judge(self._demo, self._base)
+
+    @cached_property
+    def judge(self) -> Judge:  # type: ignore[override]
+        """Loaded when it is asked for.
+
+        Raises:
+            ValueError: If its weights are missing.
+        """
+        return load_judge(self._demo, self._base)
 
     def backbone(self) -> Any:
         """The unpruned model.

@@ -31,8 +31,8 @@ class TrainConfig:
     """One run of `shiva-dit train`."""
 
     task: str | None = "digits"
-    """Where model and data come from: "digits", "scenes" or "scenes64"; None in the record of a run
-    with other data."""
+    """Where model and data come from: "digits", "scenes", "scenes64" or "emoji"; None in the record
+    of a run with other data."""
     out: Path = Path("runs/train")
     """Folder for checkpoints, log and adapter."""
     seed: int = 0
