@@ -426,7 +426,7 @@ def test_seeds_are_checked_before_anything_runs(
 @pytest.mark.timeout(300)  # a guard against one that never ends
 def test_a_job_that_fails_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
     """With more jobs than workers: some wait in the pool, some in its queue."""
-    settings = Settings(task="digits", base=Path("nowhere"))
+    settings = Settings(base=Path("nowhere"))
     job = Job(settings=settings, contestants=(Contestant(name="x"),), seed=0)
     with pytest.raises(ValueError, match=r"^nowhere/digits-backbone.safetensors is missing"):
         list(run_jobs([job] * 6, 1))

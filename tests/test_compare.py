@@ -85,9 +85,7 @@ def test_a_wrong_comparison_says_what_is_wrong(arms: dict, message: str) -> None
 
 def test_settings_of_records_that_name_no_sampler_are_those_of_their_time() -> None:
     plain = {"task": "digits", "count": 300}
-    assert (
-        saved_settings(plain, "x").sampler == "euler_diffusers" != Settings(task="digits").sampler
-    )
+    assert saved_settings(plain, "x").sampler == "euler_diffusers" != Settings().sampler
     assert saved_settings({**plain, "sampler": "unipc"}, "x").sampler == "unipc"
     whole = json.loads((ROOT / "results" / RECORD).read_text())
     parts = [_one_seed(whole, index) for index in range(2)]
@@ -301,7 +299,7 @@ def test_an_arm_that_diverges_is_recorded_and_the_others_go_on(
         "map": {"name": "map", "method": "fixed_map", "backbone": "dora"},
         "dense": {"name": "tuned", "method": "dense", "backbone": "lora"},
     }
-    settings = Settings(task="digits", count=20, num_steps=4)
+    settings = Settings(count=20, num_steps=4)
     comparison = Comparison(
         what="x", about="y", seeds=(0,), settings=settings, recipe=short, arms=arms
     )
@@ -350,7 +348,7 @@ def test_merging_competes_like_any_method() -> None:
     made = {}
     for contestant in (dense, merging):
         job = Job(
-            settings=Settings(task="digits", count=20, num_steps=2),
+            settings=Settings(count=20, num_steps=2),
             contestants=(contestant,),
             seed=0,
         )
@@ -369,7 +367,7 @@ def test_merging_competes_like_any_method() -> None:
 def test_published_methods_compete(method: str) -> None:
     """Single predictions are asked of those alone that don't go by the steps of a run."""
     recipe = TrainConfig(method=method, backbone="frozen", keep_ratio=0.5)
-    settings = Settings(task="digits", count=20, num_steps=3, guidance=3.0)
+    settings = Settings(count=20, num_steps=3, guidance=3.0)
     job = Job(settings=settings, contestants=(Contestant(name=method, recipe=recipe),), seed=0)
     (found,) = compete(job)
     assert isinstance(found, Outcome)

@@ -163,7 +163,7 @@ def test_a_training_that_was_cut_off_goes_on(
     ("changes", "message"),
     [
         ({"task": "digits"}, "of a task or of a pipeline"),
-        ({"pipeline": None}, "of a task or of a pipeline"),
+        ({"pipeline": None}, "go together"),
         ({"data": None}, "go together"),
         ({"prompts": None}, "go together"),
         ({"count": 0}, "count must be at least 1"),

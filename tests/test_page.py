@@ -83,7 +83,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
         what="x & y",
         about="Which?",
         seeds=(0,),
-        settings=Settings(task="digits", count=20, num_steps=2, guidance=3.0),
+        settings=Settings(count=20, num_steps=2, guidance=3.0),
         recipe=short,
         arms=arms,
     )
@@ -207,6 +207,6 @@ def test_a_page_without_a_truth_has_no_viewer() -> None:
 
 
 def test_shares_survive_the_round_trip(comparison: Path) -> None:
-    found: Any = Runs(comparison, Settings(task="digits")).load("ours", 0)
+    found: Any = Runs(comparison, Settings()).load("ours", 0)
     assert isinstance(found, Outcome)
     assert torch.equal(found.shares, load_file(comparison / "ours-0.safetensors")["kept"])

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ class Comparison:
     """What is asked, in a sentence."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each arm is trained and sampled once per seed."""
-    settings: Settings = field(default_factory=partial(Settings, task="digits"))
+    settings: Settings = field(default_factory=Settings)
     """What is equal for all arms."""
     recipe: dict = field(default_factory=dict)  # type: ignore[type-arg]
     """What the arms' recipes have in common (`TrainConfig`)."""

@@ -27,7 +27,7 @@ class Settings:
     """What is equal for all contestants."""
 
     task: str | None = None
-    """Name of the demo task, or:"""
+    """Name of the demo task, "digits" where no pipeline is named, or:"""
     pipeline: str | None = None
     """folder or Hub id of a pipeline of diffusers,"""
     data: Path | None = None
@@ -54,10 +54,12 @@ class Settings:
     def __post_init__(self) -> None:
         check_types(self)
         own = (self.pipeline, self.data, self.prompts)
-        if (self.task is None) == (self.pipeline is None):
+        if self.task is not None and self.pipeline is not None:
             raise ValueError("settings are of a task or of a pipeline: give one of the two.")
         if any(given is None for given in own) != all(given is None for given in own):
             raise ValueError("settings.pipeline, settings.data and settings.prompts go together.")
+        if self.task is None and self.pipeline is None:
+            object.__setattr__(self, "task", "digits")
         if self.size is not None and self.task is not None:
             raise ValueError("settings.size is for a pipeline: a task has its own.")
         if self.batch < 1:

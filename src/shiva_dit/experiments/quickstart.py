@@ -34,7 +34,7 @@ from shiva_dit.training.recipe import TrainConfig
 
 NAMES: dict[str, str] = {
     "dense": "unpruned",
-    "reference": reference(Settings(task="digits")).name,
+    "reference": reference(Settings()).name,
     "random": "random, no training",
     "shiva": "Shiva",
     "shiva_unipc": "Shiva, by UniPC",
@@ -78,7 +78,7 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        Settings(task="digits", count=self.count)
+        Settings(count=self.count)
         if not self.seeds:
             raise ValueError("seeds must be at least 1.")
         check_seeds(self.seeds)
@@ -98,7 +98,7 @@ class Quickstart:
         self.config = config
         self.task = DigitsTask()
         self.judge = load_judge(self.task)
-        self.settings = Settings(task="digits", count=config.count)
+        self.settings = Settings(count=config.count)
         self.outcomes: dict[str, list[Outcome]] = {}
 
     @property
