@@ -69,7 +69,7 @@ class Best:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
         error = None if self.step is None else self.error
-        return {"step": self.step, "error": error, "since": self.since, "before": self._before}
+        return {"step": self.step, "error": error, "since": self.since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -77,7 +77,8 @@ class Best:
         Raises:
             ValueError: If the adapter that was the best is gone.
         """
-        self.step, self._before, self.since = state["step"], state["before"], state["since"]
+        self.step = self._before = state["step"]
+        self.since = state["since"]
         self.error = math.inf if state["error"] is None else float(state["error"])
         if self.patience and self.step is not None:
             folder = self.folder(self.step)
