@@ -28,7 +28,7 @@ from shiva_dit.training.data import Batch, reseed
 from shiva_dit.training.looks import drawn
 from shiva_dit.training.looks.drawn import read_log
 from shiva_dit.training.looks.looks import Looks, by_time
-from shiva_dit.training.looks.material import Material, Remaining, Shown, held_back, place_of
+from shiva_dit.training.looks.material import Remaining, held_back, place_of
 from shiva_dit.training.looks.measure import Measure
 from shiva_dit.training.looks.pace import Pace
 from shiva_dit.training.recipe import TrainConfig
@@ -37,30 +37,17 @@ from shiva_dit.training.run import train
 from shiva_dit.training.settings import OptimizerConfig, PolicyConfig, TrajectoryConfig, WatchConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
-from tests.test_training import TinyData, recipe
+from tests.test_training import TinyData, WatchedData, recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FAST = WatchConfig(every=2, held_out=3, times=2, prompts=2, steps=3)
 SHARED = dataclasses.replace(FAST, held_out_share=0.3)
 
 
-class WatchedData(TinyData):
-    """Has samples beside those to train on."""
-
-    def watched(self, config: WatchConfig) -> Material:
-        draw = torch.Generator().manual_seed(7)
-        shape = (config.held_out, tiny.CHANNELS, tiny.LATENT, tiny.LATENT)
-        batch = Batch(
-            latents=torch.randn(shape, generator=draw),
-            conditioning={
-                "encoder_hidden_states": self.text[: config.held_out],
-                "pooled_projections": self.pooled[: config.held_out],
-            },
-        )
-        titles = tuple(f"prompt {row}" for row in range(config.held_out))
-        return Material(
-            training=self, held_out=(batch,), shown=(Shown(titles=titles, batch=batch),)
-        )
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a second to draw."""
+    monkeypatch.setattr("shiva_dit.training.looks.looks.draw_curves", lambda *_: True)
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -79,6 +66,7 @@ def looks_of(out: Path) -> list[dict[str, Any]]:
 # --- what looks change, and what they say -----------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("backbone", ["full", "lora"])
 def test_a_run_that_is_looked_at_ends_with_the_same_bits(tmp_path: Path, backbone: str) -> None:
     changes: dict[str, Any] = {"backbone": backbone}
@@ -103,6 +91,7 @@ def test_a_run_that_is_looked_at_ends_with_the_same_bits(tmp_path: Path, backbon
     assert looks_of(tmp_path / "looked at")[-1]["seconds_left"] == 0
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_the_held_out_error_is_that_of_the_adapter_that_is_saved(tmp_path: Path) -> None:
     config = recipe(tmp_path, watch=FAST, policy=PolicyConfig(num_bins=4))
     sampler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -474,6 +463,7 @@ def test_what_has_no_pictures_says_so_once(
 # --- trackers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_tensorboard_gets_scalars_and_pictures_also_after_a_kill(tmp_path: Path) -> None:
     watch = dataclasses.replace(FAST, tracker="tensorboard")
     config = recipe(tmp_path, watch=watch, checkpoint_every=3)
@@ -500,6 +490,7 @@ def test_tensorboard_gets_scalars_and_pictures_also_after_a_kill(tmp_path: Path)
     assert [image.step for image in events.Images("watch")] == [2, 4, 6]
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_wandb_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, dict[str, Any]]] = []
     settings: dict[str, Any] = {}
