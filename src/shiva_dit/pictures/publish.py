@@ -148,7 +148,7 @@ def _result(run: Path) -> dict[str, Any] | None:
     path = run / RESULT_FILE
     if not path.is_file():
         return None
-    with read_as("the end of a run", path):
+    with read_as("end of a run", path):
         found = read_json(path)
         return {name: found[name] for name in ("seconds", "processes", "device", "cost")}
 

@@ -33,7 +33,7 @@ class Decoder:
         index: Any = DiffusionPipeline.load_config(pipeline)
         if (index.get("vae") or [None])[0] is None:
             return None
-        return cls(AutoModel.from_pretrained(pipeline, subfolder="vae"), device)
+        return cls(AutoModel.from_pretrained(str(pipeline), subfolder="vae"), device)
 
     @torch.no_grad()
     def __call__(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
