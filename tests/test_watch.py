@@ -29,7 +29,7 @@ from shiva_dit.training.looks import drawn
 from shiva_dit.training.looks.drawn import read_log
 from shiva_dit.training.looks.looks import Looks, by_time
 from shiva_dit.training.looks.material import Remaining, held_back, place_of
-from shiva_dit.training.looks.measure import Measure
+from shiva_dit.training.looks.measure import Measure, _Kept
 from shiva_dit.training.looks.pace import Pace
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.recipe_file import to_toml, write_recipe
@@ -169,6 +169,24 @@ def test_pictures_show_what_the_models_make_and_which_tokens_are_kept(
             x = x - model(hidden_states=x, **given)[0] / 3
     dense = trainer.looks._dense[0][0].latents[:1]
     assert float((dense - x).abs().max()) <= 1e-4 * float(x.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("steps", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (7, [3, 2, 2])]
+)
+def test_each_part_of_a_sampling_has_its_steps(
+    tmp_path: Path, steps: int, parts: list[int]
+) -> None:
+    trainer = Trainer(recipe(tmp_path, watch=FAST), tiny.sd3(), WatchedData())
+    kept = _Kept(trainer.student, trainer.material.shown[0].batch, steps)
+    for _ in range(steps):
+        with kept.recorded():
+            pass
+    trainer.close()
+    assert kept.forwards == parts
+    shares = kept.shares()
+    assert shares is not None
+    assert bool((shares == 1).all())  # none of the blocks was pruned
 
 
 def test_steps_of_pictures_are_the_schedulers_own(tmp_path: Path) -> None:

@@ -17,6 +17,13 @@ from shiva_dit.provenance import read_text, write_atomically
 
 STAGES = {"warmup": "0.93", "policy": "0.87", "joint": "1.0"}
 """Shades behind the stages."""
+KEPT = (
+    (),
+    ("kept",),
+    ("kept at the start", "kept at the end"),
+    ("kept at the start", "kept in the middle", "kept at the end"),
+)
+"""Titles of as many parts of a sampling."""
 SMOOTHED = 50
 """Points that a thick line shows of a curve."""
 
@@ -28,7 +35,7 @@ class Row:
     title: str
     dense: Float[Tensor, "C H W"]
     pruned: Float[Tensor, "C H W"]
-    kept: Float[Tensor, "3 h w"] | None
+    kept: Float[Tensor, "parts h w"] | None
     """Share of the blocks that kept a token, in each third of the steps."""
 
 
@@ -36,11 +43,14 @@ def draw_look(path: Path, rows: Sequence[Row], title: str) -> None:
     """Write a look's picture: the unpruned model's, the pruned one's, and kept tokens."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    names = ["unpruned", "pruned", "kept at the start", "kept in the middle", "kept at the end"]
-    columns = 2 if rows[0].kept is None else 5
-    figure: Any = Figure(figsize=(1.9 * columns, 0.7 + 2.02 * len(rows)), layout="constrained")
+    parts = 0 if rows[0].kept is None else len(rows[0].kept)
+    names, columns = ["unpruned", "pruned", *KEPT[parts]], 2 + parts
+    heights = [1.7 * row.dense.shape[1] / row.dense.shape[2] for row in rows]
+    figure: Any = Figure(
+        figsize=(1.9 * columns, 0.7 + sum(heights) + 0.32 * len(rows)), layout="constrained"
+    )
     figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     shades = None
     for line, row in zip(axes, rows, strict=True):
         for axis, name in zip(line, names, strict=False):
@@ -92,6 +102,7 @@ def draw_curves(path: Path, log: Path, target: float | None = None) -> bool:
     for axis in (losses, errors, kept):
         _shade_stages(axis, lines)
         axis.set_xlabel("step", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     _curve(losses, lines, "loss", "tab:blue", "loss")
     losses.set_title("loss", fontsize=10)
     _curve(errors, lines, "distill", "tab:orange", "in training")
@@ -170,7 +181,9 @@ def _points(
 ) -> None:
     pairs = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), float)]
     if pairs:
-        axis.plot(*zip(*pairs, strict=True), "o-", color=colour, ms=4, lw=1.2, label=label)
+        axis.plot(
+            *zip(*pairs, strict=True), "o-", color=colour, ms=4, lw=1.2, label=label, clip_on=False
+        )
 
 
 def _draw_ratios(figure: Any, axis: Any, looks: Sequence[Mapping[str, Any]]) -> None:

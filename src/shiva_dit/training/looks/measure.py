@@ -27,8 +27,8 @@ NOISE, PICTURES = 0, 1
 """What noise is for: it is always the same."""
 EVEN_STEPS = 20
 """Sampler steps of pictures by default."""
-PARTS = ("start", "middle", "end")
-"""Thirds of a sampling, whose kept tokens are shown."""
+PARTS = 3
+"""Of a sampling, whose kept tokens are shown; one a step where there are fewer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Pictures:
     """What one model made of prompts."""
 
     latents: Float[Tensor, "B ..."]
-    kept: Float[Tensor, "B 3 h w"] | None = None
+    kept: Float[Tensor, "B parts h w"] | None = None
     """Share of the pruned blocks that kept a token in each third of the steps, noise first; None
     of the unpruned model, and where tokens are not a grid."""
 
@@ -153,14 +153,15 @@ class Measure:
         scales = None
         if self.guidance is not None:
             scales = torch.full((count,), guidance, device=device)
-        kept = _Kept(student, batch) if schedule is not None else None
-        for place, (t, step) in enumerate(self.steps(batch, steps)):
+        todo = list(self.steps(batch, steps))
+        kept = _Kept(student, batch, len(todo)) if schedule is not None else None
+        for t, step in todo:
             ts = torch.full((count,), t, device=device)
             arguments = student.calls.guided(x, ts, batch, scales, self.empty)
             if schedule is None or kept is None:
                 out = self._called(student.teacher, arguments, student.as_teacher())
             else:
-                with kept.recorded(place / steps):
+                with kept.recorded():
                     pruned = self._pruned(schedule, batch, t)
                     out = self._called(student.model, arguments, pruned)
             if scales is not None and student.calls.both_ways:
@@ -210,19 +211,22 @@ class Measure:
 class _Kept:
     """Counts which tokens are kept, by thirds of a sampling."""
 
-    def __init__(self, student: Student, batch: Batch) -> None:
-        self.student, self.count = student, len(batch.latents)
+    def __init__(self, student: Student, batch: Batch, steps: int) -> None:
+        self.student, self.count, self.steps = student, len(batch.latents), steps
         self.grid = None
         if batch.latents.ndim == 4:
             self.grid = grid_of(student.model, batch.latents)
         self.tokens = student.spec.tokens(student.model, batch.latents)
         self.blocks = student.adapter.schedule.prunable_blocks
-        self.sums = torch.zeros(len(PARTS), self.count, self.tokens)
-        self.forwards = [0] * len(PARTS)
+        parts = min(PARTS, steps)
+        self.sums = torch.zeros(parts, self.count, self.tokens)
+        self.forwards = [0] * parts
 
-    def recorded(self, share: float) -> AbstractContextManager[None]:
-        """Within: a forward at this share of the way from noise to picture."""
-        return nullcontext() if self.grid is None else self._recorded(int(share * len(PARTS)))
+    def recorded(self) -> AbstractContextManager[None]:
+        """Within: the next step's forward."""
+        if self.grid is None:
+            return nullcontext()
+        return self._recorded(sum(self.forwards) * len(self.forwards) // self.steps)
 
     @contextmanager
     def _recorded(self, part: int) -> Iterator[None]:
@@ -242,13 +246,13 @@ class _Kept:
         self.forwards[part] += 1
         self.sums[part] += len({*self.blocks} - pruned)
 
-    def shares(self) -> Float[Tensor, "B 3 h w"] | None:
-        """Of the prunable blocks, in each third."""
+    def shares(self) -> Float[Tensor, "B parts h w"] | None:
+        """Of the prunable blocks, in each part."""
         if self.grid is None or self.grid[0] * self.grid[1] != self.tokens:
             return None
-        made = torch.tensor([max(n, 1) * len(self.blocks) for n in self.forwards])
+        made = torch.tensor(self.forwards) * len(self.blocks)
         shares = self.sums / made.view(-1, 1, 1)
-        return shares.transpose(0, 1).reshape(self.count, len(PARTS), *self.grid)
+        return shares.transpose(0, 1).reshape(self.count, len(made), *self.grid)
 
 
 def _at_quantiles(schedule: Schedule, strata: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
