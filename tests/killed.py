@@ -87,7 +87,8 @@ def of_run(out: Path) -> dict[str, bytes]:
     found = listing(out)
     lines = found.pop("log.jsonl").decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert found.pop("run.json")
+    for name in ("run.json", "recipe.toml", "result.json"):
+        assert found.pop(name)
     config = json.loads(found.pop("adapter/config.json"))
     for key in ("digest", "training"):
         del config[key]
