@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from diffusers import SD3Transformer2DModel
 
+from shiva_dit.models.counted import model_flops
 from shiva_dit.training.checkpoint import latest_checkpoint
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.run import train
@@ -100,6 +101,7 @@ def of_run(out: Path) -> dict[str, bytes]:
 
 def main(folder: Path, first: int) -> None:
     assert conftest.THREADS  # that settings are those of all tests
+    model_flops(model(), 1, tiny.TEXT_TOKENS)  # counted once, not again by each child
     count = folder / "count"
     assert in_a_child(lambda: training(folder / "whole", count=count)) == 0
     wanted = of_run(folder / "whole")

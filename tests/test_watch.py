@@ -540,6 +540,34 @@ def test_wandb_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ended == [True]
 
 
+class WandbError(Exception):
+    """What wandb raises; no `RuntimeError`."""
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_tracker_that_fails_is_one_line_at_the_start_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise WandbError("no login")
+
+    module: Any = SimpleNamespace(init=fails, Error=WandbError)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("shiva_dit.training.looks.trackers.find_spec", lambda name: object())
+    watch = WatchConfig(tracker="wandb")
+    config = recipe(tmp_path / "first", watch=watch)
+    with pytest.raises(
+        ValueError, match=r"wandb can't be started \(WandbError: no login\): see to"
+    ):
+        train(config, tiny.sd3(), WatchedData(), resume=False)
+    run = SimpleNamespace(log=fails, finish=fails)
+    module.init, module.config = (lambda **_: run), SimpleNamespace(update=lambda *_, **__: None)
+    config = recipe(tmp_path / "second", watch=watch)
+    train(config, tiny.sd3(), WatchedData(), resume=False)
+    told = "looking at the run: the tracker failed (RuntimeError: WandbError: no login)"
+    assert told in capsys.readouterr().err
+
+
 # --- time -------------------------------------------------------------------------------------
 
 

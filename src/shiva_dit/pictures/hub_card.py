@@ -233,7 +233,7 @@ def _duration(seconds: float) -> str:
     """In words.
 
     >>> _duration(5025.3), _duration(42.4)
-    ('1 h 23 min', '42 s')
+    ('1 h 24 min', '42 s')
     """
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -142,7 +142,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _shade_stages(axis: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    for stage, shade in STAGES.items():
+    for place, (stage, shade) in enumerate(STAGES.items()):
         steps = [line["step"] for line in lines if line.get("stage") == stage]
         if steps and stage != "joint":
             axis.axvspan(min(steps) - 1, max(steps), color=shade, lw=0)
@@ -150,7 +150,7 @@ def _shade_stages(axis: Any, lines: Sequence[Mapping[str, Any]]) -> None:
                 stage,
                 (min(steps) - 1, 1.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(2, -9),
+                xytext=(2, -9 - 10 * place),
                 textcoords="offset points",
                 fontsize=7,
                 color="0.45",

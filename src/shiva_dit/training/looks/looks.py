@@ -280,7 +280,8 @@ class Looks:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
-        return {"best": self.best.state_dict(), "seconds": self.pace.seconds, "how": self._how()}
+        best, how = self.best.state_dict(), self._how()
+        return {"best": best, "how": how, "seconds": self.pace.seconds, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint's; an older version's has none.
@@ -290,7 +291,7 @@ class Looks:
         """
         if state is None:
             return
-        self.pace.seconds = float(state["seconds"])
+        self.pace.seconds, self.last = float(state["seconds"]), state["last"]
         if state["how"] == self._how():  # errors of other samples can't be compared
             self.best.load_state_dict(state["best"])
 

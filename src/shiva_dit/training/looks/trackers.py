@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,20 +45,27 @@ class Tracker:
         folder: The run's; its name is the run's.
         step: Steps done: what was written after them, by a run that was killed, goes.
         settings: The recipe, flat.
+
+    Raises:
+        ValueError: If it can't be started, such as without a login.
     """
 
     def __init__(self, kind: str, folder: Path, step: int, settings: dict[str, Any]) -> None:
         self.kind = kind
         made: Any = LOGGER_TYPE_TO_CLASS[kind]
-        name = folder.absolute().name or "train"
-        if made.requires_logging_directory:
-            self._to = made(".", folder / FOLDER, purge_step=step + 1)
-        else:
-            self._to = made("shiva-dit", name=name, dir=str(folder))
-            self._settings = settings
-        self._to.start()
-        if not made.requires_logging_directory:
-            self._to.store_init_configuration(settings)
+        try:
+            with self._calls():
+                if kind == "tensorboard":
+                    self._to = made(".", folder / FOLDER, purge_step=step + 1)
+                    self._to.start()
+                else:
+                    self._to = made("shiva-dit", name=folder.absolute().name, dir=str(folder))
+                    self._to.start()
+                    self._to.store_init_configuration(settings)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{kind} can't be started ({error}): see to that, or set watch.tracker=none."
+            ) from error
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Send the numbers among values."""
@@ -64,7 +74,8 @@ class Tracker:
             for name, value in values.items()
             if isinstance(value, (int, float)) and name != "step"
         }
-        self._to.log(numbers, step=step)
+        with self._calls():
+            self._to.log(numbers, step=step)
 
     def picture(self, path: Path, step: int) -> None:
         """Send a picture."""
@@ -73,11 +84,25 @@ class Tracker:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))[None]
         layout = {"dataformats": "NHWC"} if self.kind == "tensorboard" else {}
-        self._to.log_images({path.parent.name: pixels}, step=step, **layout)
+        with self._calls():
+            self._to.log_images({path.parent.name: pixels}, step=step, **layout)
 
     def close(self) -> None:
         """Write what is left."""
-        self._to.finish()
+        with self._calls():
+            self._to.finish()
+
+    @contextmanager
+    def _calls(self) -> Iterator[None]:
+        """Within: what the tracker raises of its own kind becomes a `RuntimeError`."""
+        try:
+            yield
+        except self._errors() as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    def _errors(self) -> tuple[Any, ...]:
+        own = getattr(sys.modules.get(self.kind), "Error", None)
+        return () if own is None else (own,)
 
 
 def flat(data: dict[str, Any], before: str = "") -> dict[str, Any]:
