@@ -38,7 +38,7 @@ def hub_card(facts: Facts) -> str:
         f"---\n{front_matter(facts)}\n---",
         f"# {facts.name}",
         _about(facts),
-        f"## Use\n\n```bash\npip install shiva-dit\n```\n\n```python\n{snippet(facts)}```",
+        f"## Use\n\n```python\n{snippet(facts)}```",
         f"## Figures\n\n{_table(figures(facts))}\n\n{_notes(facts)}".rstrip(),
         _pictures(facts),
         _prompts(facts),
@@ -75,7 +75,7 @@ def _about(facts: Facts) -> str:
         else f"models of the class `{config.base_model_class}`"
     )
     return (
-        f"An adapter of [shiva-dit](https://pypi.org/project/shiva-dit/) for {of}. Each block of "
+        f"An adapter of `shiva-dit` (Python) for {of}. Each block of "
         "the transformer runs on a learned part of the image tokens, "
         f"{facts.adapter.schedule.mean_keep_ratio:.0%} of them on average over the sampler's steps "
         f"and the blocks that are pruned. What training did to the backbone: {config.backbone}."
