@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from shiva_dit.training.interrupt import TrainingInterrupted
 from shiva_dit.training.processes import joined
 from shiva_dit.training.run import train
-from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig
+from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig, WatchConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
-from tests.test_training import TinyData, recipe
+from tests.test_training import TinyData, WatchedData, recipe
 
 
 def main() -> None:
@@ -30,11 +31,15 @@ def main() -> None:
     parser.add_argument("--signal-at", type=int, help="step after which rank 1 gets a SIGTERM")
     parser.add_argument("--kill-at", type=int, help="step after which rank 1 is killed")
     parser.add_argument("--bad-at", type=int, help="step in which rank 1 has a loss that is none")
+    parser.add_argument("--patience", type=int, help="looks without a better error, of any")
     options = parser.parse_args()
     torch.set_num_threads(1)
     changes: dict[str, Any] = {}
     if options.guided:
         changes = {"guidance": (1.0, 7.0), "trajectories": TrajectoryConfig(count=3, steps=2)}
+    if options.patience is not None:
+        watch = WatchConfig(every=2, held_out=3, times=3, steps=2)
+        changes["watch"] = replace(watch, patience=options.patience)
     config = recipe(
         options.out,
         backbone=options.backbone,
@@ -64,7 +69,8 @@ def main() -> None:
     Trainer.train_step = stepped  # type: ignore[method-assign]
     with joined("cpu") as (processes, _):
         try:
-            train(config, tiny.sd3(), TinyData(), resume=True, processes=processes)
+            data = TinyData() if options.patience is None else WatchedData()
+            train(config, tiny.sd3(), data, resume=True, processes=processes)
         except TrainingInterrupted as stop:
             print(f"rank {processes.rank} stopped: {stop.checkpoint.name}", flush=True)
         except FloatingPointError as error:

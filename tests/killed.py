@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from diffusers import SD3Transformer2DModel
 
+from shiva_dit.models.counted import model_flops
 from shiva_dit.training.checkpoint import latest_checkpoint
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.run import train
@@ -87,7 +88,8 @@ def of_run(out: Path) -> dict[str, bytes]:
     found = listing(out)
     lines = found.pop("log.jsonl").decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert found.pop("run.json")
+    for name in ("run.json", "recipe.toml", "result.json"):
+        assert found.pop(name)
     config = json.loads(found.pop("adapter/config.json"))
     for key in ("digest", "training"):
         del config[key]
@@ -99,6 +101,7 @@ def of_run(out: Path) -> dict[str, bytes]:
 
 def main(folder: Path, first: int) -> None:
     assert conftest.THREADS  # that settings are those of all tests
+    model_flops(model(), 1, tiny.TEXT_TOKENS)  # counted once, not again by each child
     count = folder / "count"
     assert in_a_child(lambda: training(folder / "whole", count=count)) == 0
     wanted = of_run(folder / "whole")

@@ -365,7 +365,7 @@ def test_a_second_signal_stops_at_once_and_leaves_nothing_broken(
         patch.setattr(Trainer, "train_step", interrupted)
         assert main(words) == 128 + signal.SIGTERM
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoints", "log.jsonl", "run.json"}
+    assert left == {"checkpoints", "log.jsonl", "recipe.toml", "run.json"}
     assert main(words) == 0  # it starts again by itself
 
 

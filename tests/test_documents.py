@@ -75,11 +75,6 @@ ELSEWHERE = {
     "from __future__ import annotations": "Python's",
     "<what>--<hardware>--<date>.json": "a pattern of names",
     "utils.py": "said not to be there",
-    "diffusers/hooks/hooks.py": "a file of diffusers",
-    "diffusers/models/transformers/transformer_sd3.py": "a file of diffusers",
-    "peft/tuners/ln_tuning/": "a folder of peft",
-    "optax/losses/_ranking.py": "a file of optax",
-    "equinox/nn/_attention.py": "a file of equinox",
 }
 
 

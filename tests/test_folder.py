@@ -36,7 +36,9 @@ from transformers import (
 import shiva_dit
 from shiva_dit import cli
 from shiva_dit.training.folder import Encoding, Facts, FolderData, encode_folder
+from shiva_dit.training.looks.material import place_of
 from shiva_dit.training.pictures import encode as encoding
+from shiva_dit.training.pictures.decoder import Decoder
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trainer import Trainer
 from tests import families, tiny
@@ -678,3 +680,62 @@ def test_training_says_what_is_stale_and_refuses_data_of_other_encoders(
     text = capsys.readouterr().err
     assert "has changed since it was encoded" in text
     assert "text_encoder_2 differ" in text
+
+
+def test_a_run_on_own_pictures_is_looked_at_and_published(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures, data, run = tmp_path / "pictures", tmp_path / "data", tmp_path / "run"
+    pictures.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for number in range(12):
+        width, height = ((64, 64), (90, 60))[number % 2]
+        pixels = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(pictures / f"{number:02d}.png")
+        (pictures / f"{number:02d}.txt").write_text(f"picture {number}")
+    words = ["--pipeline", str(pipeline)]
+    given = ["encode", str(pictures), *words, "--out", str(data), "--size", "32", "--buckets"]
+    assert cli.main(given) == 0
+    recipe = Path(__file__).parents[1] / "recipes" / "sd35.toml"
+    short = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=2", "micro_batches=1"]
+    short += ["precision=float32", "watch.every=3", "watch.times=2", "watch.steps=2"]
+    call = ["train", str(recipe), *short, f"out={run}", "--data", str(data), *words]
+    capsys.readouterr()
+    assert cli.main([*call, "watch.held_out_share=1e-9"]) == 2
+    assert "holds back none of 12 samples: set it to" in capsys.readouterr().err
+    assert not (run / "checkpoints").exists()
+    assert cli.main([*call, "watch.held_out_share=0.5", "watch.prompts=3"]) == 0
+    read = FolderData(data)
+    held = [key for key in read.keys() if place_of(key) < 0.5]  # noqa: SIM118
+    assert 0 < len(held) < 12
+    told = capsys.readouterr().err
+    assert f"{len(held)} of 12 samples are held back" in told
+    assert "no VAE" not in told
+    look = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert look["held_out"] > 0
+    assert look["held_out_guided"] > 0
+    about = json.loads((run / "run.json").read_text())
+    assert about["data"]["samples"] == 12 - len(held)
+    assert Image.open(run / "watch" / "step-000003.png").size[1] > 400
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "public"
+    prompts.write_text("a cat\na dog")
+    words += ["--prompts", str(prompts), "--steps", "2", "--license", "mit"]
+    assert cli.main(["publish", str(run), "--out", str(out), *words]) == 0
+    assert Image.open(out / "pictures" / "examples.png").size[1] > 400
+    assert "](pictures/examples.png)" in (out / "README.md").read_text()
+    assert str(tmp_path) not in (out / "README.md").read_text() + (out / "config.json").read_text()
+
+
+def test_latents_are_decoded_as_the_pipeline_does(pipeline: Path, tmp_path: Path) -> None:
+    decode = Decoder.saved(pipeline, torch.device("cpu"))
+    assert decode is not None
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    with torch.no_grad():
+        theirs = pipe.vae.decode(latents / 1.5 + 0.1).sample
+    assert torch.equal(decode(latents), theirs)
+    bare = tmp_path / "bare"
+    shutil.copytree(pipeline, bare)
+    index = json.loads((bare / "model_index.json").read_text())
+    (bare / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    assert Decoder.saved(bare, torch.device("cpu")) is None

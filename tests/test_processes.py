@@ -102,6 +102,22 @@ def test_a_loss_that_is_none_in_one_ends_all_of_them(tmp_path: Path) -> None:
         assert f"not finite at step 4 (stage 'joint'); the last good checkpoint: {tmp_path}" in said
 
 
+def test_all_look_together_and_stop_together(tmp_path: Path) -> None:
+    """Two processes share three forwards of a look; what they decide is one decision."""
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        launched(count, out, "--guided", "--patience", "1", "--steps", "60")
+        found.append(json.loads((out / "result.json").read_text(encoding="utf-8")))
+        assert {path.name for path in out.iterdir()} >= {"best", "curves.png", "watch"}
+    one, many = found
+    assert (one["steps"], one["best"]["step"]) == (many["steps"], many["best"]["step"])
+    assert one["stopped_early"]
+    assert one["steps"] < 60
+    assert many["best"]["error"] == pytest.approx(one["best"]["error"], rel=1e-5)
+    assert farthest(learned(tmp_path / "1"), learned(tmp_path / "2")) <= 1e-6
+
+
 def test_a_folder_with_another_run_is_refused_once(alone: Path) -> None:
     said = launched(2, alone, "--guided", "--steps", "9", fails=True)
     assert said.count("ValueError: ") == 1

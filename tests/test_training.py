@@ -30,6 +30,7 @@ from shiva_dit.training.checkpoint import (
 )
 from shiva_dit.training.data import Batch, ShuffledIndices, drop_captions
 from shiva_dit.training.interrupt import TrainingInterrupted
+from shiva_dit.training.looks.material import Material, Shown
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
@@ -40,7 +41,13 @@ from shiva_dit.training.objective import (
 from shiva_dit.training.plan import Planner
 from shiva_dit.training.recipe import EstimatorConfig, StageName, TrainConfig
 from shiva_dit.training.run import train
-from shiva_dit.training.settings import LossConfig, OptimizerConfig, PolicyConfig, RouterConfig
+from shiva_dit.training.settings import (
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RouterConfig,
+    WatchConfig,
+)
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
 
@@ -87,6 +94,25 @@ class TinyData:
             "encoder_hidden_states": torch.zeros(tiny.TEXT_TOKENS, tiny.TEXT_DIM),
             "pooled_projections": torch.zeros(tiny.POOLED_DIM),
         }
+
+
+class WatchedData(TinyData):
+    """Has samples beside those to train on."""
+
+    def watched(self, config: WatchConfig) -> Material:
+        draw = torch.Generator().manual_seed(7)
+        shape = (config.held_out, tiny.CHANNELS, tiny.LATENT, tiny.LATENT)
+        batch = Batch(
+            latents=torch.randn(shape, generator=draw),
+            conditioning={
+                "encoder_hidden_states": self.text[: config.held_out],
+                "pooled_projections": self.pooled[: config.held_out],
+            },
+        )
+        titles = tuple(f"prompt {row}" for row in range(config.held_out))
+        return Material(
+            training=self, held_out=(batch,), shown=(Shown(titles=titles, batch=batch),)
+        )
 
 
 def recipe(out: Path, **changes: Any) -> TrainConfig:

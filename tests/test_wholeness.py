@@ -433,6 +433,8 @@ def test_two_trainings_into_one_folder_are_refused(tmp_path: Path) -> None:
         "adapter",
         "checkpoints",
         "log.jsonl",
+        "recipe.toml",
+        "result.json",
         "run.json",
     ]
 

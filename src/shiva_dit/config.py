@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+NONE = "none"
+"""How TOML, which has no such value, says None."""
 LARGEST_SEED = 2**32 - 1
 """Seeds of epochs and images are made from a run's by products that must stay below 2^63."""
 
@@ -171,7 +173,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             )
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
+        if value in (None, NONE) and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:

@@ -11,7 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shiva_dit import __version__
-from shiva_dit.cli import benchmark, documents, experiments, pictures, quickstart, training
+from shiva_dit.cli import (
+    benchmark,
+    documents,
+    experiments,
+    pictures,
+    publishing,
+    quickstart,
+    training,
+)
 from shiva_dit.cli.errors import FORESEEN, foreseen
 from shiva_dit.cli.options import program
 from shiva_dit.signals import Stopped, handled, stop
@@ -74,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run, goes_on=goes_on)
         return made.add_argument
 
-    for group in (quickstart, training, pictures, experiments, benchmark, documents):
+    groups = (quickstart, training, pictures, publishing, experiments, benchmark, documents)
+    for group in groups:
         group.add_commands(command)
     return parser

@@ -70,11 +70,13 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
     from shiva_dit.training.interrupt import TrainingInterrupted
+    from shiva_dit.training.looks.trackers import check_installed
     from shiva_dit.training.processes import joined
     from shiva_dit.training.recipe import TrainConfig
     from shiva_dit.training.run import train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
+    check_installed(recipe.watch)
     words = [program(), "train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
@@ -121,12 +123,14 @@ def _own(options: argparse.Namespace, device: Any) -> tuple[Any, Any, Any]:
 
     from shiva_dit.models.sampling import Sampler
     from shiva_dit.training.folder import FolderData
+    from shiva_dit.training.pictures.decoder import Decoder
 
     data = FolderData(options.data, pinned=device.type == "cuda")
     changed = data.changed_since()
     if changed is not None:
         print(f"shiva-dit: {changed}", file=sys.stderr)
     data.check_pipeline(options.pipeline)
+    data.decoder = lambda: loaded(options.pipeline, Decoder.saved, device=device)
     model = loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
     return model, data, loaded(options.pipeline, Sampler.saved)
 

@@ -20,6 +20,8 @@ from shiva_dit.demo.judge import Judge, JudgeTraining, TrainedJudge, train_judge
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.provenance import tensors_digest
 from shiva_dit.training.data import Batch
+from shiva_dit.training.looks.material import Material, Shown
+from shiva_dit.training.settings import WatchConfig
 
 PATCH = 2
 WIDTH = 128
@@ -78,6 +80,32 @@ class DemoTask(ABC):
         Raises:
             ValueError: If the list is shorter.
         """
+
+    def watched(self, config: WatchConfig) -> Material:
+        """What a training is looked at by: held-out pictures, and prompts of the fixed list.
+
+        Raises:
+            ValueError: If there are not so many.
+        """
+        if config.held_out > len(self.held_out_images):
+            raise ValueError(
+                f"{self.name} has {len(self.held_out_images)} held-out pictures: set "
+                f"watch.held_out to that at most, got {config.held_out}."
+            )
+        captions = self.held_out_captions(range(config.held_out))
+        held_out = self.held_out_images[: config.held_out]
+        shown: tuple[Shown, ...] = ()
+        if config.prompts:
+            prompts = self.prompts(0, config.prompts)[0]
+            shape = (len(prompts), self.channels, self.image_size, self.image_size)
+            batch = Batch(latents=torch.zeros(shape), conditioning=self.conditioning(prompts))
+            shown = (Shown(titles=tuple(prompts), batch=batch),)
+        return Material(
+            training=self,
+            held_out=(Batch(latents=held_out, conditioning=self.conditioning(captions)),),
+            shown=shown,
+            decode=lambda pixels: pixels,
+        )
 
     @abstractmethod
     def real(self, count: int) -> tuple[Float[Tensor, "N C H W"], Int[Tensor, "N ..."]]:

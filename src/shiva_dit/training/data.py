@@ -55,7 +55,8 @@ class TrainingData(Protocol):
     It may also have a method `identity() -> str`, a digest of its content: a run then goes on with
     the same data alone, and the adapter's record says what it was trained on. And a `name`, for
     the record. Data that can be read ahead, or whose samples can't all be in one batch, says so by
-    the methods of a `Feed`.
+    the methods of a `Feed`; what it is looked at by while it is trained on, by those that
+    `training.looks.material` asks for.
     """
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,6 +36,13 @@ class Log:
             raise OSError(
                 error.errno, f"can't be written: {error.strerror}", str(self.path)
             ) from error
+
+
+def shown(line: Mapping[str, Any]) -> dict[str, str]:
+    """What a bar shows of a step."""
+    digits = {"loss": 3, "keep": 3, "distill": 4, "guided": 4}
+    found = {name: f"{line[name]:.{n}f}" for name, n in digits.items() if name in line}
+    return {"stage": line["stage"], **found}
 
 
 @contextmanager

@@ -15,9 +15,19 @@ from shiva_dit.config import from_dict, to_dict
 from shiva_dit.provenance import module_digest
 from shiva_dit.training.data import TrainingData, data_origin
 
-FREE = {"out", "checkpoint_every", "optimizer", "gradient_checkpointing", "backbone_dtype", "task"}
-"""What a resumed run may change: where and how often it saves, and how fast it learns. The task is
-told by the data's identity, which is compared by itself."""
+FREE = {
+    "out",
+    "checkpoint_every",
+    "optimizer",
+    "gradient_checkpointing",
+    "backbone_dtype",
+    "task",
+    "watch",
+}
+"""What a resumed run may change: where and how often it saves, how fast it learns, and how it is
+looked at. The task, and what is held back from training, are told by the data's identity, which is
+compared by itself."""
+HELD_BACK = ", also with the same watch.held_out_share, by which samples are not trained on"
 COMPARED = (
     ("data", "samples", "samples"),
     ("data", "identity", "data"),
@@ -90,5 +100,6 @@ def check_origin(ours: dict[str, Any], state: dict[str, Any], path: Path) -> Non
         if found != wanted:
             raise ValueError(
                 f"{path} was made with another {what} than this run's ({wanted} then, {found} "
-                "now): resume with the same, or train into another folder."
+                f"now): resume with the same{HELD_BACK if kind == 'data' else ''}, or train into "
+                "another folder."
             )

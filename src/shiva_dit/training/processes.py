@@ -52,6 +52,14 @@ class Processes:
                     one.copy_(found.view_as(one))
                 chunk = []
 
+    def any(self, says: bool, device: torch.device) -> bool:
+        """Whether one of the processes says so: then all know it."""
+        if self.count == 1:
+            return says
+        found = torch.tensor([float(says)], device=device)
+        self.sum([found])
+        return bool(found)
+
     def wait(self) -> None:
         """Until all have come this far."""
         if self.count > 1:

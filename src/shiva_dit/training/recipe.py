@@ -17,6 +17,7 @@ from shiva_dit.training.settings import (
     PolicyConfig,
     RouterConfig,
     TrajectoryConfig,
+    WatchConfig,
 )
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ class TrainConfig:
     """What the blocks of "sparsedit" do."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Learning rates, clipping and averaging."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """Looks at the run while it goes on: held-out error, pictures, early stop."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -159,6 +162,7 @@ class TrainConfig:
         self._check_steps()
         self._check_combination()
         self._check_sampler()
+        self._check_watch()
 
     def _check_steps(self) -> None:
         for name in ("warmup_steps", "policy_steps", "joint_steps"):
@@ -199,6 +203,16 @@ class TrainConfig:
                 'a learned policy needs time_sampling = "uniform": its losses are an integral over '
                 't. To count some times more, set loss.time_weighting = "logit_normal", or '
                 "policy.adaptive = false to train with other laws of t."
+            )
+
+    def _check_watch(self) -> None:
+        if self.watch.every and self.method != "shiva":
+            raise ValueError(
+                f'watch is for adapters, not for method = "{self.method}": set watch.every = 0.'
+            )
+        if self.watch.guidance is not None and self.guidance is None:
+            raise ValueError(
+                "watch.guidance is for recipes that train for guidance: set guidance = [low, high]."
             )
 
     def _check_sampler(self) -> None:

@@ -17,9 +17,12 @@ from shiva_dit.saved_folder import check_place, weights_files
 from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.log import LOG_FILE
+from shiva_dit.training.looks.trackers import check_installed
 from shiva_dit.training.origin import check_recipe
 from shiva_dit.training.processes import ALONE, Processes
 from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.recipe_file import write_recipe
+from shiva_dit.training.result import finish
 from shiva_dit.training.trainer import CHECKPOINTS, Trainer
 
 RUN_FILE = "run.json"
@@ -64,6 +67,7 @@ def train(
             f"method {config.method!r} is a control and gives no adapter; "
             "`shiva-dit quickstart --all-controls` trains and judges the controls."
         )
+    check_installed(config.watch)
     folder = config.out / "adapter"
 
     def prepared() -> bool:
@@ -89,12 +93,11 @@ def train(
                 trainer.resume()
             else:
                 processes.from_first(begun)
+            processes.from_first(lambda: write_recipe(trainer.config, config.out))
             trained = trainer.run()
+            processes.from_first(lambda: finish(trainer, trained, folder))
         finally:
             trainer.close()
-        assert trained.adapter is not None
-        adapter = trained.adapter
-        processes.from_first(lambda: adapter.save_pretrained(folder))
     return folder
 
 

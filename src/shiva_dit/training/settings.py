@@ -200,3 +200,49 @@ class OptimizerConfig:
             raise ValueError(f"optimizer grad_clip must be positive, got {self.grad_clip}.")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"optimizer ema must lie in [0, 1), got {self.ema}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """Looks at a run while it goes on (`Looks`). They change nothing of what is trained."""
+
+    every: int = 0
+    """Steps from one look to the next; the last step has one, too. 0: never. A look measures the
+    held-out error, and writes `watch/step-....png` and `curves.png` into the run's folder."""
+    held_out: int = 32
+    """Samples that the held-out error is of, at most. It is the squared error of the prediction to
+    the unpruned model's, over fixed noise and times; of the guided prediction, where the recipe has
+    `guidance`."""
+    held_out_share: float = 0.05
+    """Share of the data, in (0, 1), that is held back for this and never trained on. What a picture
+    shows decides by itself whether it is, so that adding others moves none. A demo task has
+    held-out pictures beside those that it trains on, and holds back nothing."""
+    times: int = 8
+    """Times of each of these samples, spread as the sampler's steps are."""
+    prompts: int = 4
+    """Pictures at each look: dense, pruned, and which tokens were kept. A demo task has prompts; of
+    other data, captions of held-out samples. 0: none."""
+    steps: int | None = None
+    """Sampler steps of the pictures; the recipe's `num_steps` by default, or 20."""
+    guidance: float | None = None
+    """Their guidance scale, at least 1; the middle of the recipe's by default."""
+    patience: int = 0
+    """Looks of the joint stage without a better held-out error, after which the run ends; 0: it
+    runs to its end, and what is saved is its end. Otherwise the best that was seen is."""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """What scalars and pictures are sent to as well; "tensorboard" writes into the run's folder."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("every", "prompts", "patience"):
+            whole_number(f"watch {name}", getattr(self, name), least=0)
+        for name in ("held_out", "times"):
+            whole_number(f"watch {name}", getattr(self, name), least=1)
+        if not 0.0 < self.held_out_share < 1.0:
+            raise ValueError(f"watch held_out_share must lie in (0, 1), got {self.held_out_share}.")
+        if self.steps is not None:
+            whole_number("watch steps", self.steps, least=1, most=1000)
+        if self.guidance is not None and self.guidance < 1.0:
+            raise ValueError(f"watch guidance must be at least 1, got {self.guidance}.")
+        if self.patience and not self.every:
+            raise ValueError("watch.patience counts looks, and there are none: set watch.every.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.adapter.config import lora_metadata
+from shiva_dit.adapter.module import AdapterModule
 from shiva_dit.config import to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.base import Reducer
@@ -18,6 +19,7 @@ from shiva_dit.methods.registry import METHODS
 from shiva_dit.models.backbone import backbone_weights, first_not_finite
 from shiva_dit.modules.updates import RejectedUpdates
 from shiva_dit.provenance import provenance
+from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.student import Student
 
 
@@ -48,6 +50,14 @@ class Trained:
         return self.adapter.policy.schedule(keep_ratio, self.adapter.config.num_bins, law)
 
 
+def learned_schedule(config: TrainConfig, adapter: AdapterModule) -> Schedule:
+    """The ratios that an adapter's policy gives by now, or its fixed ones."""
+    if not config.learns_policy:
+        return adapter.schedule
+    law = adapter.schedule.law
+    return adapter.policy.schedule(config.keep_ratio, config.policy.num_bins, law)
+
+
 def trained_from(student: Student, about: dict[str, Any]) -> Trained:
     """What a student's weights, as they are now, give.
 
@@ -66,10 +76,7 @@ def trained_from(student: Student, about: dict[str, Any]) -> Trained:
     if student.selector is not None:
         learned = student.selector.learned_schedule(adapter.schedule.law)
         adapter.schedule = learned or adapter.schedule
-    if config.learns_policy:
-        adapter.schedule = adapter.policy.schedule(
-            config.keep_ratio, config.policy.num_bins, adapter.schedule.law
-        )
+    adapter.schedule = learned_schedule(config, adapter)
     dtype = getattr(torch, config.backbone_dtype)
     adapter.backbone_weights = {k: v.to("cpu", dtype) for k, v in weights.items()}
     broken = first_not_finite({**adapter.state_dict(), **adapter.backbone_weights})

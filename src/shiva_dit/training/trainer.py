@@ -13,11 +13,7 @@ from tqdm import tqdm
 
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.models.backbone import (
-    first_not_finite,
-    trainable_parameters,
-    untuned,
-)
+from shiva_dit.models.backbone import first_not_finite, trainable_parameters, untuned
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.target import unwrapped
@@ -30,7 +26,9 @@ from shiva_dit.training.checkpoint import (
 from shiva_dit.training.data import TrainingData, data_name, reseed
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
-from shiva_dit.training.log import LOG_FILE, open_log
+from shiva_dit.training.log import LOG_FILE, open_log, shown
+from shiva_dit.training.looks.looks import Looks
+from shiva_dit.training.looks.material import material
 from shiva_dit.training.making import made_law
 from shiva_dit.training.optimization import Optimization
 from shiva_dit.training.origin import check_origin, check_recipe, origin
@@ -89,8 +87,9 @@ class Trainer:
         path = path_of(spec, sampler.scheduler)
         if data_name(data) != config.task:
             config = replace(config, task=None)
-        self.config, self.data = config, data
-        self.origin = origin(model, data)
+        self.material = material(config.watch, data)
+        self.config, self.data, self.sampler = config, self.material.training, sampler
+        self.origin = origin(model, self.data)
         """Which model and data the run starts from: names, and digests of their content."""
         self.step = 0
         self.last_good: Path | None = None
@@ -129,6 +128,8 @@ class Trainer:
         )
         given = untuned(self.student.model, config.backbone, self.student.teacher)
         self.optimization = Optimization(self._parts(), config.optimizer, given)
+        how = self.processes, self.result, self.optimization.averaged
+        self.looks = Looks(student, self.sampler, self.material, *how)
 
     def _parts(self) -> dict[str, dict[str, torch.nn.Parameter]]:
         student = self.student
@@ -229,43 +230,39 @@ class Trainer:
             raise ValueError(
                 f"method {self.config.method!r} with a frozen backbone has nothing to train."
             )
-        total, first = self.config.total_steps, self.processes.is_first
+        first = self.processes.is_first
         self.samples.draw()
         self.student.model.train()
         bar = tqdm(
-            total=total,
+            total=self.config.total_steps,
             initial=self.step,
             desc=description or self.config.method,
             unit="step",
+            smoothing=0.0 if self.config.watch.every else 0.3,  # a look is no slow step
             disable=not (show_progress and first),
             position=position,
         )
         deferred = deferred_interrupt() if saves_on_signals else nullcontext([])
         opened = open_log(self.config.out / LOG_FILE, self.step) if first else nullcontext()
-        with bar, opened as log, deferred as interrupted:
-            while self.step < total:
+        with bar, opened as log, deferred as interrupted, self.looks.watching(self.step):
+            while not self.has_ended:
                 stage = self.config.stage_at(self.step)[0]
                 values = self.train_step()
-                shown = {"stage": stage, "loss": f"{values['loss']:.3f}"}
-                shown["keep"] = f"{values['keep']:.3f}"
-                shown |= {n: f"{values[n]:.4f}" for n in ("distill", "guided") if n in values}
-                bar.set_postfix(shown, refresh=False)
+                line = {"step": self.step, "stage": stage, **values}
+                bar.set_postfix(shown(line), refresh=False)
                 bar.update()
-                if log is not None:
-                    log.write({"step": self.step, "stage": stage, **values})
-                if self._any(interrupted) and self.step < total:
+                self.looks.after(line, log)
+                stops = self.processes.any(bool(interrupted), self.student.device)
+                if stops and not self.has_ended:
                     raise TrainingInterrupted(self.save(), *interrupted[:1])
-                if self.step % self.config.checkpoint_every == 0 or self.step == total:
+                if self.step % self.config.checkpoint_every == 0 or self.has_ended:
                     self.save()
         return self.result()
 
-    def _any(self, signals: list[int]) -> bool:
-        """Whether a signal has come to one of the processes: all stop at the same step."""
-        if self.processes.count == 1:
-            return bool(signals)
-        found = torch.tensor([float(len(signals))], device=self.student.device)
-        self.processes.sum([found])
-        return bool(found)
+    @property
+    def has_ended(self) -> bool:
+        """Whether all steps are done, or no better adapter has come for so long (`watch`)."""
+        return self.step >= self.config.total_steps or self.looks.enough
 
     def result(self) -> Trained:
         """What was trained so far, by its moving average. The run can go on afterwards.
@@ -302,12 +299,14 @@ class Trainer:
             "position": self.samples.indices.position,
             "budget": self.budget.state_dict(),
             "origin": self.origin,
+            "looks": self.looks.state_dict(),
         }
 
         def write() -> Path:
             return save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
 
         self.last_good = self.processes.from_first(write)
+        self.looks.saved()
         return self.last_good
 
     def resume(self) -> Path:
@@ -324,6 +323,7 @@ class Trainer:
             self.step = checkpoint.state["step"]
             self.samples.indices.position = checkpoint.state["position"]
             self.budget.load_state_dict(checkpoint.state["budget"])
+            self.looks.load_state_dict(checkpoint.state.get("looks"))
         except KeyError as error:
             raise ValueError(f"{path} has no {error}: another version's checkpoint.") from error
         self.last_good = path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shiva_dit.provenance import data_digest
 from shiva_dit.training.data import Batch
+from shiva_dit.training.looks.material import Decode
 from shiva_dit.training.pictures.about import ABOUT, AGAIN, LATENTS, TEXT, About, Sample
 from shiva_dit.training.pictures.encoders import signature
 from shiva_dit.training.pictures.shards import Shards
@@ -69,6 +70,8 @@ class FolderData:
         self._empty = {name: value[0] for name, value in empty.items()}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
         self._expected: dict[tuple[int, ...], Future[Read]] = {}
+        self.decoder: Callable[[], Decode | None] = lambda: None
+        """Gives what makes pictures of latents, where a pipeline that does is at hand."""
 
     def _check_alike(self, folder: Path) -> None:
         shapes: dict[tuple[int, int], object] = {}
@@ -87,6 +90,14 @@ class FolderData:
         """Digest of what was encoded (pictures, captions, size) and by what."""
         rows = [(s.key, s.shape, s.texts, s.repeats) for s in self.about.samples]
         return data_digest([self.about.encoders, rows])
+
+    def keys(self) -> list[str]:
+        """Of each sample, what its picture alone decides."""
+        return [self._sample(index).key for index in range(len(self))]
+
+    def titles(self) -> list[str]:
+        """Of each sample, the picture's name."""
+        return [self._sample(index).name for index in range(len(self))]
 
     def groups(self) -> list[int] | None:
         """Of each sample, the number of its shape; None if there is one. A batch has one."""

@@ -1,0 +1,67 @@
+"""An adapter for others to use."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from shiva_dit.cli.options import Command, path, positive
+
+
+def add_commands(command: Command) -> None:
+    """Publish."""
+    add = command("publish", _publish, "make a run's adapter ready for the Hub, with a model card")
+    add("folder", metavar="run", type=path, help="folder of a run, or of an adapter")
+    add("--out", type=path, required=True, help="folder to fill, or to renew")
+    add("--prompts", type=path, help="named by the card; text, a prompt in a line, or .jsonl")
+    add("--pipeline", help="folder or Hub id of the pipeline that makes pictures of the prompts")
+    add("--steps", type=positive, default=28, help="its sampler steps")
+    add("--guidance", type=float, help="its guidance scale; its own by default")
+    add("--device", default="cpu", help="where it runs, such as cuda")
+    add("--license", help="of the adapter, as the Hub names it, such as apache-2.0")
+    add("--base-model", help="Hub id of the model that it is for; the one it was trained on")
+    add("--push", metavar="USER/NAME", help="upload it to this repository of the Hub")
+    add("--private", action="store_true", help="the repository, where it is made, is private")
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from shiva_dit.pictures.prompts import read_prompts
+    from shiva_dit.pictures.publish import check_repository, publish, upload
+
+    if options.push is not None:
+        check_repository(options.push, "--push")
+    if options.base_model is not None:
+        check_repository(options.base_model, "--base-model")
+    prompts = () if options.prompts is None else read_prompts(options.prompts)
+    if options.pipeline is not None and not prompts:
+        raise ValueError("--pipeline makes pictures of prompts: name a file by --prompts.")
+    folder = publish(
+        options.folder,
+        options.out,
+        license=options.license,
+        base_model=options.base_model,
+        repository=options.push,
+        prompts=prompts,
+        examples=None if options.pipeline is None else _examples(options),
+        device=options.device,
+    )
+    print(folder)
+    if options.license is None:
+        print("shiva-dit: the card names no licence: choose one by --license.", file=sys.stderr)
+    if options.push is not None:
+        print(upload(folder, options.push, private=options.private))
+    return 0
+
+
+def _examples(options: argparse.Namespace) -> tuple[Any, Any]:
+    """A pipeline, and how it makes pictures for a card."""
+    from diffusers import DiffusionPipeline
+
+    from shiva_dit.cli.training import loaded
+    from shiva_dit.demo.base import usable_device
+    from shiva_dit.pictures.generate import Generation
+
+    usable_device(options.device)
+    generation = Generation(steps=options.steps, guidance=options.guidance)
+    return loaded(options.pipeline, DiffusionPipeline.from_pretrained), generation

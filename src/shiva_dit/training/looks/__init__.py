@@ -1,0 +1,1 @@
+"""Looks at a run while it goes on: held-out error, pictures, curves, early stop."""
