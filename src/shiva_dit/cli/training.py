@@ -72,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.training.interrupt import TrainingInterrupted
     from shiva_dit.training.processes import joined
     from shiva_dit.training.recipe import TrainConfig
-    from shiva_dit.training.run import train
+    from shiva_dit.training.run import check_installed, train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
     words = [program(), "train", str(options.recipe), *options.overrides, "--resume"]
@@ -85,13 +85,13 @@ def _train(options: argparse.Namespace) -> int:
     again = shlex.join(words)
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
+    check_installed(recipe)
     with joined(options.device) as (processes, own):
         device = usable_device(own)
         check_folder(recipe.out)
         made = _demo(recipe, options.base) if options.data is None else _own(options, device)
         model, data, scheduler = made
-        model.to(device)
-        given: dict[str, Any] = {"resume": options.resume, "scheduler": scheduler}
+        given = {"resume": options.resume, "scheduler": scheduler, "device": device}
         try:
             folder = train(recipe, model, data, processes=processes, **given)
         except TrainingInterrupted as stop:

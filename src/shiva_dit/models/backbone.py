@@ -6,6 +6,7 @@ For inference nothing of PEFT's is put on a model: see `shiva_dit.models.tuned`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,8 @@ def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) 
             f"{type(model).__name__} takes no LoRA in this version of diffusers: train with "
             'backbone="full" or "frozen".'
         )
-    with _same_flags(model):
+    with _same_flags(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # it can't be merged, nor need it
         model.add_adapter(LoraConfig(target_modules=targets, **settings), adapter_name=PEFT_NAME)
         model.enable_adapters()
         model.set_adapter([*active, PEFT_NAME])

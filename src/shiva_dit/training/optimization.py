@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from shiva_dit.models.backbone import set_trainable
+from shiva_dit.models.backbone import set_trainable, trainable_parameters
+from shiva_dit.training.eight_bit import EightBitAdam
 from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName
 from shiva_dit.training.settings import OptimizerConfig
+from shiva_dit.training.student import Student
 
 SUMMED = ("router", "updates", "backbone")
 """Whose gradients come from the parts of a batch. They are summed in float64, so that the order of
@@ -24,6 +26,21 @@ ACTIVE: dict[StageName, set[str]] = {
     "policy": {"router", "updates", "policy"},
     "joint": {"router", "updates", "policy", "backbone"},
 }
+
+
+def parts_of(student: Student) -> dict[str, dict[str, nn.Parameter]]:
+    """All that learns, by part (`PARTS`) and name. The backbone is frozen on return."""
+    scores = student.selector if student.learns_scores else None
+    policy = student.adapter.policy if student.config.learns_policy else None
+    own = {} if student.reducer is None else student.reducer.parts()
+    return {
+        "router": dict(scores.named_parameters()) if scores else own.get("router", {}),
+        "policy": dict(policy.named_parameters()) if policy else own.get("policy", {}),
+        "updates": dict(student.updates.named_parameters())
+        if student.updates
+        else own.get("updates", {}),
+        "backbone": trainable_parameters(student.model, student.config.backbone),
+    }
 
 
 class Optimization:
@@ -48,8 +65,12 @@ class Optimization:
         # hide them.
         small = {"eps": 1e-15}
         extra: dict[str, dict[str, float]] = dict.fromkeys(PARTS, small) | {"backbone": {}}
+        held = {part: list(parts[part].values()) for part in PARTS}
+        self.eight_bit: EightBitAdam | None = None
+        if config.eight_bit:
+            self.eight_bit, held["backbone"] = EightBitAdam(held["backbone"]), []
         self.adamw = torch.optim.AdamW(
-            [{"params": list(parts[p].values()), "name": p, **extra[p]} for p in PARTS],
+            [{"params": held[part], "name": part, **extra[part]} for part in PARTS],
             lr=0.0,
             weight_decay=0.0,  # Adam's pulls to zero, which is another model: see `_decay`
             fused=True,  # a third to a quarter of the time of the default on a CPU
@@ -78,6 +99,8 @@ class Optimization:
                 fall = max(end * config.decay_share, 1e-9)  # 0: no fall, but an end
                 scale = min(rise, max(end - done, 0.0) / fall)
             group["lr"] = scale * getattr(config, name) if name in active else 0.0
+            if name == "backbone" and self.eight_bit is not None:
+                self.eight_bit.rate = group["lr"]
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -112,7 +135,9 @@ class Optimization:
     def drop(self) -> None:
         """Forget the gradients of a step that failed."""
         self._sums.clear()
-        self.adamw.zero_grad(set_to_none=True)
+        for parameters in self.parts.values():
+            for parameter in parameters.values():
+                parameter.grad = None
 
     def finish(self, step: int) -> None:
         """Clip, update, and follow with the averages.
@@ -131,7 +156,9 @@ class Optimization:
                     raise FloatingPointError(f"the gradient of the {part} is not finite")
         self._decay()
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        if self.eight_bit is not None:
+            self.eight_bit.step()
+        self.drop()
         update = get_ema_multi_avg_fn(min(self.config.ema, (1 + step) / (10 + step)))
         for part, parameters in self.parts.items():
             if parameters:
@@ -165,15 +192,18 @@ class Optimization:
         for name, parameter, mean in self._all():
             tensors[name] = parameter
             tensors[f"average.{name}"] = mean
-        return tensors | adamw_tensors(self.adamw)
+        eight_bit = {} if self.eight_bit is None else self.eight_bit.tensors()
+        return tensors | adamw_tensors(self.adamw) | eight_bit
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
+        load_adamw(self.adamw, tensors)
+        if self.eight_bit is not None:
+            self.eight_bit.load(tensors)
         for name, parameter, mean in self._all():
             parameter.copy_(tensors[name])
             mean.copy_(tensors[f"average.{name}"])
-        load_adamw(self.adamw, tensors)
 
     def _all(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         for part, parameters in self.parts.items():

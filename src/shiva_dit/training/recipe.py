@@ -11,6 +11,7 @@ from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.methods.registry import METHODS
 from shiva_dit.methods.settings import DiffCRConfig, DyDiTConfig, SparseDiTConfig
+from shiva_dit.models.base_dtype import BaseDtype
 from shiva_dit.training.settings import (
     LossConfig,
     OptimizerConfig,
@@ -54,6 +55,10 @@ class TrainConfig:
     "dydit" the share of FLOPs, of "sparsedit" that of the tokens in sparse blocks."""
     backbone: BackboneKind = "dora"
     """What the joint stage does to the backbone: "frozen", "lora", "dora" or "full"."""
+    base_dtype: BaseDtype = "as_given"
+    """What the model's own weights are turned into while a LoRA, a DoRA or nothing of them is
+    trained: "as_given", "float32", "bfloat16"; or linear layers of blocks in "int8" (torchao) or
+    "nf4" (bitsandbytes) and all else in bfloat16. They are the teacher's as well."""
     lora_rank: int = 32
     """Rank, for "lora" and "dora"."""
     rejected: RejectedKind = "identity"
@@ -177,6 +182,17 @@ class TrainConfig:
         if self.start_base is not None and (self.start is None or self.backbone != "full"):
             raise ValueError(
                 'start_base is the model of an adapter to start from that has backbone = "full".'
+            )
+        if self.backbone == "full" and self.base_dtype not in ("as_given", "float32"):
+            raise ValueError(
+                f'backbone = "full" trains the model\'s own weights, which must be float32, not '
+                f'base_dtype = "{self.base_dtype}": train a LoRA or DoRA, or set precision = '
+                '"bfloat16".'
+            )
+        if self.backbone == "frozen" and self.optimizer.eight_bit:
+            raise ValueError(
+                'optimizer.eight_bit is about the backbone, and backbone = "frozen" trains none '
+                "of it: set optimizer.eight_bit = false."
             )
         tuned = self.backbone != "frozen" or self.rejected != "identity"
         if tuned and not METHODS[self.method].tunes:

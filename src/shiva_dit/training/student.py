@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.core.annealing import anneal
@@ -45,6 +45,14 @@ from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.route import Route
 from shiva_dit.training.settings import LossConfig
 from shiva_dit.training.start import read_start, start_from
+
+Made = TypeVar("Made", bound=nn.Module)
+
+
+def placed(module: Made, device: torch.device) -> Made:
+    """A module on a device; one that is there isn't touched."""
+    held = (*module.parameters(), *module.buffers())
+    return module if all(one.device == device for one in held) else module.to(device)
 
 
 class Student:
@@ -88,7 +96,7 @@ class Student:
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
-        self.adapter = made_adapter(config, model, law).to(self.device)
+        self.adapter = placed(made_adapter(config, model, law), self.device)
         self.reducer, self.weights = self._method(sample)
         start = None if config.start is None else read_start(config, self.adapter, model)
         if config.backbone in ("lora", "dora"):
@@ -134,7 +142,7 @@ class Student:
                     f'method = "{config.method}" has other numbers of tokens within the model than '
                     "the teacher: set loss.distillation = 0."
                 )
-        return reducer.to(self.device), weights
+        return placed(reducer, self.device), weights
 
     def _put_on(self) -> None:
         """Hooks on the model: of a method that changes blocks by itself, or of a selector."""

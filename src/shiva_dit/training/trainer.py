@@ -13,11 +13,8 @@ from tqdm import tqdm
 
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.models.backbone import (
-    first_not_finite,
-    trainable_parameters,
-    untuned,
-)
+from shiva_dit.models.backbone import first_not_finite, untuned
+from shiva_dit.models.base_dtype import Narrowed
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.target import unwrapped
@@ -32,7 +29,7 @@ from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
 from shiva_dit.training.log import LOG_FILE, open_log
 from shiva_dit.training.making import made_law
-from shiva_dit.training.optimization import Optimization
+from shiva_dit.training.optimization import Optimization, parts_of
 from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
@@ -59,10 +56,11 @@ class Trainer:
             diffusion schedule (PixArt, DiT).
         processes: Those that train together: each runs a share of the parts of every step, and all
             have the same weights after it.
+        device: Where the model is moved to, when its weights have the recipe's `base_dtype`.
 
     Raises:
         ValueError: If the model is not supported, or wrapped (DistributedDataParallel); if there
-            are more processes than parts.
+            are more processes than parts; if what the recipe needs isn't installed.
     """
 
     def __init__(
@@ -72,6 +70,7 @@ class Trainer:
         data: TrainingData,
         scheduler: Any = None,
         processes: Processes = ALONE,
+        device: torch.device | None = None,
     ) -> None:
         if unwrapped(model) is not model:
             raise ValueError(
@@ -98,9 +97,18 @@ class Trainer:
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
         law = made_law(config, sampler, spec, spec.tokens(model, sample.latents))
         self.origin["sampler"] = {"time_law": law.name}
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            self.student = Student(config, model, sample, self.generator, path, law)
+        if config.base_dtype != "as_given":
+            self.origin["backbone"]["trained_as"] = config.base_dtype
+        self.base = Narrowed(model, config.base_dtype)
+        try:
+            if device is not None:
+                model.to(device)
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                self.student = Student(config, model, sample, self.generator, path, law)
+        except BaseException:
+            self.base.give_back()
+            raise
         if self.student.started is not None:
             self.origin["start"] = {"sha256": self.student.started}
         try:
@@ -128,21 +136,7 @@ class Trainer:
             self.student.reducer,
         )
         given = untuned(self.student.model, config.backbone, self.student.teacher)
-        self.optimization = Optimization(self._parts(), config.optimizer, given)
-
-    def _parts(self) -> dict[str, dict[str, torch.nn.Parameter]]:
-        student = self.student
-        scores = student.selector if student.learns_scores else None
-        policy = student.adapter.policy if self.config.learns_policy else None
-        own = {} if student.reducer is None else student.reducer.parts()
-        return {
-            "router": dict(scores.named_parameters()) if scores else own.get("router", {}),
-            "policy": dict(policy.named_parameters()) if policy else own.get("policy", {}),
-            "updates": dict(student.updates.named_parameters())
-            if student.updates
-            else own.get("updates", {}),
-            "backbone": trainable_parameters(student.model, self.config.backbone),
-        }
+        self.optimization = Optimization(parts_of(student), config.optimizer, given)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns loss, mean keep ratio, and error to the teacher if it ran.
@@ -279,6 +273,7 @@ class Trainer:
     def close(self) -> None:
         """Give the model back as it came."""
         self.student.close()
+        self.base.give_back()
 
     @property
     def checkpoints(self) -> Path:
