@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import linear_weight
 from shiva_dit.models.places import refuse_projections
+from shiva_dit.models.sharded import whole
 
 PEFT_NAME = "shiva_dit"
 LORA_PREFIX = "transformer."
@@ -221,7 +222,7 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
 def backbone_weights(model: nn.Module, kind: str) -> dict[str, Tensor]:
     """What an adapter must hold of a tuned backbone ("frozen": nothing)."""
     if kind == "full":
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
+        return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     if kind in ("lora", "dora"):
         return {name: value.detach().clone() for name, value in lora_weights(model).items()}
     return {}

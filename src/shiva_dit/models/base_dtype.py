@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shiva_dit.models.families import model_spec
 
@@ -83,7 +84,7 @@ class Narrowed:
                     cast = tensor.detach().to(torch.float32 if wide else dtype)
                     self._exchange(held, name, cast)
 
-    def _exchange(self, held: dict[str, Any], name: str, value: torch.Tensor) -> None:
+    def _exchange(self, held: dict[str, Any], name: str, value: Tensor) -> None:
         was = held[name]
         self._undo.append(partial(held.__setitem__, name, was))
         is_parameter = isinstance(was, nn.Parameter)
@@ -116,6 +117,8 @@ def _quantise_int8(layer: nn.Linear) -> None:
 
 
 def _as_nf4(layer: nn.Linear) -> nn.Module:
+    if _is_fake(layer.weight):
+        return _ShapesOfNf4(layer)
     library = import_module("bitsandbytes")
     has_bias = layer.bias is not None
     made = library.nn.Linear4bit(
@@ -136,5 +139,41 @@ def _as_nf4(layer: nn.Linear) -> nn.Module:
     return made.train(layer.training)
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+class _ShapesOfNf4(nn.Linear):
+    """What `Linear4bit` holds and makes, for counting: its own class takes no shapes alone."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias, self.dtype = layer.bias, layer.weight.dtype
+        count = layer.weight.numel()
+        values = torch.empty(-(-count // 2), 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        blocks = -(-count // 64)  # whose scales are of 8 bits, with scales and a code of their own
+        self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8))
+        self.register_buffer("scales_of_scales", torch.empty(-(-blocks // 256)))
+        self.register_buffer("code", torch.empty(256 + 16 + 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Any = _MadeWhole.apply(input.to(self.dtype), self)
+        out = out if self.bias is None else out + self.bias
+        return out.to(input.dtype)
+
+    def whole(self) -> Tensor:
+        """The weight, as it is made anew for each product."""
+        return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
+
+
+class _MadeWhole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, layer: _ShapesOfNf4) -> Tensor:
+        ctx.layer = layer
+        return value @ layer.whole().T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.layer.whole(), None
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -70,9 +71,10 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def bytes_alive() -> int:
-    """Bytes of all tensors that this process holds at present."""
+    """Bytes of all tensors with values that this process holds at present."""
     gc.collect()
-    return held_bytes(each for each in gc.get_objects() if isinstance(each, Tensor))
+    found = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    return held_bytes(each for each in found if not _is_fake(each))
 
 
 def _storages(leaves: Iterable[Any]) -> Iterator[Any]:
@@ -86,7 +88,7 @@ def _storages(leaves: Iterable[Any]) -> Iterator[Any]:
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def _some_value(tensor: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shiva_dit.models.backbone import set_trainable, trainable_parameters
+from shiva_dit.models.sharded import is_shared, shared_as, whole
 from shiva_dit.training.eight_bit import EightBitAdam
 from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName
@@ -127,7 +128,10 @@ class Optimization:
                 parameter = self.parts[key[0]][key[1]]
                 self._sums[key] = torch.zeros_like(parameter, dtype=_wide(parameter))
         summed = [key for key in names if key in self._sums]
-        processes.sum([self._sums[key] for key in summed])
+        processes.sum([self._sums[key] for key in summed if not is_shared(self._sums[key])])
+        for key in summed:
+            if is_shared(self._sums[key]):  # these are means over the processes
+                self._sums[key] *= processes.count
         for part, name in summed:
             parameter = self.parts[part][name]
             parameter.grad = self._sums.pop((part, name)).to(parameter.dtype)
@@ -152,7 +156,7 @@ class Optimization:
             held = [p for p in parameters.values() if p.grad is not None]
             if held:
                 norm = nn.utils.clip_grad_norm_(held, self.config.grad_clip)
-                if not torch.isfinite(norm):
+                if not torch.isfinite(whole(norm)):
                     raise FloatingPointError(f"the gradient of the {part} is not finite")
         self._decay()
         self.adamw.step()
@@ -177,12 +181,16 @@ class Optimization:
     def averaged(self) -> Iterator[None]:
         """Within: the moving averages stand in for what is trained."""
         pairs = [(parameter, mean) for _, parameter, mean in self._all()]
+        shared = [pair for pair in pairs if is_shared(pair[0])]
+        pairs = [pair for pair in pairs if not is_shared(pair[0])]
         kept = [parameter.data for parameter, _ in pairs]
         for parameter, mean in pairs:
             parameter.data = mean
+        _exchange(shared)
         try:
             yield
         finally:
+            _exchange(shared)
             for (parameter, _), data in zip(pairs, kept, strict=True):
                 parameter.data = data
 
@@ -202,13 +210,22 @@ class Optimization:
         if self.eight_bit is not None:
             self.eight_bit.load(tensors)
         for name, parameter, mean in self._all():
-            parameter.copy_(tensors[name])
-            mean.copy_(tensors[f"average.{name}"])
+            parameter.copy_(shared_as(tensors[name], parameter))
+            mean.copy_(shared_as(tensors[f"average.{name}"], mean))
 
     def _all(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         for part, parameters in self.parts.items():
             for (name, parameter), mean in zip(parameters.items(), self.average[part], strict=True):
                 yield f"{part}.{name}", parameter, mean
+
+
+@torch.no_grad()
+def _exchange(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Values of one for the other's, in place: what FSDP gathers from is the parameter's own."""
+    for one, other in pairs:
+        kept = one.detach().clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 def _wide(parameter: Tensor) -> torch.dtype:
@@ -228,8 +245,11 @@ def adamw_tensors(adamw: torch.optim.AdamW) -> dict[str, Tensor]:
 def load_adamw(adamw: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
     """Restore what `adamw_tensors` gave, among other tensors."""
     states: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in adamw.param_groups for p in group["params"]]
     for name, value in tensors.items():
         if name.startswith("adamw."):
             _, index, key = name.split(".")
+            if key != "step":
+                value = shared_as(value, parameters[int(index)])
             states.setdefault(int(index), {})[key] = value
     adamw.load_state_dict({**adamw.state_dict(), "state": states})

@@ -15,7 +15,15 @@ from shiva_dit.config import from_dict, to_dict
 from shiva_dit.provenance import module_digest
 from shiva_dit.training.data import TrainingData, data_origin
 
-FREE = {"out", "checkpoint_every", "optimizer", "gradient_checkpointing", "backbone_dtype", "task"}
+FREE = {
+    "out",
+    "checkpoint_every",
+    "optimizer",
+    "gradient_checkpointing",
+    "backbone_dtype",
+    "shard",
+    "task",
+}
 """What a resumed run may change: where and how often it saves, and how fast it learns. The task is
 told by the data's identity, which is compared by itself."""
 COMPARED = (

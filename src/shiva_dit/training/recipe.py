@@ -59,6 +59,9 @@ class TrainConfig:
     """What the model's own weights are turned into while a LoRA, a DoRA or nothing of them is
     trained: "as_given", "float32", "bfloat16"; or linear layers of blocks in "int8" (torchao) or
     "nf4" (bitsandbytes) and all else in bfloat16. They are the teacher's as well."""
+    shard: bool = False
+    """For "full": several processes share the weights of student and teacher, gradients, moments
+    and averages (FSDP2) instead of each holding all. A process that is alone holds all."""
     lora_rank: int = 32
     """Rank, for "lora" and "dora"."""
     rejected: RejectedKind = "identity"
@@ -163,6 +166,7 @@ class TrainConfig:
             raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}.")
         self._check_steps()
         self._check_combination()
+        self._check_memory()
         self._check_sampler()
 
     def _check_steps(self) -> None:
@@ -182,17 +186,6 @@ class TrainConfig:
         if self.start_base is not None and (self.start is None or self.backbone != "full"):
             raise ValueError(
                 'start_base is the model of an adapter to start from that has backbone = "full".'
-            )
-        if self.backbone == "full" and self.base_dtype not in ("as_given", "float32"):
-            raise ValueError(
-                f'backbone = "full" trains the model\'s own weights, which must be float32, not '
-                f'base_dtype = "{self.base_dtype}": train a LoRA or DoRA, or set precision = '
-                '"bfloat16".'
-            )
-        if self.backbone == "frozen" and self.optimizer.eight_bit:
-            raise ValueError(
-                'optimizer.eight_bit is about the backbone, and backbone = "frozen" trains none '
-                "of it: set optimizer.eight_bit = false."
             )
         tuned = self.backbone != "frozen" or self.rejected != "identity"
         if tuned and not METHODS[self.method].tunes:
@@ -215,6 +208,34 @@ class TrainConfig:
                 'a learned policy needs time_sampling = "uniform": its losses are an integral over '
                 't. To count some times more, set loss.time_weighting = "logit_normal", or '
                 "policy.adaptive = false to train with other laws of t."
+            )
+
+    def _check_memory(self) -> None:
+        if self.backbone == "full" and self.base_dtype not in ("as_given", "float32"):
+            raise ValueError(
+                f'backbone = "full" trains the model\'s own weights, which must be float32, not '
+                f'base_dtype = "{self.base_dtype}": train a LoRA or DoRA, or set precision = '
+                '"bfloat16".'
+            )
+        if self.shard and self.backbone != "full":
+            raise ValueError(
+                f'shard is for backbone = "full": with "{self.backbone}" the model\'s own weights '
+                'take less by base_dtype = "bfloat16", "int8" or "nf4".'
+            )
+        if self.shard and self.optimizer.eight_bit:
+            raise ValueError(
+                "optimizer.eight_bit has blocks of 256 values, which shard would cut otherwise for "
+                "every number of processes: set one of them to false."
+            )
+        if self.shard and self.trajectories.count:
+            raise ValueError(
+                "processes that share weights run alike, and each draws its own number of "
+                "trajectories: set shard = false or trajectories.count = 0."
+            )
+        if self.backbone == "frozen" and self.optimizer.eight_bit:
+            raise ValueError(
+                'optimizer.eight_bit is about the backbone, and backbone = "frozen" trains none '
+                "of it: set optimizer.eight_bit = false."
             )
 
     def _check_sampler(self) -> None:

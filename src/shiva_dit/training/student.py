@@ -27,6 +27,7 @@ from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
+from shiva_dit.models.sharded import shard
 from shiva_dit.models.spec import grid_of
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
@@ -66,6 +67,7 @@ class Student:
         generator: Source of selection noise, and of the random control's choices.
         path: How clean samples become noise.
         law: Whose steps the mean keep ratio is over.
+        shard_on: Where all processes share the weights of model and teacher; None: each has all.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Student:
         generator: torch.Generator,
         path: NoisePath,
         law: TimeLaw = UNIFORM,
+        shard_on: torch.device | None = None,
     ) -> None:
         if attachment_of(model) is not None:
             raise ValueError(
@@ -92,7 +95,7 @@ class Student:
         self.config, self.model, self.generator, self.path = config, model, generator, path
         self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
         self._was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
-        self.device = next(model.parameters()).device
+        self.device = shard_on or next(model.parameters()).device
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
@@ -103,6 +106,11 @@ class Student:
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
         self.started = None if start is None else start_from(start, self.adapter, model)
         """SHA-256 of the adapter that training starts from."""
+        if shard_on is not None:
+            shard(model, shard_on)
+            shard(self.teacher, shard_on)
+            flags = [flag for _, flag in self._was[1]]
+            self._was = self._was[0], list(zip(model.parameters(), flags, strict=True))
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.selector = self.reducer if isinstance(self.reducer, Selector) else None

@@ -17,6 +17,7 @@ from shiva_dit.models.backbone import first_not_finite, untuned
 from shiva_dit.models.base_dtype import Narrowed
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
+from shiva_dit.models.sharded import gathered, refuse_shared
 from shiva_dit.models.target import unwrapped
 from shiva_dit.training.checkpoint import (
     Checkpoint,
@@ -33,7 +34,7 @@ from shiva_dit.training.optimization import Optimization, parts_of
 from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
-from shiva_dit.training.processes import ALONE, Processes
+from shiva_dit.training.processes import ALONE, Processes, check_parts
 from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.samples import Samples
 from shiva_dit.training.student import Student
@@ -77,11 +78,8 @@ class Trainer:
                 f"training deals out parts of batches by itself, and gets the model itself, not a "
                 f"{type(model).__name__}: pass shiva_dit.models.target.unwrapped(model)."
             )
-        if processes.count > config.micro_batches:
-            raise ValueError(
-                f"each process needs a part of a batch: micro_batches must be at least "
-                f"{processes.count}, their number, got {config.micro_batches}."
-            )
+        refuse_shared(model)
+        check_parts(processes.count, config.micro_batches, shard=config.shard)
         self.processes = processes
         spec = model_spec(model)
         sampler = scheduler if isinstance(scheduler, Sampler) else Sampler(scheduler=scheduler)
@@ -101,11 +99,15 @@ class Trainer:
             self.origin["backbone"]["trained_as"] = config.base_dtype
         self.base = Narrowed(model, config.base_dtype)
         try:
-            if device is not None:
-                model.to(device)
+            at = device or next(model.parameters()).device
+            self.shards = config.shard and processes.count > 1
+            if not self.shards:  # a whole one might not fit
+                model.to(at)
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
-                self.student = Student(config, model, sample, self.generator, path, law)
+                self.student = Student(
+                    config, model, sample, self.generator, path, law, at if self.shards else None
+                )
         except BaseException:
             self.base.give_back()
             raise
@@ -172,7 +174,7 @@ class Trainer:
             reseed(self.generator, config.seed, self.step, number)
             batch = self.samples.take(indices[number])
             loss, errors = self.student.loss(plan.parts[number], batch, progress, empty)
-            if math.isfinite(loss.item()):
+            if math.isfinite(loss.item()) or self.shards:  # then all go through it together
                 (loss / len(plan.parts)).backward()
                 self.optimization.gather()
             for name, value in {"loss": loss.item(), **errors}.items():
@@ -286,11 +288,7 @@ class Trainer:
         Raises:
             FloatingPointError: If a weight is not finite: such a checkpoint would be of no use.
         """
-        tensors = self.optimization.tensors()
-        broken = first_not_finite(tensors)
-        if broken is not None:
-            stage = self.config.stage_at(self.step - 1)[0]
-            raise FloatingPointError(self._diverged(f"{broken} is not finite", stage))
+        tensors = gathered(self.optimization.tensors(), keep=self.processes.is_first)
         state = {
             "config": to_dict(self.config),
             "step": self.step,
@@ -300,6 +298,10 @@ class Trainer:
         }
 
         def write() -> Path:
+            broken = first_not_finite(tensors)
+            if broken is not None:
+                stage = self.config.stage_at(self.step - 1)[0]
+                raise FloatingPointError(self._diverged(f"{broken} is not finite", stage))
             return save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
 
         self.last_good = self.processes.from_first(write)
