@@ -111,7 +111,7 @@ def test_the_command_says_it_and_starts_nothing(
     assert main([*words, "--processes", "2"]) == 0
     said = capsys.readouterr().out
     assert "Memory, each of 2 processes; 3,650,759 weights are trained:" in said
-    assert "the model's weights               13.9 MiB (float32 13.9 MiB)" in said
+    assert "the model's weights               13.2 MiB (float32 13.2 MiB)" in said
     assert "at most at once" in said
     assert not out.exists()
     assert main([*words, "--processes", "8"]) == 2

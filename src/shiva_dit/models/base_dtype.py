@@ -149,6 +149,7 @@ class _ShapesOfNf4(nn.Linear):
         count = layer.weight.numel()
         values = torch.empty(-(-count // 2), 1, dtype=torch.uint8)
         self.weight = nn.Parameter(values, requires_grad=False)
+        self.__dict__["W_q"] = values  # by which PEFT knows to ask for `dequantize`
         blocks = -(-count // 64)  # whose scales are of 8 bits, with scales and a code of their own
         self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8))
         self.register_buffer("scales_of_scales", torch.empty(-(-blocks // 256)))
@@ -159,7 +160,7 @@ class _ShapesOfNf4(nn.Linear):
         out = out if self.bias is None else out + self.bias
         return out.to(input.dtype)
 
-    def whole(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weight, as it is made anew for each product."""
         return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
 
@@ -168,11 +169,11 @@ class _MadeWhole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, layer: _ShapesOfNf4) -> Tensor:
         ctx.layer = layer
-        return value @ layer.whole().T
+        return value @ layer.dequantize().T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.layer.whole(), None
+        return grad @ ctx.layer.dequantize(), None
 
 
 def _is_fake(tensor: Tensor) -> bool:

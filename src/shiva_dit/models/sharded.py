@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shiva_dit.models.families import model_spec
@@ -19,7 +19,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """Leave each process of the group its share of a model's weights, on a device.
 
     A block's are gathered when it runs, and let go. Gradients are averaged over processes in
-    float64, so that their order changes nothing that float32 shows.
+    float64 and left so, that their order changes nothing that float32 shows.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     how: dict[str, Any] = {
@@ -30,6 +30,23 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for block in model_spec(model).blocks(model):
         fully_shard(block, **how)
     fully_shard(model, **how)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(True)  # it looks for dtypes at those that learn, and once
+    whole_model: Any = model
+    whole_model._get_fsdp_state()._lazy_init()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in _groups(module):
+                group._orig_dtype = None  # no gradient is cast back
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.grad_dtype = None
+        parameter.requires_grad_(flag)
+
+
+def _groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in found if group is not None]
 
 
 def is_shared(tensor: Tensor) -> bool:
@@ -58,6 +75,14 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
         if keep:
             found[name] = value.to("cpu")
     return found
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Over all elements of tensors that are all shared, in float64; the same in all processes."""
+    own = [tensor.to_local() for tensor in tensors if isinstance(tensor, DTensor)]
+    total = torch.stack([each.double().square().sum() for each in own]).sum()
+    dist.all_reduce(total)
+    return total
 
 
 def shared_as(value: Tensor, like: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiva_dit.adapter.config import lora_metadata
 from shiva_dit.core.annealing import anneal
@@ -32,7 +32,7 @@ from shiva_dit.models.spec import grid_of
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
 from shiva_dit.training.guided import guided, passes_in_training
-from shiva_dit.training.making import made_adapter, made_reducer
+from shiva_dit.training.making import made_adapter, made_reducer, placed
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
@@ -46,14 +46,6 @@ from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.route import Route
 from shiva_dit.training.settings import LossConfig
 from shiva_dit.training.start import read_start, start_from
-
-Made = TypeVar("Made", bound=nn.Module)
-
-
-def placed(module: Made, device: torch.device) -> Made:
-    """A module on a device; one that is there isn't touched."""
-    held = (*module.parameters(), *module.buffers())
-    return module if all(one.device == device for one in held) else module.to(device)
 
 
 class Student:
