@@ -18,16 +18,18 @@ quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3
 	$(BIN)/shiva-dit quickstart
 
 test: $(STAMP)  ## The fast tests (4 minutes)
-	$(PYTEST) $(SHAPES) -m "not slow and not matrix"
-	$(PYTEST) -m "not slow and not matrix" $(COMPILED)
+	$(PYTEST) $(SHAPES) -m "not slow and not matrix and not bits"
+	$(PYTEST) -m "not slow and not matrix and not bits" $(COMPILED)
 
 check: $(STAMP)  ## What CI runs: format, lint, imports, types, all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(PYTEST) $(SHAPES) -m "not matrix"
-	$(PYTEST) -m "not matrix" $(COMPILED)
+	$(PYTEST) $(SHAPES) -m "not matrix and not bits"
+	$(PYTEST) -m "not matrix and not bits" $(COMPILED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bits]"
+	$(PYTEST) -m bits tests
 
 matrix: $(STAMP)  ## Every property of every model class beside everything else, into results/ (a quarter of an hour)
 	$(BIN)/python -m tests.matrix

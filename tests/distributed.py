@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="lora")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--shard", action="store_true")
     parser.add_argument("--guided", action="store_true")
     parser.add_argument("--signal-at", type=int, help="step after which rank 1 gets a SIGTERM")
     parser.add_argument("--kill-at", type=int, help="step after which rank 1 is killed")
@@ -49,6 +50,7 @@ def main() -> None:
         batch_size=4,
         micro_batches=options.micro_batches,
         checkpoint_every=3,
+        shard=options.shard,
         optimizer=OptimizerConfig(router=1e-3, policy=1e-3, backbone=1e-3, warmup_steps=2),
         **changes,
     )

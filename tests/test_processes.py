@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 import shiva_dit
 from shiva_dit.training.log import LOG_FILE
 from shiva_dit.training.processes import ALONE, Processes, joined
+from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
 from tests.test_training import TinyData, recipe
@@ -74,6 +76,65 @@ def test_fifty_steps_by_four_processes_end_where_one_does(backbone: str, tmp_pat
     launched(1, tmp_path / "one", *options)
     launched(4, tmp_path / "four", *options)
     assert farthest(learned(tmp_path / "one"), learned(tmp_path / "four")) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process that trains all of a model's weights."""
+    out = tmp_path_factory.mktemp("whole")
+    launched(1, out, "--backbone", "full")
+    return out
+
+
+@pytest.mark.parametrize("last", [(1,), (2, "--shard"), (4, "--shard")], ids=str)
+def test_processes_that_share_weights_train_the_same_and_another_number_goes_on(
+    whole: Path, last: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """Killed in the fifth step, it goes on from the checkpoint of the third."""
+    words = "--backbone", "full"
+    launched(2, tmp_path, *words, "--shard", "--kill-at", "5", fails=True)
+    assert not (tmp_path / "adapter").exists()
+    launched(last[0], tmp_path, *words, *last[1:])
+    assert farthest(learned(whole), learned(tmp_path)) <= 1e-5
+    given = dict(tiny.sd3().named_parameters())
+    changes = (v - given[n] for n, v in learned(tmp_path).items() if n in given)
+    assert max(float(change.abs().max()) for change in changes) > 1e-4
+
+
+@pytest.mark.slow
+def test_fifty_steps_by_processes_that_share_weights_end_where_one_does(tmp_path: Path) -> None:
+    words = "--backbone", "full", "--steps", "50"
+    launched(1, tmp_path / "one", *words)
+    launched(2, tmp_path / "two", *words, "--shard")
+    # 6e-5 in the backbone and 2e-4 in routers were measured, whole ones stay below 1e-5. Weights
+    # that are gathered lie elsewhere in memory, and updates run on other lengths: kernels may
+    # round otherwise.
+    assert farthest(learned(tmp_path / "one"), learned(tmp_path / "two")) <= 1e-3
+    last = [
+        json.loads((tmp_path / name / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1])
+        for name in ("one", "two")
+    ]
+    assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-5)
+    assert last[0]["keep"] == last[1]["keep"]
+
+
+def test_a_loss_that_is_none_ends_processes_that_share_weights(tmp_path: Path) -> None:
+    said = launched(2, tmp_path, "--backbone", "full", "--shard", "--bad-at", "4", fails=True)
+    for rank in (0, 1):
+        assert f"rank {rank} says: " in said
+        assert f"not finite at step 4 (stage 'joint'); the last good checkpoint: {tmp_path}" in said
+
+
+def test_processes_that_share_weights_need_as_many_parts_each(tmp_path: Path) -> None:
+    config = recipe(tmp_path, micro_batches=4, shard=True)
+    with pytest.raises(ValueError, match="micro_batches must be a multiple of 3"):
+        Trainer(config, tiny.sd3(), TinyData(), processes=Processes(0, 3))
+    with pytest.raises(ValueError, match='shard is for backbone = "full"'):
+        recipe(tmp_path, backbone="lora", shard=True)
+    with pytest.raises(ValueError, match="blocks of 256 values, which shard would cut"):
+        recipe(tmp_path, shard=True, optimizer=OptimizerConfig(eight_bit=True))
+    with pytest.raises(ValueError, match="each draws its own number of trajectories"):
+        recipe(tmp_path, shard=True, trajectories=TrajectoryConfig(count=3))
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step_and_another_number_goes_on(

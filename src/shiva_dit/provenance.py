@@ -193,7 +193,9 @@ def module_digest(module: nn.Module) -> str:
 
 def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that a tensor is made of: a quantised one holds several."""
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "full_tensor"):  # of which each process holds a share
+        yield tensor.full_tensor()  # type: ignore[operator]
+    elif hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from _plain_tensors(getattr(tensor, name))
     else:

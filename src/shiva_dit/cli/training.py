@@ -26,6 +26,8 @@ def add_commands(command: Command) -> None:
     add("--base", type=path, help="folder of the task's backbone; the shipped one by default")
     add("--data", type=path, help="pictures that `encode` made, instead of the recipe's task")
     add("--pipeline", help="folder or Hub id of the pipeline whose transformer learns from --data")
+    add("--plan", action="store_true", help="say what memory and disk it will need, and stop")
+    add("--processes", type=positive, default=1, help="with --plan: how many train together")
 
     add = command(
         "encode", _encode, "encode a folder of pictures and captions for training", goes_on=True
@@ -70,13 +72,11 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
     from shiva_dit.training.interrupt import TrainingInterrupted
-    from shiva_dit.training.looks.trackers import check_installed
     from shiva_dit.training.processes import joined
     from shiva_dit.training.recipe import TrainConfig
-    from shiva_dit.training.run import train
+    from shiva_dit.training.run import check_installed, train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
-    check_installed(recipe.watch)
     words = [program(), "train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
@@ -87,13 +87,19 @@ def _train(options: argparse.Namespace) -> int:
     again = shlex.join(words)
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
+    check_installed(recipe)
+    if options.plan:
+        return _plan(options, recipe)
+    if options.processes != 1:
+        raise ValueError(
+            "--processes is for --plan: several are started by torchrun or accelerate launch."
+        )
     with joined(options.device) as (processes, own):
         device = usable_device(own)
         check_folder(recipe.out)
         made = _demo(recipe, options.base) if options.data is None else _own(options, device)
         model, data, scheduler = made
-        model.to(device)
-        given: dict[str, Any] = {"resume": options.resume, "scheduler": scheduler}
+        given = {"resume": options.resume, "scheduler": scheduler, "device": device}
         try:
             folder = train(recipe, model, data, processes=processes, **given)
         except TrainingInterrupted as stop:
@@ -103,6 +109,34 @@ def _train(options: argparse.Namespace) -> int:
             return 128 + stop.number
         if processes.is_first:
             print(folder)
+    return 0
+
+
+def _plan(options: argparse.Namespace, recipe: Any) -> int:
+    """Say what a run will need; a pipeline's weights are not loaded."""
+    from shiva_dit.training.memory import Shapes, needs, shapes_of, told
+    from shiva_dit.training.processes import check_parts
+
+    check_parts(options.processes, recipe.micro_batches, shard=recipe.shard)
+    if options.data is None:
+        shapes = shapes_of(*_demo(recipe, options.base))
+    else:
+        import diffusers
+        from diffusers import AutoModel
+
+        from shiva_dit.models.sampling import Sampler
+        from shiva_dit.training.folder import FolderData
+
+        data = FolderData(options.data)
+        data.check_pipeline(options.pipeline)
+        found = loaded(options.pipeline, AutoModel.load_config, subfolder="transformer")
+        cls = getattr(diffusers, str(found.get("_class_name")), None)
+        if cls is None:
+            raise ValueError(f"{options.pipeline} has no transformer that diffusers knows.")
+        scheduler = loaded(options.pipeline, Sampler.saved)
+        config = {name: value for name, value in found.items() if not name.startswith("_")}
+        shapes = Shapes.of(cls, config, data, scheduler)
+    print(told(needs(recipe, shapes, processes=options.processes), options.processes))
     return 0
 
 

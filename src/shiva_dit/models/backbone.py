@@ -6,6 +6,7 @@ For inference nothing of PEFT's is put on a model: see `shiva_dit.models.tuned`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import linear_weight
 from shiva_dit.models.places import refuse_projections
+from shiva_dit.models.sharded import whole
 
 PEFT_NAME = "shiva_dit"
 LORA_PREFIX = "transformer."
@@ -62,7 +64,8 @@ def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) 
             f"{type(model).__name__} takes no LoRA in this version of diffusers: train with "
             'backbone="full" or "frozen".'
         )
-    with _same_flags(model):
+    with _same_flags(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # it can't be merged, nor need it
         model.add_adapter(LoraConfig(target_modules=targets, **settings), adapter_name=PEFT_NAME)
         model.enable_adapters()
         model.set_adapter([*active, PEFT_NAME])
@@ -219,7 +222,7 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
 def backbone_weights(model: nn.Module, kind: str) -> dict[str, Tensor]:
     """What an adapter must hold of a tuned backbone ("frozen": nothing)."""
     if kind == "full":
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
+        return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     if kind in ("lora", "dora"):
         return {name: value.detach().clone() for name, value in lora_weights(model).items()}
     return {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.core.hand_made import hand_made
@@ -20,6 +21,14 @@ from shiva_dit.models.spec import ModelSpec
 from shiva_dit.modules.router import ShivaRouter
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import ShapeConfig
+
+Made = TypeVar("Made", bound=nn.Module)
+
+
+def placed(module: Made, device: torch.device) -> Made:
+    """A module on a device; one that is there isn't touched."""
+    held = (*module.parameters(), *module.buffers())
+    return module if all(one.device == device for one in held) else module.to(device)
 
 
 def made_reducer(

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from shiva_dit.models.backbone import set_trainable
+from shiva_dit.models.backbone import set_trainable, trainable_parameters
+from shiva_dit.models.sharded import is_shared, shared_as, sum_of_squares
+from shiva_dit.training.eight_bit import EightBitAdam
 from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName
 from shiva_dit.training.settings import OptimizerConfig
+from shiva_dit.training.student import Student
 
 SUMMED = ("router", "updates", "backbone")
 """Whose gradients come from the parts of a batch. They are summed in float64, so that the order of
@@ -24,6 +27,21 @@ ACTIVE: dict[StageName, set[str]] = {
     "policy": {"router", "updates", "policy"},
     "joint": {"router", "updates", "policy", "backbone"},
 }
+
+
+def parts_of(student: Student) -> dict[str, dict[str, nn.Parameter]]:
+    """All that learns, by part (`PARTS`) and name. The backbone is frozen on return."""
+    scores = student.selector if student.learns_scores else None
+    policy = student.adapter.policy if student.config.learns_policy else None
+    own = {} if student.reducer is None else student.reducer.parts()
+    return {
+        "router": dict(scores.named_parameters()) if scores else own.get("router", {}),
+        "policy": dict(policy.named_parameters()) if policy else own.get("policy", {}),
+        "updates": dict(student.updates.named_parameters())
+        if student.updates
+        else own.get("updates", {}),
+        "backbone": trainable_parameters(student.model, student.config.backbone),
+    }
 
 
 class Optimization:
@@ -48,8 +66,12 @@ class Optimization:
         # hide them.
         small = {"eps": 1e-15}
         extra: dict[str, dict[str, float]] = dict.fromkeys(PARTS, small) | {"backbone": {}}
+        held = {part: list(parts[part].values()) for part in PARTS}
+        self.eight_bit: EightBitAdam | None = None
+        if config.eight_bit:
+            self.eight_bit, held["backbone"] = EightBitAdam(held["backbone"]), []
         self.adamw = torch.optim.AdamW(
-            [{"params": list(parts[p].values()), "name": p, **extra[p]} for p in PARTS],
+            [{"params": held[part], "name": part, **extra[part]} for part in PARTS],
             lr=0.0,
             weight_decay=0.0,  # Adam's pulls to zero, which is another model: see `_decay`
             fused=True,  # a third to a quarter of the time of the default on a CPU
@@ -78,6 +100,8 @@ class Optimization:
                 fall = max(end * config.decay_share, 1e-9)  # 0: no fall, but an end
                 scale = min(rise, max(end - done, 0.0) / fall)
             group["lr"] = scale * getattr(config, name) if name in active else 0.0
+            if name == "backbone" and self.eight_bit is not None:
+                self.eight_bit.rate = group["lr"]
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -104,7 +128,10 @@ class Optimization:
                 parameter = self.parts[key[0]][key[1]]
                 self._sums[key] = torch.zeros_like(parameter, dtype=_wide(parameter))
         summed = [key for key in names if key in self._sums]
-        processes.sum([self._sums[key] for key in summed])
+        processes.sum([self._sums[key] for key in summed if not is_shared(self._sums[key])])
+        for key in summed:
+            if is_shared(self._sums[key]):  # these are means over the processes
+                self._sums[key] *= processes.count
         for part, name in summed:
             parameter = self.parts[part][name]
             parameter.grad = self._sums.pop((part, name)).to(parameter.dtype)
@@ -112,7 +139,9 @@ class Optimization:
     def drop(self) -> None:
         """Forget the gradients of a step that failed."""
         self._sums.clear()
-        self.adamw.zero_grad(set_to_none=True)
+        for parameters in self.parts.values():
+            for parameter in parameters.values():
+                parameter.grad = None
 
     def finish(self, step: int) -> None:
         """Clip, update, and follow with the averages.
@@ -126,12 +155,15 @@ class Optimization:
         for part, parameters in self.parts.items():
             held = [p for p in parameters.values() if p.grad is not None]
             if held:
-                norm = nn.utils.clip_grad_norm_(held, self.config.grad_clip)
+                norm = _norm(held)
+                nn.utils.clip_grads_with_norm_(held, self.config.grad_clip, norm)
                 if not torch.isfinite(norm):
                     raise FloatingPointError(f"the gradient of the {part} is not finite")
         self._decay()
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        if self.eight_bit is not None:
+            self.eight_bit.step()
+        self.drop()
         update = get_ema_multi_avg_fn(min(self.config.ema, (1 + step) / (10 + step)))
         for part, parameters in self.parts.items():
             if parameters:
@@ -150,12 +182,16 @@ class Optimization:
     def averaged(self) -> Iterator[None]:
         """Within: the moving averages stand in for what is trained."""
         pairs = [(parameter, mean) for _, parameter, mean in self._all()]
+        shared = [pair for pair in pairs if is_shared(pair[0])]
+        pairs = [pair for pair in pairs if not is_shared(pair[0])]
         kept = [parameter.data for parameter, _ in pairs]
         for parameter, mean in pairs:
             parameter.data = mean
+        _exchange(shared)
         try:
             yield
         finally:
+            _exchange(shared)
             for (parameter, _), data in zip(pairs, kept, strict=True):
                 parameter.data = data
 
@@ -165,20 +201,40 @@ class Optimization:
         for name, parameter, mean in self._all():
             tensors[name] = parameter
             tensors[f"average.{name}"] = mean
-        return tensors | adamw_tensors(self.adamw)
+        eight_bit = {} if self.eight_bit is None else self.eight_bit.tensors()
+        return tensors | adamw_tensors(self.adamw) | eight_bit
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
-        for name, parameter, mean in self._all():
-            parameter.copy_(tensors[name])
-            mean.copy_(tensors[f"average.{name}"])
         load_adamw(self.adamw, tensors)
+        if self.eight_bit is not None:
+            self.eight_bit.load(tensors)
+        for name, parameter, mean in self._all():
+            parameter.copy_(shared_as(tensors[name], parameter))
+            mean.copy_(shared_as(tensors[f"average.{name}"], mean))
 
     def _all(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         for part, parameters in self.parts.items():
             for (name, parameter), mean in zip(parameters.items(), self.average[part], strict=True):
                 yield f"{part}.{name}", parameter, mean
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Of the gradients, in float64 where they are shared: by whom changes nothing then."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not any(map(is_shared, grads)):
+        return nn.utils.get_total_norm(grads)
+    return sum_of_squares(grads).sqrt().float()
+
+
+@torch.no_grad()
+def _exchange(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Values of one for the other's, in place: what FSDP gathers from is the parameter's own."""
+    for one, other in pairs:
+        kept = one.detach().clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 def _wide(parameter: Tensor) -> torch.dtype:
@@ -198,8 +254,11 @@ def adamw_tensors(adamw: torch.optim.AdamW) -> dict[str, Tensor]:
 def load_adamw(adamw: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
     """Restore what `adamw_tensors` gave, among other tensors."""
     states: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in adamw.param_groups for p in group["params"]]
     for name, value in tensors.items():
         if name.startswith("adamw."):
             _, index, key = name.split(".")
+            if key != "step":
+                value = shared_as(value, parameters[int(index)])
             states.setdefault(int(index), {})[key] = value
     adamw.load_state_dict({**adamw.state_dict(), "state": states})

@@ -21,6 +21,7 @@ FREE = {
     "optimizer",
     "gradient_checkpointing",
     "backbone_dtype",
+    "shard",
     "task",
     "watch",
 }
@@ -69,6 +70,9 @@ def check_recipe(
         for config in (config, from_dict(type(config), saved, str(path)))
     )
     changed = sorted(k for k in current if k not in free and then[k] != current[k])
+    for held in ("optimizer",) if "optimizer" in free else ():  # what checkpoints hold, not rates
+        ours, theirs = (each.get(held, {}).get("eight_bit") for each in (current, then))
+        changed += [f"{held}.eight_bit"] if ours != theirs else []
     if changed:
         raise ValueError(
             f"{path} was made with other values of {', '.join(changed)}: resume with the same "

@@ -90,6 +90,24 @@ class Processes:
 ALONE = Processes()
 
 
+def check_parts(processes: int, parts: int, *, shard: bool) -> None:
+    """Raise unless so many processes can share the parts of a batch.
+
+    Raises:
+        ValueError: Says what to set.
+    """
+    if processes > parts:
+        raise ValueError(
+            f"each process needs a part of a batch: micro_batches must be at least {processes}, "
+            f"their number, got {parts}."
+        )
+    if shard and parts % processes:
+        raise ValueError(
+            f"processes that share weights run alike: with shard, micro_batches must be a multiple "
+            f"of {processes}, their number, got {parts}."
+        )
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Processes, str]]:
     """Within: this process and its launcher's others are one group, each on a device of its own.

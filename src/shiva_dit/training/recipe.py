@@ -11,6 +11,7 @@ from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.methods.registry import METHODS
 from shiva_dit.methods.settings import DiffCRConfig, DyDiTConfig, SparseDiTConfig
+from shiva_dit.models.base_dtype import BaseDtype
 from shiva_dit.training.settings import (
     LossConfig,
     OptimizerConfig,
@@ -55,6 +56,13 @@ class TrainConfig:
     "dydit" the share of FLOPs, of "sparsedit" that of the tokens in sparse blocks."""
     backbone: BackboneKind = "dora"
     """What the joint stage does to the backbone: "frozen", "lora", "dora" or "full"."""
+    base_dtype: BaseDtype = "as_given"
+    """What the model's own weights are turned into while a LoRA, a DoRA or nothing of them is
+    trained: "as_given", "float32", "bfloat16"; or linear layers of blocks in "int8" (torchao) or
+    "nf4" (bitsandbytes) and all else in bfloat16. They are the teacher's as well."""
+    shard: bool = False
+    """For "full": several processes share the weights of student and teacher, gradients, moments
+    and averages (FSDP2) instead of each holding all. A process that is alone holds all."""
     lora_rank: int = 32
     """Rank, for "lora" and "dora"."""
     rejected: RejectedKind = "identity"
@@ -161,6 +169,7 @@ class TrainConfig:
             raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}.")
         self._check_steps()
         self._check_combination()
+        self._check_memory()
         self._check_sampler()
         self._check_watch()
 
@@ -213,6 +222,39 @@ class TrainConfig:
         if self.watch.guidance is not None and self.guidance is None:
             raise ValueError(
                 "watch.guidance is for recipes that train for guidance: set guidance = [low, high]."
+            )
+
+    def _check_memory(self) -> None:
+        if self.backbone == "full" and self.base_dtype not in ("as_given", "float32"):
+            raise ValueError(
+                f'backbone = "full" trains the model\'s own weights, which must be float32, not '
+                f'base_dtype = "{self.base_dtype}": train a LoRA or DoRA, or set precision = '
+                '"bfloat16".'
+            )
+        if self.shard and self.backbone != "full":
+            raise ValueError(
+                f'shard is for backbone = "full": with "{self.backbone}" the model\'s own weights '
+                'take less by base_dtype = "bfloat16", "int8" or "nf4".'
+            )
+        if self.shard and self.optimizer.eight_bit:
+            raise ValueError(
+                "optimizer.eight_bit has blocks of 256 values, which shard would cut otherwise for "
+                "every number of processes: set one of them to false."
+            )
+        if self.shard and self.watch.every:
+            raise ValueError(
+                "watch wasn't tried on weights that processes share: set shard = false or "
+                "watch.every = 0."
+            )
+        if self.shard and self.trajectories.count:
+            raise ValueError(
+                "processes that share weights run alike, and each draws its own number of "
+                "trajectories: set shard = false or trajectories.count = 0."
+            )
+        if self.backbone == "frozen" and self.optimizer.eight_bit:
+            raise ValueError(
+                'optimizer.eight_bit is about the backbone, and backbone = "frozen" trains none '
+                "of it: set optimizer.eight_bit = false."
             )
 
     def _check_sampler(self) -> None:

@@ -7,17 +7,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from shiva_dit.config import to_dict
+from shiva_dit.models import base_dtype
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import provenance, read_json, write_json
 from shiva_dit.saved_folder import check_place, weights_files
+from shiva_dit.training import eight_bit
 from shiva_dit.training.checkpoint import latest_checkpoint, tidy
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.log import LOG_FILE
-from shiva_dit.training.looks.trackers import check_installed
+from shiva_dit.training.looks import trackers
 from shiva_dit.training.origin import check_recipe
 from shiva_dit.training.processes import ALONE, Processes
 from shiva_dit.training.recipe import TrainConfig
@@ -37,6 +40,7 @@ def train(
     resume: bool,
     scheduler: Any = None,
     processes: Processes = ALONE,
+    device: torch.device | None = None,
 ) -> Path:
     """Train by a recipe and write the adapter into `config.out`/adapter.
 
@@ -53,13 +57,15 @@ def train(
             keep ratio is over these (over evenly spread ones without it). Needed where it is a
             diffusion schedule (PixArt, DiT).
         processes: Those that train together (`training.processes.joined`).
+        device: Where the model is trained; where it is by default.
 
     Returns:
         The adapter's folder, for `shiva_dit.apply`.
 
     Raises:
         ValueError: If another process trains into the folder, or it holds another run, or a damaged
-            adapter; if a diffusion model comes without its scheduler.
+            adapter; if a diffusion model comes without its scheduler; if a library that the recipe
+            needs isn't installed.
         TrainingInterrupted: After Ctrl-C or SIGTERM, when all was saved.
     """
     if config.method != "shiva":
@@ -67,7 +73,7 @@ def train(
             f"method {config.method!r} is a control and gives no adapter; "
             "`shiva-dit quickstart --all-controls` trains and judges the controls."
         )
-    check_installed(config.watch)
+    check_installed(config)
     folder = config.out / "adapter"
 
     def prepared() -> bool:
@@ -81,7 +87,7 @@ def train(
 
     with ExitStack() as stack:
         goes_on = processes.from_first(prepared)
-        trainer = Trainer(config, model, data, scheduler, processes)
+        trainer = Trainer(config, model, data, scheduler, processes, device)
 
         def begun() -> None:
             trainer.checkpoints.mkdir(exist_ok=True)  # tells a begun run from what is left of one
@@ -99,6 +105,18 @@ def train(
         finally:
             trainer.close()
     return folder
+
+
+def check_installed(config: TrainConfig) -> None:
+    """Raise unless the libraries that a recipe needs are there.
+
+    Raises:
+        ValueError: Says which isn't, and what to do.
+    """
+    trackers.check_installed(config.watch)
+    base_dtype.check_library(config.base_dtype)
+    if config.optimizer.eight_bit:
+        eight_bit.check_library()
 
 
 def _goes_on(config: TrainConfig, adapter: Path, resume: bool) -> bool:

@@ -181,6 +181,8 @@ class OptimizerConfig:
     policy's over the same share of its own part of it."""
     grad_clip: float = 1.0
     """Largest norm of the gradient, of each part by itself."""
+    eight_bit: bool = False
+    """Hold Adam's moments of the backbone in 8 bits (torchao): a quarter of their memory."""
     ema: float = 0.999
     """Decay of the moving average of what is trained, in [0, 1); it is what is saved."""
 

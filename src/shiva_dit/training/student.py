@@ -27,11 +27,12 @@ from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
+from shiva_dit.models.sharded import shard
 from shiva_dit.models.spec import grid_of
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
 from shiva_dit.training.guided import guided, passes_in_training
-from shiva_dit.training.making import made_adapter, made_reducer
+from shiva_dit.training.making import made_adapter, made_reducer, placed
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
@@ -58,6 +59,7 @@ class Student:
         generator: Source of selection noise, and of the random control's choices.
         path: How clean samples become noise.
         law: Whose steps the mean keep ratio is over.
+        shard_on: Where all processes share the weights of model and teacher; None: each has all.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Student:
         generator: torch.Generator,
         path: NoisePath,
         law: TimeLaw = UNIFORM,
+        shard_on: torch.device | None = None,
     ) -> None:
         if attachment_of(model) is not None:
             raise ValueError(
@@ -84,17 +87,22 @@ class Student:
         self.config, self.model, self.generator, self.path = config, model, generator, path
         self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
         self._was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
-        self.device = next(model.parameters()).device
+        self.device = shard_on or next(model.parameters()).device
         self.teacher = model
         if config.backbone == "full":
             self.teacher = copy.deepcopy(model).requires_grad_(False)
-        self.adapter = made_adapter(config, model, law).to(self.device)
+        self.adapter = placed(made_adapter(config, model, law), self.device)
         self.reducer, self.weights = self._method(sample)
         start = None if config.start is None else read_start(config, self.adapter, model)
         if config.backbone in ("lora", "dora"):
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
         self.started = None if start is None else start_from(start, self.adapter, model)
         """SHA-256 of the adapter that training starts from."""
+        if shard_on is not None:
+            shard(model, shard_on)
+            shard(self.teacher, shard_on)
+            flags = [flag for _, flag in self._was[1]]
+            self._was = self._was[0], list(zip(model.parameters(), flags, strict=True))
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.selector = self.reducer if isinstance(self.reducer, Selector) else None
@@ -134,7 +142,7 @@ class Student:
                     f'method = "{config.method}" has other numbers of tokens within the model than '
                     "the teacher: set loss.distillation = 0."
                 )
-        return reducer.to(self.device), weights
+        return placed(reducer, self.device), weights
 
     def _put_on(self) -> None:
         """Hooks on the model: of a method that changes blocks by itself, or of a selector."""

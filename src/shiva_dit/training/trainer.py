@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from shiva_dit.config import to_dict
 from shiva_dit.core.budget import BudgetController
-from shiva_dit.models.backbone import first_not_finite, trainable_parameters, untuned
+from shiva_dit.models.backbone import first_not_finite, untuned
+from shiva_dit.models.base_dtype import Narrowed
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
+from shiva_dit.models.sharded import gathered, refuse_shared
 from shiva_dit.models.target import unwrapped
 from shiva_dit.training.checkpoint import (
     Checkpoint,
@@ -30,11 +32,11 @@ from shiva_dit.training.log import LOG_FILE, open_log, shown
 from shiva_dit.training.looks.looks import Looks
 from shiva_dit.training.looks.material import material
 from shiva_dit.training.making import made_law
-from shiva_dit.training.optimization import Optimization
+from shiva_dit.training.optimization import Optimization, parts_of
 from shiva_dit.training.origin import check_origin, check_recipe, origin
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.plan import Planner
-from shiva_dit.training.processes import ALONE, Processes
+from shiva_dit.training.processes import ALONE, Processes, check_parts
 from shiva_dit.training.recipe import StageName, TrainConfig
 from shiva_dit.training.samples import Samples
 from shiva_dit.training.student import Student
@@ -57,10 +59,11 @@ class Trainer:
             diffusion schedule (PixArt, DiT).
         processes: Those that train together: each runs a share of the parts of every step, and all
             have the same weights after it.
+        device: Where the model is moved to, when its weights have the recipe's `base_dtype`.
 
     Raises:
         ValueError: If the model is not supported, or wrapped (DistributedDataParallel); if there
-            are more processes than parts.
+            are more processes than parts; if what the recipe needs isn't installed.
     """
 
     def __init__(
@@ -70,17 +73,15 @@ class Trainer:
         data: TrainingData,
         scheduler: Any = None,
         processes: Processes = ALONE,
+        device: torch.device | None = None,
     ) -> None:
         if unwrapped(model) is not model:
             raise ValueError(
                 f"training deals out parts of batches by itself, and gets the model itself, not a "
                 f"{type(model).__name__}: pass shiva_dit.models.target.unwrapped(model)."
             )
-        if processes.count > config.micro_batches:
-            raise ValueError(
-                f"each process needs a part of a batch: micro_batches must be at least "
-                f"{processes.count}, their number, got {config.micro_batches}."
-            )
+        refuse_shared(model)
+        check_parts(processes.count, config.micro_batches, shard=config.shard)
         self.processes = processes
         spec = model_spec(model)
         sampler = scheduler if isinstance(scheduler, Sampler) else Sampler(scheduler=scheduler)
@@ -97,9 +98,22 @@ class Trainer:
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
         law = made_law(config, sampler, spec, spec.tokens(model, sample.latents))
         self.origin["sampler"] = {"time_law": law.name}
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            self.student = Student(config, model, sample, self.generator, path, law)
+        if config.base_dtype != "as_given":
+            self.origin["backbone"]["trained_as"] = config.base_dtype
+        self.base = Narrowed(model, config.base_dtype)
+        try:
+            at = device or next(model.parameters()).device
+            self.shards = config.shard and processes.count > 1
+            if not self.shards:  # a whole one might not fit
+                model.to(at)
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                self.student = Student(
+                    config, model, sample, self.generator, path, law, at if self.shards else None
+                )
+        except BaseException:
+            self.base.give_back()
+            raise
         if self.student.started is not None:
             self.origin["start"] = {"sha256": self.student.started}
         try:
@@ -127,23 +141,9 @@ class Trainer:
             self.student.reducer,
         )
         given = untuned(self.student.model, config.backbone, self.student.teacher)
-        self.optimization = Optimization(self._parts(), config.optimizer, given)
+        self.optimization = Optimization(parts_of(student), config.optimizer, given)
         how = self.processes, self.result, self.optimization.averaged
         self.looks = Looks(student, self.sampler, self.material, *how)
-
-    def _parts(self) -> dict[str, dict[str, torch.nn.Parameter]]:
-        student = self.student
-        scores = student.selector if student.learns_scores else None
-        policy = student.adapter.policy if self.config.learns_policy else None
-        own = {} if student.reducer is None else student.reducer.parts()
-        return {
-            "router": dict(scores.named_parameters()) if scores else own.get("router", {}),
-            "policy": dict(policy.named_parameters()) if policy else own.get("policy", {}),
-            "updates": dict(student.updates.named_parameters())
-            if student.updates
-            else own.get("updates", {}),
-            "backbone": trainable_parameters(student.model, self.config.backbone),
-        }
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns loss, mean keep ratio, and error to the teacher if it ran.
@@ -179,7 +179,7 @@ class Trainer:
             reseed(self.generator, config.seed, self.step, number)
             batch = self.samples.take(indices[number])
             loss, errors = self.student.loss(plan.parts[number], batch, progress, empty)
-            if math.isfinite(loss.item()):
+            if math.isfinite(loss.item()) or self.shards:  # then all go through it together
                 (loss / len(plan.parts)).backward()
                 self.optimization.gather()
             for name, value in {"loss": loss.item(), **errors}.items():
@@ -276,6 +276,7 @@ class Trainer:
     def close(self) -> None:
         """Give the model back as it came."""
         self.student.close()
+        self.base.give_back()
 
     @property
     def checkpoints(self) -> Path:
@@ -288,11 +289,7 @@ class Trainer:
         Raises:
             FloatingPointError: If a weight is not finite: such a checkpoint would be of no use.
         """
-        tensors = self.optimization.tensors()
-        broken = first_not_finite(tensors)
-        if broken is not None:
-            stage = self.config.stage_at(self.step - 1)[0]
-            raise FloatingPointError(self._diverged(f"{broken} is not finite", stage))
+        tensors = gathered(self.optimization.tensors(), keep=self.processes.is_first)
         state = {
             "config": to_dict(self.config),
             "step": self.step,
@@ -303,6 +300,10 @@ class Trainer:
         }
 
         def write() -> Path:
+            broken = first_not_finite(tensors)
+            if broken is not None:
+                stage = self.config.stage_at(self.step - 1)[0]
+                raise FloatingPointError(self._diverged(f"{broken} is not finite", stage))
             return save_checkpoint(self.checkpoints, self.step, Checkpoint(tensors, state))
 
         self.last_good = self.processes.from_first(write)

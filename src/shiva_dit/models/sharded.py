@@ -1,0 +1,106 @@
+"""Weights that several processes share (FSDP2), and tensors of theirs as wholes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from shiva_dit.models.families import model_spec
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Leave each process of the group its share of a model's weights, on a device.
+
+    A block's are gathered when it runs, and let go. Gradients are averaged over processes in
+    float64 and left so, that their order changes nothing that float32 shows.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    how: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": True,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float64, cast_forward_inputs=False),
+    }
+    for block in model_spec(model).blocks(model):
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(True)  # it looks for dtypes at those that learn, and once
+    whole_model: Any = model
+    whole_model._get_fsdp_state()._lazy_init()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in _groups(module):
+                group._orig_dtype = None  # no gradient is cast back
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.grad_dtype = None
+        parameter.requires_grad_(flag)
+
+
+def _groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in found if group is not None]
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether each process holds a share of it."""
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; all processes must ask for it where they share it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Tensors as wholes, those that are shared on the host, one after the other.
+
+    Args:
+        tensors: By name, the same in all processes.
+        keep: Whether this process wants those that are shared.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not is_shared(tensor):
+            found[name] = tensor
+            continue
+        value = whole(tensor)
+        if keep:
+            found[name] = value.to("cpu")
+    return found
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Over all elements of tensors that are all shared, in float64; the same in all processes."""
+    own = [tensor.to_local() for tensor in tensors if isinstance(tensor, DTensor)]
+    total = torch.stack([each.double().square().sum() for each in own]).sum()
+    dist.all_reduce(total)
+    return total
+
+
+def shared_as(value: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a whole tensor, where another is shared; or the tensor itself."""
+    if not isinstance(like, DTensor):
+        return value
+    there = value.to(like.device, like.dtype)
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def refuse_shared(model: nn.Module) -> None:
+    """Raise where a model's weights are shared already.
+
+    Raises:
+        ValueError: Says what to do.
+    """
+    if any(is_shared(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "the model is sharded already: give it whole, on the host if need be, and set shard = "
+            "true in the recipe."
+        )
