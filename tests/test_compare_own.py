@@ -79,6 +79,8 @@ def test_arms_and_controls_train_sample_and_are_kept(
     assert rows["random"]["keep_ratio"] == pytest.approx(0.6, abs=0.02)
     assert rows["map"]["psnr"] < rows["unpruned"]["psnr"]
     assert {"psnr", "train_cpu_s"} <= rows["ours"].keys()
+    assert rows["unpruned"]["held_out_error"] == 0.0 < rows["map"]["held_out_error"]
+    assert rows["map"]["held_out_cosine"] < 1.0
     assert "| arm | FLOPs | keep | PSNR to unpruned, dB |" in comparison_table(record)
     # Pictures are those of the pipeline itself, from the noise that `generate` takes.
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,14 +37,22 @@ from shiva_dit.models import sampling
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.cost import pruned_flops
 from shiva_dit.models.counted import model_flops
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.guidance import Pass
 from shiva_dit.models.reducing import Reduction
 from shiva_dit.models.sampling import listed_times
 from shiva_dit.models.spec import grid_of
 from shiva_dit.pictures.prompts import Prompt
 from shiva_dit.provenance import data_digest
+from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import TrainingData
 from shiva_dit.training.folder import FolderData
+from shiva_dit.training.looks.material import keys_of, material, place_of
+from shiva_dit.training.paths import path_of
+from shiva_dit.training.settings import WatchConfig
 
+HELD_OUT, HELD_OUT_SHARE, HELD_OUT_TIMES = 16, 0.05, 8
+"""Pictures of one's own that are held out: how many at most, the share, and times of each."""
 On = Attachment | Reduction | None
 """What is on a backbone."""
 
@@ -184,9 +194,14 @@ class OwnSubject(Subject):
             size=settings.size,
             device=settings.device,
         )
-        self.data = FolderData(settings.data, pinned=settings.device.startswith("cuda"))
-        self.data.check_pipeline(settings.pipeline)
-        self.identity = data_digest([self.source.identity, self.data.identity()])
+        data = FolderData(settings.data, pinned=settings.device.startswith("cuda"))
+        data.check_pipeline(settings.pipeline)
+        first = min(place_of(key) for key in keys_of(data))  # one is held back at least
+        share = max(HELD_OUT_SHARE, first + 1e-9)
+        watch = WatchConfig(every=1, prompts=0, held_out=HELD_OUT, held_out_share=share)
+        found = material(watch, data)
+        self.data, self._held_out = found.training, found.held_out
+        self.identity = data_digest([self.source.identity, data.identity(), share])
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -229,10 +244,25 @@ class OwnSubject(Subject):
         self._times = listed_times(pipe.scheduler, pipe.scheduler.timesteps.tolist())
         return images, time.process_time() - began
 
+    @torch.no_grad()
     def held_out(self, pruned: Any, on: On) -> HeldOut:
-        """Nothing is held out yet."""
-        del pruned, on
-        return HeldOut()
+        """On pictures that nothing is trained on, each at times spread evenly."""
+        del on
+        spec, dense = model_spec(pruned), self.source.transformer
+        device, dtype = next(dense.parameters()).device, next(dense.parameters()).dtype
+        path = path_of(spec, self.sampler(None).scheduler)
+        calls = Calls(spec=spec, path=path, dtype=dtype, passes=Pass.ALONE)
+        errors, cosines, draw = [], [], torch.Generator().manual_seed(0)
+        pictures = [one for batch in self._held_out for one in batch.split(1)]
+        for one, index in itertools.product(pictures, range(HELD_OUT_TIMES)):
+            batch = one.to(device)
+            noise = torch.randn(one.latents.shape, generator=draw).to(device)
+            t = torch.full((1,), (index + 0.5) / HELD_OUT_TIMES, device=device)
+            arguments = calls.plain(path.noisy(batch.latents, noise, t), t, batch)
+            ours, theirs = (model(**arguments)[0].float() for model in (pruned, dense))
+            errors.append(float((ours - theirs).square().mean()))
+            cosines.append(float(F.cosine_similarity(ours.flatten(1), theirs.flatten(1))))
+        return HeldOut(error=sum(errors) / len(errors), cosine=sum(cosines) / len(cosines))
 
     def cost(
         self, backbone: nn.Module, on: On, num_steps: int, sampler: Sampler, guidance: float

@@ -42,6 +42,17 @@ class Batch:
         latents = there(self.latents)
         return Batch(latents=latents, conditioning=moved, shared=shared, route=route)
 
+    def split(self, size: int) -> list[Batch]:
+        """Parts of at most so many samples."""
+        return [
+            replace(
+                self,
+                latents=self.latents[start : start + size],
+                conditioning={n: v[start : start + size] for n, v in self.conditioning.items()},
+            )
+            for start in range(0, len(self.latents), size)
+        ]
+
     def conditioning_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The conditioning as a model of this dtype takes it."""
         given = self.conditioning.items()

@@ -87,7 +87,7 @@ class Measure:
         """
         strata = (torch.arange(num_times) + 0.5) / num_times
         times = _at_quantiles(schedule, strata).tolist()
-        parts = [part for batch in held_out for part in _split(batch, self.at_once)]
+        parts = [part for batch in held_out for part in batch.split(self.at_once)]
         total = sum(len(batch.latents) for batch in held_out)
         jobs = [(n, i) for n in range(len(parts)) for i in range(num_times)]
         starts = [sum(len(p.latents) for p in parts[:n]) for n in range(len(parts))]
@@ -139,7 +139,7 @@ class Measure:
             start: Number of the first prompt, which decides its noise.
         """
         found = []
-        for part in _split(shown.batch, self.at_once):
+        for part in shown.batch.split(self.at_once):
             found.append(self._sampled(schedule, part, steps, guidance, start))
             start += len(part.latents)
         kept = [one.kept for one in found if one.kept is not None]
@@ -276,16 +276,3 @@ def _noise(like: Tensor, *places: int) -> Tensor:
     generator = torch.Generator()
     reseed(generator, *places)
     return torch.randn(like.shape, generator=generator)
-
-
-def _split(batch: Batch, size: int) -> list[Batch]:
-    """A batch in parts of at most so many samples."""
-    count = len(batch.latents)
-    return [
-        Batch(
-            latents=batch.latents[start : start + size],
-            conditioning={n: v[start : start + size] for n, v in batch.conditioning.items()},
-            shared=batch.shared,
-        )
-        for start in range(0, count, size)
-    ]
