@@ -161,7 +161,7 @@ def test_bad_folders_say_what_is_wanted(
     tmp_path: Path, comparison: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["page", str(tmp_path)]) == 2
-    assert "has no record.json: give a folder of" in capsys.readouterr().err
+    assert "has no record.json: give a folder of `shiva-dit train`" in capsys.readouterr().err
     (tmp_path / "record.json").write_text('{"what": "evaluation"}')
     assert main(["page", str(tmp_path)]) == 2
     assert "neither a comparison nor a frontier" in capsys.readouterr().err
@@ -176,6 +176,32 @@ def test_large_pictures_are_made_small_and_odd_maps_left_out() -> None:
     assert map_uri(torch.ones(32), 4, 8).startswith("data:image/png")
     assert pixels(map_uri(torch.ones(32), 4, 8)).size == (8, 4)
     assert map_uri(torch.ones(7), 4, 8) == ""
+
+
+def test_a_runs_page_shows_its_looks_and_its_recipe(tmp_path: Path) -> None:
+    """Also while it is under way: then it says how far it is."""
+    out = tmp_path / "run"
+    recipe = str(Path(__file__).parents[1] / "recipes" / "digits.toml")
+    short = ["warmup_steps=1", "policy_steps=1", "joint_steps=2", "batch_size=4"]
+    looked = ["watch.every=2", "watch.steps=2", "watch.prompts=1", "watch.held_out=4"]
+    few = [*short, "micro_batches=2", *looked, f"out={out}"]
+    assert main(["train", recipe, *few, "--threads", "1"]) == 0
+    page = page_of(out)
+    assert page.about.startswith("Done after 4 steps")
+    assert [caption for caption, _ in page.figures] == ["Curves", "First look", "Last look"]
+    rows = page.tables[0].rows
+    assert rows[0][:4] == ["step", "stage", "loss", "keep"]
+    assert [row[0] for row in rows[1:]] == ["2", "4"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows[2][list(rows[0]).index("held out")] == f"{log[3]['held_out']:.4g}"
+    facts = dict(page.facts)
+    assert "joint_steps = 2" in facts["recipe"]
+    assert "torch" in facts["versions"]
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "watch")
+    (out / "log.jsonl").write_text(json.dumps({k: log[0][k] for k in ("step", "stage", "loss")}))
+    assert page_of(out).about == "Not done: 1 steps so far."
+    assert Found(written(page_of(out))).sources
 
 
 @pytest.mark.slow

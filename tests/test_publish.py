@@ -21,7 +21,7 @@ from shiva_dit.demo.base import load_backbone, shipped_adapter
 from shiva_dit.demo.tasks import load_task
 from shiva_dit.pictures.publish import publish
 from shiva_dit.provenance import read_json, write_json
-from shiva_dit.training.looks.drawn import read_log
+from shiva_dit.training.log import read_log
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.run import train
 from shiva_dit.training.settings import WatchConfig

@@ -25,8 +25,8 @@ from shiva_dit.config import from_dict, load_recipe
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.provenance import read_json
 from shiva_dit.training.data import Batch, reseed
+from shiva_dit.training.log import read_log
 from shiva_dit.training.looks import drawn
-from shiva_dit.training.looks.drawn import read_log
 from shiva_dit.training.looks.looks import Looks, by_time
 from shiva_dit.training.looks.material import Remaining, held_back, place_of
 from shiva_dit.training.looks.measure import Measure, _Kept

@@ -25,8 +25,8 @@ from shiva_dit.pictures.prompts import Prompt
 from shiva_dit.pictures.putting import Served
 from shiva_dit.provenance import read_as, read_json, write_atomically
 from shiva_dit.saved_folder import CONFIG_FILE, check_place, weights_files
-from shiva_dit.training.log import LOG_FILE
-from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look, read_log
+from shiva_dit.training.log import LOG_FILE, read_log
+from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look
 from shiva_dit.training.looks.looks import CURVES
 from shiva_dit.training.looks.looks import FOLDER as LOOKS
 from shiva_dit.training.recipe import TrainConfig

@@ -62,6 +62,21 @@ def open_log(path: Path, step: int) -> Iterator[Log]:
         yield Log(path, file)
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; one that was broken off is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in read_text(path).splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            found.append(values)
+    return found
+
+
 def _lines(path: Path) -> list[str]:
     """The lines of a log."""
     try:

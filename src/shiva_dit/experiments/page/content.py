@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jinja2
 import torch
@@ -116,6 +117,18 @@ def drawn(draw: Callable[[Path], None]) -> str:
         path = Path(folder) / "drawn.png"
         draw(path)
         return file_uri(path)
+
+
+def origin(made: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a record's provenance says, line by line."""
+    versions = ", ".join(f"{name} {found}" for name, found in made["versions"].items() if found)
+    commit = made["commit"] or "no checkout"
+    dirty = " with changes" if made["dirty"] else ""
+    return [
+        ("code", f"{commit}{dirty}"),
+        ("machine", f"{made['device']}, {made['threads']} threads"),
+        ("versions", f"Python {made['python']}, {versions}"),
+    ]
 
 
 def _uri(content: bytes, kind: str) -> str:

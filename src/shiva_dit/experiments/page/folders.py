@@ -21,8 +21,10 @@ from shiva_dit.experiments.page.content import (
     Table,
     drawn,
     map_uri,
+    origin,
     picture_uri,
 )
+from shiva_dit.experiments.page.run import run_page
 from shiva_dit.experiments.plots import (
     draw_comparison,
     draw_front,
@@ -35,6 +37,7 @@ from shiva_dit.provenance import read_as, read_json
 from shiva_dit.report.comparison import comparison_rows
 from shiva_dit.report.frontier import budget_rows, frontier_rows
 from shiva_dit.report.scores import score_note, score_rows
+from shiva_dit.training.run import RUN_FILE
 
 RECORD, SCORES = "record.json", "scores.json"
 
@@ -43,13 +46,15 @@ def page_of(folder: Path, dense: Path | None = None, *, count: int = 6) -> Page:
     """The page of a folder that a command of ours filled.
 
     Args:
-        folder: Of `compare`, `frontier` or `generate`.
+        folder: Of `train`, `compare`, `frontier` or `generate`.
         dense: Pictures of the unpruned model, of the same names, for `generate`'s.
         count: Pictures of each arm, of the first prompts.
 
     Raises:
         ValueError: If it is none of these, or not done.
     """
+    if (folder / RUN_FILE).is_file():
+        return run_page(folder)
     if dense is not None and not (folder / ABOUT).is_file():
         raise ValueError("--dense is for a folder that `shiva-dit generate` filled.")
     if (folder / ABOUT).is_file():
@@ -57,8 +62,8 @@ def page_of(folder: Path, dense: Path | None = None, *, count: int = 6) -> Page:
     path = folder / RECORD
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {RECORD}: give a folder of `shiva-dit compare`, `frontier` or "
-            "`generate` that is done."
+            f"{folder} has no {RECORD}: give a folder of `shiva-dit train`, or of `compare`, "
+            "`frontier` or `generate` that is done."
         )
     with read_as("record of a comparison or a frontier", path):
         record = read_json(path)
@@ -105,7 +110,7 @@ def _comparison(folder: Path, record: dict[str, Any], count: int) -> Page:
         rows=rows,
         prompts=prompts,
         pictures=_common(seed, settings["guidance"]),
-        facts=_facts(record, len(config["seeds"])),
+        facts=[("seeds", str(len(config["seeds"]))), *origin(record["provenance"])],
     )
 
 
@@ -142,7 +147,7 @@ def _frontier(folder: Path, record: dict[str, Any], count: int) -> Page:
         rows=[row for _, row in sorted(rows, key=lambda pair: pair[0])],
         prompts=prompts,
         pictures=_common(seed, guidance),
-        facts=_facts(record, len(frontier.seeds)),
+        facts=[("seeds", str(len(frontier.seeds))), *origin(record["provenance"])],
     )
 
 
@@ -210,16 +215,3 @@ def _prompts(task: str | None, record: Mapping[str, Any], count: int) -> list[st
 def _common(seed: int, guidance: float) -> str:
     said = "without guidance" if guidance == 1 else f"guidance {guidance:g}"
     return f"Of the first prompts, seed {seed}, {said}; every arm begins from the same noise."
-
-
-def _facts(record: Mapping[str, Any], seeds: int) -> list[tuple[str, str]]:
-    made = record["provenance"]
-    versions = ", ".join(f"{name} {found}" for name, found in made["versions"].items() if found)
-    commit = made["commit"] or "no checkout"
-    dirty = " with changes" if made["dirty"] else ""
-    return [
-        ("seeds", str(seeds)),
-        ("code", f"{commit}{dirty}"),
-        ("machine", f"{made['device']}, {made['threads']} threads"),
-        ("versions", f"Python {made['python']}, {versions}"),
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shiva_dit.provenance import read_text, write_atomically
+from shiva_dit.provenance import write_atomically
+from shiva_dit.training.log import read_log
 
 STAGES = {"warmup": "0.93", "policy": "0.87", "joint": "1.0"}
 """Shades behind the stages."""
@@ -124,21 +124,6 @@ def draw_curves(path: Path, log: Path, target: float | None = None) -> bool:
     _draw_ratios(figure, learned, looks)
     save(figure, path)
     return True
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that was broken off is left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in read_text(path).splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append(values)
-    return found
 
 
 def _shade_stages(axis: Any, lines: Sequence[Mapping[str, Any]]) -> None:
