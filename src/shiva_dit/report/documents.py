@@ -13,6 +13,7 @@ from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
 from shiva_dit.report.comparison import COLUMNS, comparison_table
 from shiva_dit.report.estimators import caption_table, flips_table
 from shiva_dit.report.frontier import frontier_table
+from shiva_dit.report.memory import memory_table
 from shiva_dit.report.models import models_table, refused_table
 from shiva_dit.report.quickstart import quickstart_table
 from shiva_dit.report.scores import scores_table
@@ -30,6 +31,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},
     "flips": flips_table,
     "frontier": frontier_table,
+    "memory": memory_table,
     "operators": operators_table,
     "quickstart": quickstart_table,
     "scores": scores_table,
