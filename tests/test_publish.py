@@ -237,6 +237,22 @@ def test_a_hub_that_is_not_there_is_one_line(
     assert (tmp_path / "out" / "README.md").is_file()
 
 
+def test_what_fails_leaves_nothing_and_what_is_renewed_nothing_old(
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, damaged = tmp_path / "out", tmp_path / "damaged"
+    shutil.copytree(a_run, damaged)
+    write_json(damaged / "result.json", {"seconds": 1.0})
+    assert main(["publish", str(damaged), "--out", str(out)]) == 2
+    assert not out.exists()
+    publish(a_run, out)  # the same folder, when it is mended
+    assert (out / "pictures" / "look.png").is_file()
+    (out / "pictures" / "examples.png").write_bytes(b"of an earlier time")
+    publish(a_run / "adapter", out)
+    left = {path.name for path in out.rglob("*")} - {"README.md", "config.json"}
+    assert {name for name in left if not name.endswith(".safetensors")} == set()
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 
@@ -251,6 +267,7 @@ def test_a_hub_that_is_not_there_is_one_line(
         (["run", "--prompts", "gone.txt"], "there is no file gone.txt of prompts"),
         (["run", "--out", "{full}"], "full holds something else already: take an empty folder"),
         (["run", "--out", "{run}"], "is the run itself: take another folder"),
+        (["run", "--out", "{other}"], "other.adapter is the adapter of another run: take another"),
         (["damaged"], r"result.json.*no end of a run, or another version's"),
     ],
 )
@@ -266,8 +283,10 @@ def test_bad_input_is_one_line(
     (tmp_path / "full" / "mine.txt").write_text("kept")
     shutil.copytree(a_run, tmp_path / "damaged")
     write_json(tmp_path / "damaged" / "result.json", {"seconds": 1.0})
+    shutil.copytree(a_run, tmp_path / "other")
     run = a_run if words[0] == "run" else tmp_path / words[0]
-    rest = [w.format(full=tmp_path / "full", run=a_run) for w in words[1:]]
+    places = {"full": tmp_path / "full", "run": a_run, "other": tmp_path / "other" / "adapter"}
+    rest = [w.format(**places) for w in words[1:]]
     out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
     line = said(capsys, ["publish", str(run), *rest, *out])
     assert re.search(message, line), line
