@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from shiva_dit.cli import main
 from shiva_dit.training.checkpoint import TENSORS_FILE
+from shiva_dit.training.data import Batch
 from shiva_dit.training.live import LiveBytes, bytes_alive
 from shiva_dit.training.memory import Needs, needs, shapes_of
 from shiva_dit.training.recipe import TrainConfig
@@ -96,6 +99,16 @@ def test_checkpointing_and_narrow_bases_and_moments_take_less(tmp_path: Path) ->
     few = counted(recipe(tmp_path, optimizer=narrow))
     backbone = sum(p.numel() for p in tiny.sd3(num_layers=2).parameters())
     assert plain.moments - few.moments > 0.5 * 6 * backbone  # small tensors stay as they are
+
+
+def test_data_may_look_at_what_it_reads(tmp_path: Path) -> None:
+    class Looking(TinyData):
+        def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+            chosen = torch.tensor([index for index in indices.tolist() if index < 12])
+            return super().batch(chosen[torch.nonzero(chosen < 12)[:, 0]], generator)
+
+    config, model = recipe(tmp_path), tiny.sd3(num_layers=2)
+    assert needs(config, shapes_of(model, Looking(), None)) == counted(config)
 
 
 def test_weights_that_are_shared_are_counted_by_shares(tmp_path: Path) -> None:
