@@ -647,7 +647,7 @@ def test_cheap_checks_come_before_the_pipeline_is_loaded(
     assert "StableDiffusion3Pipeline, got FluxPipeline" in capsys.readouterr().err
     call[3] = str(tmp_path / "nowhere" / "at" / "all")
     assert cli.main([*call, "32"]) == 2
-    assert "shiva-dit: " in capsys.readouterr().err
+    assert f"shiva-dit: there is no folder {call[3]} of a pipeline" in capsys.readouterr().err
 
 
 def test_training_says_what_is_stale_and_refuses_data_of_other_encoders(
@@ -667,6 +667,12 @@ def test_training_says_what_is_stale_and_refuses_data_of_other_encoders(
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.save_pretrained(other)  # the same weights, written again
     read.check_pipeline(str(other))
+    vae = other / "vae" / "config.json"
+    usual = vae.read_text()
+    vae.write_text(json.dumps({**json.loads(usual), "scaling_factor": 1.6}))
+    with pytest.raises(ValueError, match=r"encoded by another pipeline .*scale of latents differ"):
+        read.check_pipeline(str(other))
+    vae.write_text(usual)
     with torch.no_grad():
         pipe.text_encoder_2.get_input_embeddings().weight.mul_(1.1)
     pipe.save_pretrained(other)
