@@ -156,6 +156,16 @@ def test_the_snippet_of_a_demo_task_runs(tmp_path: Path) -> None:
         assert torch.equal(made["model"](**call)[0], model(**call)[0])
 
 
+def test_a_users_pictures_are_no_demo_task(a_run: Path, tmp_path: Path) -> None:
+    adapter = shiva_dit.ShivaAdapter.from_pretrained(a_run / "adapter")
+    recipe = {**adapter.training_record["recipe"], "task": "/home/me/cats"}
+    adapter.training_record = {**adapter.training_record, "recipe": recipe}
+    adapter.save_pretrained(tmp_path / "adapter")
+    _, text = card_of(publish(tmp_path / "adapter", tmp_path / "out"))
+    assert "load_task" not in text
+    assert 'from_pretrained("the/base-model"' in text
+
+
 def test_the_best_of_a_run_that_was_stopped_is_named(a_run: Path, tmp_path: Path) -> None:
     adapter = shiva_dit.ShivaAdapter.from_pretrained(a_run / "adapter")
     early = {"held_out": 0.1, "patience": 2, "steps_run": 1234, "stopped_early": True}

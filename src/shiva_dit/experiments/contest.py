@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from shiva_dit.demo.tasks import TASKS
 from shiva_dit.experiments.contestants import SHOWN, Contestant, Diverged, Job, Outcome, Settings
 from shiva_dit.experiments.held_out import HeldOut
 from shiva_dit.experiments.kept import keep, put_trained_on
@@ -92,7 +93,9 @@ def _train(job: Job, subject: Subject, recipe: TrainConfig) -> tuple[Trained | D
     label = _label("train", job.contestants[0].name, job.seed)
     data = subject.data
     with _run_folder(job) as out:
-        config = dataclasses.replace(recipe, task=data_name(data), seed=job.seed, out=out)
+        name = data_name(data)
+        task = name if name in TASKS else None  # a user's pictures are no task
+        config = dataclasses.replace(recipe, task=task, seed=job.seed, out=out)
         trainer = Trainer(config, subject.backbone(), data, subject.sampler(config.num_steps))
         if config.trains_nothing:
             trained = trainer.result()
