@@ -298,7 +298,11 @@ def test_from_pictures_to_an_adapter_on_the_command_line(
     recipe = Path(__file__).parents[1] / "recipes" / "sd35.toml"
     short = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=2", "micro_batches=1"]
     out = [f"out={tmp_path / 'run'}", "precision=float32"]
-    assert cli.main(["train", str(recipe), *short, *out, "--data", str(data), *words]) == 0
+    whole = ["train", str(recipe), *short, *out, "--data", str(data), *words]
+    assert cli.main([*whole, "--plan"]) == 0
+    assert "weights are trained:" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert cli.main(whole) == 0
     assert str(tmp_path / "run" / "adapter") in capsys.readouterr().out
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)

@@ -136,5 +136,7 @@ def test_the_command_says_it_and_starts_nothing(
     assert "micro_batches must be at least 8, their number, got 4" in capsys.readouterr().err
     assert main([*words, "shard=true", "--processes", "3"]) == 2
     assert "micro_batches must be a multiple of 3" in capsys.readouterr().err
+    assert main(["train", DIGITS.replace("digits", "sd35"), "--plan"]) == 2  # not of the digits
+    assert "names no task: set task=..., or give --data" in capsys.readouterr().err
     assert main([*words[:-1], "--processes", "2"]) == 2
     assert "--processes is for --plan" in capsys.readouterr().err

@@ -105,6 +105,12 @@ def test_a_run_becomes_a_folder_with_all_that_is_known_of_it(
     assert (config.out, config.watch, config.guidance) == (Path("my-run"), WATCH, (1.0, 7.0))
     assert main([*words, "--license", "mit"]) == 0  # renewed, with another licence
     assert card_of(out)[0]["license"] == "mit"
+    capsys.readouterr()
+    card = out / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "Mine.\n", encoding="utf-8")
+    assert main([*words, "--license", "apache-2.0"]) == 0
+    assert f"{card} was changed by hand and stays" in capsys.readouterr().err
+    assert card.read_text(encoding="utf-8").endswith("Mine.\n")
 
 
 def test_nothing_names_a_place_on_this_machine(a_run: Path, tmp_path: Path) -> None:

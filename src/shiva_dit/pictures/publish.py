@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.adapter.hub import push
@@ -24,8 +26,8 @@ from shiva_dit.pictures.generate import Generation, generate
 from shiva_dit.pictures.hub_card import Facts, hub_card
 from shiva_dit.pictures.prompts import Prompt
 from shiva_dit.pictures.putting import Served
-from shiva_dit.provenance import read_as, read_json, write_atomically
-from shiva_dit.saved_folder import CONFIG_FILE, check_place, weights_files
+from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
+from shiva_dit.saved_folder import CARD_FILE, CONFIG_FILE, check_place, weights_files
 from shiva_dit.training.log import LOG_FILE
 from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look, read_log
 from shiva_dit.training.looks.looks import CURVES
@@ -101,7 +103,11 @@ def publish(
             look=_look(run, adapter),
             pictures=lies,
         )
-        write(adapter, out, hub_card(facts))
+        card = hub_card(facts)
+        write(adapter, out, card)
+        if read_text(out / CARD_FILE) != card:
+            say = f"{out / CARD_FILE} was changed by hand and stays: remove it for a new card."
+            tqdm.write(f"shiva-dit: {say}", file=sys.stderr)
         _renew(beside, out)
     return out
 
