@@ -118,7 +118,9 @@ def main() -> None:
         }
         rows.append(row)
         fits = found.total / 2**30 + SPARE <= card
-        tqdm.write(f"{name}, {card} GB: {found.total / 2**30:.1f} GiB, {said}{'' if fits else ' !'}")
+        tqdm.write(
+            f"{name}, {card} GB: {found.total / 2**30:.1f} GiB, {said}{'' if fits else ' !'}"
+        )
     write_json(options.out, {"what": "memory", "rows": rows, "provenance": provenance()})
 
 

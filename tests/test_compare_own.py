@@ -86,6 +86,8 @@ def test_arms_and_controls_train_sample_and_are_kept(
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
     shiva_dit.apply(pipe, out / "trained" / "ours-0")
+    kept = shiva_dit.ShivaAdapter.from_pretrained(out / "trained" / "ours-0")
+    assert kept.training_record["recipe"]["task"] is None
     prompt = Prompt("00001", "a disc")
     fewer = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": SIDE, "width": SIDE}
     pipe.scheduler = solver(pipe.scheduler, "unipc")

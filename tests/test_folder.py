@@ -298,7 +298,11 @@ def test_from_pictures_to_an_adapter_on_the_command_line(
     recipe = Path(__file__).parents[1] / "recipes" / "sd35.toml"
     short = ["warmup_steps=1", "policy_steps=1", "joint_steps=1", "batch_size=2", "micro_batches=1"]
     out = [f"out={tmp_path / 'run'}", "precision=float32"]
-    assert cli.main(["train", str(recipe), *short, *out, "--data", str(data), *words]) == 0
+    whole = ["train", str(recipe), *short, *out, "--data", str(data), *words]
+    assert cli.main([*whole, "--plan"]) == 0
+    assert "weights are trained:" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert cli.main(whole) == 0
     assert str(tmp_path / "run" / "adapter") in capsys.readouterr().out
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -647,7 +651,7 @@ def test_cheap_checks_come_before_the_pipeline_is_loaded(
     assert "StableDiffusion3Pipeline, got FluxPipeline" in capsys.readouterr().err
     call[3] = str(tmp_path / "nowhere" / "at" / "all")
     assert cli.main([*call, "32"]) == 2
-    assert "shiva-dit: " in capsys.readouterr().err
+    assert f"shiva-dit: there is no folder {call[3]} of a pipeline" in capsys.readouterr().err
 
 
 def test_training_says_what_is_stale_and_refuses_data_of_other_encoders(
@@ -667,6 +671,12 @@ def test_training_says_what_is_stale_and_refuses_data_of_other_encoders(
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.save_pretrained(other)  # the same weights, written again
     read.check_pipeline(str(other))
+    vae = other / "vae" / "config.json"
+    usual = vae.read_text()
+    vae.write_text(json.dumps({**json.loads(usual), "scaling_factor": 1.6}))
+    with pytest.raises(ValueError, match=r"encoded by another pipeline .*scale of latents differ"):
+        read.check_pipeline(str(other))
+    vae.write_text(usual)
     with torch.no_grad():
         pipe.text_encoder_2.get_input_embeddings().weight.mul_(1.1)
     pipe.save_pretrained(other)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from shiva_dit.cli import main
 from shiva_dit.training.checkpoint import TENSORS_FILE
+from shiva_dit.training.data import Batch
 from shiva_dit.training.live import LiveBytes, bytes_alive
 from shiva_dit.training.memory import Needs, needs, shapes_of
 from shiva_dit.training.recipe import TrainConfig
@@ -98,6 +101,16 @@ def test_checkpointing_and_narrow_bases_and_moments_take_less(tmp_path: Path) ->
     assert plain.moments - few.moments > 0.5 * 6 * backbone  # small tensors stay as they are
 
 
+def test_data_may_look_at_what_it_reads(tmp_path: Path) -> None:
+    class Looking(TinyData):
+        def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+            chosen = torch.tensor([index for index in indices.tolist() if index < 12])
+            return super().batch(chosen[torch.nonzero(chosen < 12)[:, 0]], generator)
+
+    config, model = recipe(tmp_path), tiny.sd3(num_layers=2)
+    assert needs(config, shapes_of(model, Looking(), None)) == counted(config)
+
+
 def test_weights_that_are_shared_are_counted_by_shares(tmp_path: Path) -> None:
     config = recipe(tmp_path, micro_batches=4)
     whole, apart = counted(config), counted(replace(config, shard=True), processes=4)
@@ -123,5 +136,7 @@ def test_the_command_says_it_and_starts_nothing(
     assert "micro_batches must be at least 8, their number, got 4" in capsys.readouterr().err
     assert main([*words, "shard=true", "--processes", "3"]) == 2
     assert "micro_batches must be a multiple of 3" in capsys.readouterr().err
+    assert main(["train", DIGITS.replace("digits", "sd35"), "--plan"]) == 2  # not of the digits
+    assert "names no task: set task=..., or give --data" in capsys.readouterr().err
     assert main([*words[:-1], "--processes", "2"]) == 2
     assert "--processes is for --plan" in capsys.readouterr().err

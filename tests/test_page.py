@@ -28,6 +28,7 @@ from shiva_dit.experiments.page.content import Page, Row, Table, image_uri, map_
 from shiva_dit.experiments.page.folders import page_of
 from shiva_dit.experiments.scoring import sample
 from shiva_dit.models.attach import attachment_of
+from shiva_dit.pictures.generate import ABOUT
 from tests.test_frontier import made, run_frontier
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -168,6 +169,22 @@ def test_bad_folders_say_what_is_wanted(
     assert main(["page", str(comparison), "--dense", str(tmp_path)]) == 2
     assert "--dense is for" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_damaged_file_is_one_line(
+    tmp_path: Path, comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(comparison, tmp_path / "damaged"))
+    broken = next(folder.glob("*.safetensors"))
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert main(["page", str(folder)]) == 2
+    assert f"{broken} is damaged (" in capsys.readouterr().err
+    made = tmp_path / "made"
+    made.mkdir()
+    Image.new("RGB", (8, 8)).save(made / "0-0.png")
+    (made / ABOUT).write_text("{}")
+    assert main(["page", str(made)]) == 2
+    assert f"{made / ABOUT}" in capsys.readouterr().err
 
 
 def test_large_pictures_are_made_small_and_odd_maps_left_out() -> None:

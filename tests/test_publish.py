@@ -105,6 +105,12 @@ def test_a_run_becomes_a_folder_with_all_that_is_known_of_it(
     assert (config.out, config.watch, config.guidance) == (Path("my-run"), WATCH, (1.0, 7.0))
     assert main([*words, "--license", "mit"]) == 0  # renewed, with another licence
     assert card_of(out)[0]["license"] == "mit"
+    capsys.readouterr()
+    card = out / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "Mine.\n", encoding="utf-8")
+    assert main([*words, "--license", "apache-2.0"]) == 0
+    assert f"{card} was changed by hand and stays" in capsys.readouterr().err
+    assert card.read_text(encoding="utf-8").endswith("Mine.\n")
 
 
 def test_nothing_names_a_place_on_this_machine(a_run: Path, tmp_path: Path) -> None:
@@ -154,6 +160,16 @@ def test_the_snippet_of_a_demo_task_runs(tmp_path: Path) -> None:
     call = {"hidden_states": sample, "timestep": torch.tensor([500.0]), **given}
     with torch.no_grad():
         assert torch.equal(made["model"](**call)[0], model(**call)[0])
+
+
+def test_a_users_pictures_are_no_demo_task(a_run: Path, tmp_path: Path) -> None:
+    adapter = shiva_dit.ShivaAdapter.from_pretrained(a_run / "adapter")
+    recipe = {**adapter.training_record["recipe"], "task": "/home/me/cats"}
+    adapter.training_record = {**adapter.training_record, "recipe": recipe}
+    adapter.save_pretrained(tmp_path / "adapter")
+    _, text = card_of(publish(tmp_path / "adapter", tmp_path / "out"))
+    assert "load_task" not in text
+    assert 'from_pretrained("the/base-model"' in text
 
 
 def test_the_best_of_a_run_that_was_stopped_is_named(a_run: Path, tmp_path: Path) -> None:
@@ -237,6 +253,22 @@ def test_a_hub_that_is_not_there_is_one_line(
     assert (tmp_path / "out" / "README.md").is_file()
 
 
+def test_what_fails_leaves_nothing_and_what_is_renewed_nothing_old(
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, damaged = tmp_path / "out", tmp_path / "damaged"
+    shutil.copytree(a_run, damaged)
+    write_json(damaged / "result.json", {"seconds": 1.0})
+    assert main(["publish", str(damaged), "--out", str(out)]) == 2
+    assert not out.exists()
+    publish(a_run, out)  # the same folder, when it is mended
+    assert (out / "pictures" / "look.png").is_file()
+    (out / "pictures" / "examples.png").write_bytes(b"of an earlier time")
+    publish(a_run / "adapter", out)
+    left = {path.name for path in out.rglob("*")} - {"README.md", "config.json"}
+    assert {name for name in left if not name.endswith(".safetensors")} == set()
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 
@@ -251,6 +283,7 @@ def test_a_hub_that_is_not_there_is_one_line(
         (["run", "--prompts", "gone.txt"], "there is no file gone.txt of prompts"),
         (["run", "--out", "{full}"], "full holds something else already: take an empty folder"),
         (["run", "--out", "{run}"], "is the run itself: take another folder"),
+        (["run", "--out", "{other}"], "other.adapter is the adapter of another run: take another"),
         (["damaged"], r"result.json.*no end of a run, or another version's"),
     ],
 )
@@ -266,8 +299,10 @@ def test_bad_input_is_one_line(
     (tmp_path / "full" / "mine.txt").write_text("kept")
     shutil.copytree(a_run, tmp_path / "damaged")
     write_json(tmp_path / "damaged" / "result.json", {"seconds": 1.0})
+    shutil.copytree(a_run, tmp_path / "other")
     run = a_run if words[0] == "run" else tmp_path / words[0]
-    rest = [w.format(full=tmp_path / "full", run=a_run) for w in words[1:]]
+    places = {"full": tmp_path / "full", "run": a_run, "other": tmp_path / "other" / "adapter"}
+    rest = [w.format(**places) for w in words[1:]]
     out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
     line = said(capsys, ["publish", str(run), *rest, *out])
     assert re.search(message, line), line

@@ -25,8 +25,10 @@ from shiva_dit.config import from_dict, load_recipe
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.provenance import read_json
 from shiva_dit.training.data import Batch, reseed
+from shiva_dit.training.interrupt import TrainingInterrupted
 from shiva_dit.training.log import read_log
 from shiva_dit.training.looks import drawn
+from shiva_dit.training.looks.best import Best
 from shiva_dit.training.looks.looks import Looks, by_time
 from shiva_dit.training.looks.material import Remaining, held_back, place_of
 from shiva_dit.training.looks.measure import Measure, _Kept
@@ -329,6 +331,29 @@ def test_without_a_better_error_the_run_ends_and_the_best_is_saved(
         train(more, tiny.sd3(), WatchedData(), resume=False)
     train(more, tiny.sd3(), WatchedData(), resume=True)
     assert read_json(config.out / "result.json")["best"] == {"step": 14, "error": 1.0}
+
+
+def test_the_best_is_told_of_where_it_is_saved_alone(
+    tmp_path: Path, scripted: Callable[[dict[int, float]], None]
+) -> None:
+    scripted({2: 1.0, 4: 2.0, 6: 2.0})
+    config = recipe(tmp_path, watch=dataclasses.replace(PATIENT, patience=9))
+    with pytest.raises(TrainingInterrupted, match="step-00000004"):
+        train(config, tiny.sd3(), WatchedData(interrupt_at=8), resume=False)
+    none = dataclasses.replace(config, watch=dataclasses.replace(PATIENT, patience=0))
+    train(none, tiny.sd3(), WatchedData(), resume=True)
+    result = read_json(config.out / "result.json")
+    assert result["steps_of_adapter"] == result["steps"] == config.total_steps
+    assert not {"best", "stopped_early"} & set(result)
+
+
+def test_patience_is_lost_only_where_there_is_some(tmp_path: Path) -> None:
+    before, best = Best(tmp_path, 2), Best(tmp_path, 0)
+    before.add(2, 1.0, counts=True)
+    best.load_state_dict(before.state_dict())
+    for step in (4, 6, 8):
+        best.add(step, 2.0, counts=True)
+    assert (best.step, best.since) == (2, 0)
 
 
 @pytest.mark.parametrize("killed_at", [7, 9, 11])

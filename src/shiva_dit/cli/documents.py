@@ -19,9 +19,7 @@ def add_commands(command: Command) -> None:
     add("--out", type=path, help="folder to fill; by default where the task looks for them")
     add("--packages", type=path, help="folder with the packages' files, instead of npm")
 
-    add = command(
-        "page", _page, "a training, comparison, frontier or pictures on one HTML page"
-    )
+    add = command("page", _page, "a training, comparison, frontier or pictures on one HTML page")
     add("folder", type=path, help="that train, compare, frontier or generate filled")
     add("--dense", type=path, help="the unpruned model's pictures, beside generated ones")
     add("--out", type=path, help="the page; page.html in the folder by default")

@@ -173,10 +173,13 @@ def loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
     """What a library loads from a folder or the Hub; what it raises on a damaged one, translated.
 
     Raises:
-        ValueError: If it can't be loaded; names the source.
+        ValueError: If it isn't there, or can't be loaded; names the source.
     """
     from safetensors import SafetensorError
 
+    is_path = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if is_path and not Path(source).is_dir():
+        raise ValueError(f"there is no folder {source} of a pipeline: check the path.")
     try:
         return load(source, **arguments)
     except (SafetensorError, KeyError, AttributeError, TypeError, RuntimeError) as error:

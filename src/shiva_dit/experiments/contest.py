@@ -25,7 +25,6 @@ from shiva_dit.experiments.subjects import On, Subject, subject_of
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.reducing import Reduction
 from shiva_dit.training.checkpoint import latest_checkpoint
-from shiva_dit.training.data import data_name
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.trained import Trained
 from shiva_dit.training.trainer import Trainer
@@ -92,7 +91,7 @@ def _train(job: Job, subject: Subject, recipe: TrainConfig) -> tuple[Trained | D
     label = _label("train", job.contestants[0].name, job.seed)
     data = subject.data
     with _run_folder(job) as out:
-        config = dataclasses.replace(recipe, task=data_name(data), seed=job.seed, out=out)
+        config = dataclasses.replace(recipe, task=job.settings.task, seed=job.seed, out=out)
         trainer = Trainer(config, subject.backbone(), data, subject.sampler(config.num_steps))
         if config.trains_nothing:
             trained = trainer.result()

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.demo.tasks import TASKS
 
 TAGS = ["shiva-dit", "token-pruning", "diffusion"]
 NOT_KNOWN = "not known"
@@ -88,7 +89,7 @@ def snippet(facts: Facts) -> str:
     guidance = "" if scales is None else f", guidance_scale={sum(scales) / 2:g}"
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat on a bench"
     task = _recipe(facts).get("task")
-    if task is not None and facts.adapter.config.base_model is None:
+    if task in TASKS and facts.adapter.config.base_model is None:
         return (
             "import shiva_dit\n"
             "from shiva_dit.demo.base import load_backbone\n"

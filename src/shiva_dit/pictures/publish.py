@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.adapter.hub import push
@@ -23,8 +26,8 @@ from shiva_dit.pictures.generate import Generation, generate
 from shiva_dit.pictures.hub_card import Facts, hub_card
 from shiva_dit.pictures.prompts import Prompt
 from shiva_dit.pictures.putting import Served
-from shiva_dit.provenance import read_as, read_json, write_atomically
-from shiva_dit.saved_folder import CONFIG_FILE, check_place, weights_files
+from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
+from shiva_dit.saved_folder import CARD_FILE, CONFIG_FILE, check_place, weights_files
 from shiva_dit.training.log import LOG_FILE, read_log
 from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look
 from shiva_dit.training.looks.looks import CURVES
@@ -32,8 +35,10 @@ from shiva_dit.training.looks.looks import FOLDER as LOOKS
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.recipe_file import RECIPE_FILE, write_recipe
 from shiva_dit.training.result import RESULT_FILE
+from shiva_dit.training.run import RUN_FILE
 
-PICTURES = "pictures"
+ADAPTER, PICTURES = "adapter", "pictures"
+LOOK, EXAMPLES = "look.png", "examples.png"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -70,30 +75,40 @@ def publish(
     run, out = Path(run), Path(out)
     folder = _adapter_of(run)
     check_folder(out)
-    if out.resolve() in (run.resolve(), folder.resolve()):
+    whole = out.resolve()
+    if whole in (run.resolve(), folder.resolve()):
         raise ValueError(f"{out} is the run itself: take another folder.")
+    if whole.name == ADAPTER and (whole.parent / RUN_FILE).is_file():
+        raise ValueError(f"{out} is the adapter of another run: take another folder.")
     adapter = ShivaAdapter.from_pretrained(folder)
     check_place(out, weights_files(adapter.config.backbone), "Take an empty folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
         raise ValueError(f"{out} holds something else already: take an empty folder.")
     _rid_of_places(adapter, base_model)
-    lies = _pictures(run, folder, out, adapter)
-    if examples is not None:
-        pipe, generation = examples
-        served = replace(generation, served=Served(adapter=str(folder)))
-        _examples(pipe, generation, served, prompts, out, device)
-        lies.append("examples.png")
-    facts = Facts(
-        adapter=adapter,
-        name=out.absolute().name,
-        repository=repository or f"your-name/{out.absolute().name}",
-        license=license,
-        prompts=tuple(prompt.text for prompt in prompts),
-        result=_result(run),
-        look=_look(run, adapter),
-        pictures=lies,
-    )
-    write(adapter, out, hub_card(facts))
+    with tempfile.TemporaryDirectory() as made:  # what fails leaves the folder as it was
+        beside = Path(made)
+        lies = _pictures(run, folder, beside, adapter)
+        if examples is not None:
+            pipe, generation = examples
+            served = replace(generation, served=Served(adapter=str(folder)))
+            _examples(pipe, generation, served, prompts, beside, device)
+            lies.append(EXAMPLES)
+        facts = Facts(
+            adapter=adapter,
+            name=out.absolute().name,
+            repository=repository or f"your-name/{out.absolute().name}",
+            license=license,
+            prompts=tuple(prompt.text for prompt in prompts),
+            result=_result(run),
+            look=_look(run, adapter),
+            pictures=lies,
+        )
+        card = hub_card(facts)
+        write(adapter, out, card)
+        if read_text(out / CARD_FILE) != card:
+            say = f"{out / CARD_FILE} was changed by hand and stays: remove it for a new card."
+            tqdm.write(f"shiva-dit: {say}", file=sys.stderr)
+        _renew(beside, out)
     return out
 
 
@@ -130,7 +145,7 @@ def check_repository(name: str, option: str) -> str:
 
 
 def _adapter_of(run: Path) -> Path:
-    for folder in (run / "adapter", run):
+    for folder in (run / ADAPTER, run):
         if (folder / CONFIG_FILE).is_file():
             return folder
     if not run.is_dir():
@@ -167,10 +182,9 @@ def _pictures(run: Path, folder: Path, out: Path, adapter: ShivaAdapter) -> list
     looks = sorted((run / LOOKS).glob("step-*.png"))
     own = [path for path in looks if path.stem.removeprefix("step-").lstrip("0") == str(steps)]
     curves = out / PICTURES / CURVES
-    curves.unlink(missing_ok=True)
     for path in (own or looks)[-1:]:
-        _copy(path, out / PICTURES / "look.png")
-        found.append("look.png")
+        _copy(path, out / PICTURES / LOOK)
+        found.append(LOOK)
     if find_spec("matplotlib") is not None:
         if draw_curves(curves, run / LOG_FILE, adapter.config.keep_ratio):
             found.append(CURVES)
@@ -182,6 +196,17 @@ def _pictures(run: Path, folder: Path, out: Path, adapter: ShivaAdapter) -> list
         write_recipe(from_dict(TrainConfig, recipe, str(folder / CONFIG_FILE)), out)
         found.append(RECIPE_FILE)
     return found
+
+
+def _renew(made: Path, out: Path) -> None:
+    """Put what was made into the folder; what an earlier time left, and this made not, goes."""
+    for name in (*(Path(PICTURES, each) for each in (LOOK, CURVES, EXAMPLES)), Path(RECIPE_FILE)):
+        if (made / name).is_file():
+            _copy(made / name, out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it may hold the user's own, or not be there
+        (out / PICTURES).rmdir()
 
 
 def _copy(path: Path, to: Path) -> None:
@@ -211,7 +236,7 @@ def _examples(
                     pixels = torch.from_numpy(np.array(image.convert("RGB")))
                 pair.append(pixels.permute(2, 0, 1).float() / 127.5 - 1.0)
             rows.append(Row(title=prompt.text, dense=pair[0], pruned=pair[1], kept=None))
-        draw_look(out / PICTURES / "examples.png", rows, f"{plain.steps} steps, the same noise")
+        draw_look(out / PICTURES / EXAMPLES, rows, f"{plain.steps} steps, the same noise")
 
 
 # --- places -----------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from shiva_dit.core.selection import keep_count
 from shiva_dit.models.backbone import backbone_weights, untuned
@@ -305,7 +307,14 @@ def shapes_of(model: Any, data: TrainingData, scheduler: Any) -> Shapes:
 
 
 def _batch_of(data: TrainingData, count: int) -> Batch:
-    return data.batch(torch.zeros(count, dtype=torch.long), torch.Generator())
+    """Samples that are read as they are, since data looks at values; of them the shapes alone."""
+    with _disable_current_modes():
+        read = data.batch(torch.zeros(count, dtype=torch.long), torch.Generator())
+    return Batch(
+        latents=torch.empty_like(read.latents),
+        conditioning=tree_map_only(Tensor, torch.empty_like, read.conditioning),
+        shared=tree_map_only(Tensor, torch.empty_like, dict(read.shared)),
+    )
 
 
 def told(needs: Needs, processes: int) -> str:

@@ -44,7 +44,7 @@ def finish(trainer: Trainer, trained: Trained, folder: Path) -> None:
         "last_look": looks.last,
         "cost": cost(trainer.student, adapter.schedule, num_text),
     }
-    if looks.best.step is not None:
+    if config.watch.patience > 0 and looks.best.step is not None:
         result["best"] = {"step": looks.best.step, "error": looks.best.error}
         result["stopped_early"] = looks.enough
     write_json(config.out / RESULT_FILE, result)

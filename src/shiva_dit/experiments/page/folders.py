@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shiva_dit.config import from_dict
@@ -174,7 +174,9 @@ def _generated(folder: Path, dense: Path | None, count: int) -> Page:
         if missing:
             raise ValueError(f"{dense} has no {missing[0]}: give pictures of the same names.")
         truth = row(theirs, "unpruned")
-    tables, facts = [], [("settings", str(read_json(folder / ABOUT)["settings"]["served"]))]
+    with read_as("settings of pictures", folder / ABOUT):
+        served = str(read_json(folder / ABOUT)["settings"]["served"])
+    tables, facts = [], [("settings", served)]
     if (folder / SCORES).is_file():
         with read_as("record of scores", folder / SCORES):
             record = read_json(folder / SCORES)
@@ -202,8 +204,14 @@ def _first(path: Path, count: int) -> dict[str, Tensor] | None:
     """The first pictures of a file, without reading the others; None if it isn't there."""
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        return {name: file.get_slice(name)[:count] for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name)[:count] for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it and its .json, and run the command that made "
+            "them again."
+        ) from error
 
 
 def _prompts(task: str | None, record: Mapping[str, Any], count: int) -> list[str]:

@@ -57,7 +57,7 @@ class Best:
         """
         if self.is_better(error):
             self.step, self.error, self.since = step, error, 0
-        elif counts:
+        elif counts and self.patience > 0:
             self.since += 1
 
     def adapter(self) -> ShivaAdapter | None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from shiva_dit.provenance import data_digest, module_digest, read_as
+from shiva_dit.provenance import data_digest, module_digest, read_as, read_json
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 LATENTS = "latents"
@@ -196,7 +196,16 @@ def signature(source: str) -> dict[str, str] | None:
         samples = _samples(folder / name)
         if samples:
             found[name] = data_digest(samples)
+    if "vae" in found:
+        found["scale of latents"] = data_digest(_scale(folder / "vae" / "config.json"))
     return found or None
+
+
+def _scale(path: Path) -> list[Any]:
+    """What latents are shifted and multiplied by, as a saved VAE says."""
+    with read_as("config of a VAE", path):
+        config = read_json(path)
+        return [config.get("shift_factor"), config.get("scaling_factor")]
 
 
 def _samples(folder: Path) -> list[tuple[str, ...]]:
