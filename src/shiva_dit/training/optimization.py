@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shiva_dit.models.backbone import set_trainable, trainable_parameters
-from shiva_dit.models.sharded import is_shared, shared_as, sum_of_squares
+from shiva_dit.models.sharded import is_shared, norm_of, shared_as
 from shiva_dit.training.eight_bit import EightBitAdam
 from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName
@@ -155,7 +155,7 @@ class Optimization:
         for part, parameters in self.parts.items():
             held = [p for p in parameters.values() if p.grad is not None]
             if held:
-                norm = _norm(held)
+                norm = norm_of([p.grad for p in held if p.grad is not None])
                 nn.utils.clip_grads_with_norm_(held, self.config.grad_clip, norm)
                 if not torch.isfinite(norm):
                     raise FloatingPointError(f"the gradient of the {part} is not finite")
@@ -218,14 +218,6 @@ class Optimization:
         for part, parameters in self.parts.items():
             for (name, parameter), mean in zip(parameters.items(), self.average[part], strict=True):
                 yield f"{part}.{name}", parameter, mean
-
-
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Of the gradients, in float64 where they are shared: by whom changes nothing then."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not any(map(is_shared, grads)):
-        return nn.utils.get_total_norm(grads)
-    return sum_of_squares(grads).sqrt().float()
 
 
 @torch.no_grad()
