@@ -109,7 +109,7 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Of tensors that are all shared or all whole; summed in float64, so by whom changes nothing."""
+    """Of tensors, all shared or all whole; in float64, so that who sums what changes nothing."""
     own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     wide = torch.float32 if own[0].device.type == "mps" else torch.float64  # Apple's have none
     norms = [torch.linalg.vector_norm(each, dtype=wide) for each in own]

@@ -51,6 +51,7 @@ class Optimization:
         parts: Parameters by part (`PARTS`) and name; a part may be empty.
         config: Rates and decay.
         untuned: Of the backbone's, by name, the values to which weight decay pulls.
+        shareable: Whether processes may share the backbone's weights.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Optimization:
         parts: Mapping[str, dict[str, nn.Parameter]],
         config: OptimizerConfig,
         untuned: Mapping[str, Tensor],
+        *,
+        shareable: bool = False,
     ) -> None:
         self.parts, self.config = parts, config
         self.untuned = [untuned[name] for name in parts["backbone"]]
@@ -66,6 +69,9 @@ class Optimization:
         # hide them.
         small = {"eps": 1e-15}
         extra: dict[str, dict[str, float]] = dict.fromkeys(PARTS, small) | {"backbone": {}}
+        if shareable and all(p.device.type == "cpu" for p in parts["backbone"].values()):
+            # On a CPU, fused AdamW rounds otherwise at a tensor's end, which isn't a share's.
+            extra["backbone"] = {"fused": False, "foreach": False}
         held = {part: list(parts[part].values()) for part in PARTS}
         self.eight_bit: EightBitAdam | None = None
         if config.eight_bit:
