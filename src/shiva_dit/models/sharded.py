@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from shiva_dit.models.families import model_spec
 
@@ -49,6 +50,36 @@ def _groups(module: Any) -> list[Any]:
     return [group for group in found if group is not None]
 
 
+def sum_by_block(blocks: Iterable[nn.Module]) -> Callable[[], None]:
+    """Have each block sum the gradients of what enters it before those of other blocks are added.
+
+    FSDP2 sums them so. What enters several, as the embedding of the time does, then gets the same
+    bits with and without it.
+
+    Returns:
+        What takes this back.
+    """
+    handles = [
+        block.register_forward_pre_hook(_by_itself, prepend=True, with_kwargs=True)
+        for block in blocks
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _by_itself(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map(_view, (args, kwargs)) if torch.is_grad_enabled() else None
+
+
+def _view(value: Any) -> Any:
+    learns = isinstance(value, Tensor) and value.requires_grad
+    return value.view_as(value) if learns else value
+
+
 def is_shared(tensor: Tensor) -> bool:
     """Whether each process holds a share of it."""
     return isinstance(tensor, DTensor)
@@ -77,12 +108,15 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Over all elements of tensors that are all shared, in float64; the same in all processes."""
-    own = [tensor.to_local() for tensor in tensors if isinstance(tensor, DTensor)]
-    total = torch.stack([each.double().square().sum() for each in own]).sum()
-    dist.all_reduce(total)
-    return total
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Of tensors, all shared or all whole; in float64, so that who sums what changes nothing."""
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    wide = torch.float32 if own[0].device.type == "mps" else torch.float64  # Apple's have none
+    norms = [torch.linalg.vector_norm(each, dtype=wide) for each in own]
+    total = torch.stack(norms).square().sum()
+    if any(map(is_shared, tensors)):
+        dist.all_reduce(total)
+    return total.sqrt().float()
 
 
 def shared_as(value: Tensor, like: Tensor) -> Tensor:

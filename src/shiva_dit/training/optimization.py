@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shiva_dit.models.backbone import set_trainable, trainable_parameters
-from shiva_dit.models.sharded import is_shared, shared_as, sum_of_squares
+from shiva_dit.models.sharded import is_shared, norm_of, shared_as
 from shiva_dit.training.eight_bit import EightBitAdam
 from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName
@@ -51,6 +51,7 @@ class Optimization:
         parts: Parameters by part (`PARTS`) and name; a part may be empty.
         config: Rates and decay.
         untuned: Of the backbone's, by name, the values to which weight decay pulls.
+        shareable: Whether processes may share the backbone's weights.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Optimization:
         parts: Mapping[str, dict[str, nn.Parameter]],
         config: OptimizerConfig,
         untuned: Mapping[str, Tensor],
+        *,
+        shareable: bool = False,
     ) -> None:
         self.parts, self.config = parts, config
         self.untuned = [untuned[name] for name in parts["backbone"]]
@@ -66,6 +69,9 @@ class Optimization:
         # hide them.
         small = {"eps": 1e-15}
         extra: dict[str, dict[str, float]] = dict.fromkeys(PARTS, small) | {"backbone": {}}
+        if shareable and all(p.device.type == "cpu" for p in parts["backbone"].values()):
+            # On a CPU, fused AdamW rounds otherwise at a tensor's end, which isn't a share's.
+            extra["backbone"] = {"fused": False, "foreach": False}
         held = {part: list(parts[part].values()) for part in PARTS}
         self.eight_bit: EightBitAdam | None = None
         if config.eight_bit:
@@ -155,7 +161,7 @@ class Optimization:
         for part, parameters in self.parts.items():
             held = [p for p in parameters.values() if p.grad is not None]
             if held:
-                norm = _norm(held)
+                norm = norm_of([p.grad for p in held if p.grad is not None])
                 nn.utils.clip_grads_with_norm_(held, self.config.grad_clip, norm)
                 if not torch.isfinite(norm):
                     raise FloatingPointError(f"the gradient of the {part} is not finite")
@@ -218,14 +224,6 @@ class Optimization:
         for part, parameters in self.parts.items():
             for (name, parameter), mean in zip(parameters.items(), self.average[part], strict=True):
                 yield f"{part}.{name}", parameter, mean
-
-
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Of the gradients, in float64 where they are shared: by whom changes nothing then."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not any(map(is_shared, grads)):
-        return nn.utils.get_total_norm(grads)
-    return sum_of_squares(grads).sqrt().float()
 
 
 @torch.no_grad()

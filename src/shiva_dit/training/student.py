@@ -27,7 +27,7 @@ from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
-from shiva_dit.models.sharded import shard
+from shiva_dit.models.sharded import shard, sum_by_block
 from shiva_dit.models.spec import grid_of
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
@@ -116,6 +116,8 @@ class Student:
         last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every
         every = range(each - 1, last, each)
         self.distilled = (*every, last)
+        whole = config.backbone == "full" and shard_on is None
+        self._undo = sum_by_block(self.spec.blocks(model) if whole else [])
 
     def _method(self, sample: Batch) -> tuple[Reducer | None, LossConfig]:
         """What the recipe's method runs on (None for the dense control), and the losses' weights.
@@ -287,6 +289,7 @@ class Student:
 
     def close(self) -> None:
         """Give the model back as it came: its own weights, no hooks, no LoRA."""
+        self._undo()
         (self.reduction or self.attachment).detach()
         if self.config.backbone in ("lora", "dora"):
             remove_lora(self.model)

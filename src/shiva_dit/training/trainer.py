@@ -141,7 +141,8 @@ class Trainer:
             self.student.reducer,
         )
         given = untuned(self.student.model, config.backbone, self.student.teacher)
-        self.optimization = Optimization(parts_of(student), config.optimizer, given)
+        full = config.backbone == "full"
+        self.optimization = Optimization(parts_of(student), config.optimizer, given, shareable=full)
         how = self.processes, self.result, self.optimization.averaged
         self.looks = Looks(student, self.sampler, self.material, *how)
 
