@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,15 +15,15 @@ from tqdm import tqdm
 from shiva_dit.config import check_types
 
 
-class Judge(nn.Module):
+class Judge(nn.Module, ABC):
     """Says what pictures show, from features in which distances between sets are taken."""
 
     head: nn.Module
     """From features to logits."""
 
+    @abstractmethod
     def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
         """Features of images in [-1, 1]; values outside are clipped, as a viewer would."""
-        raise NotImplementedError
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of images in [-1, 1]."""

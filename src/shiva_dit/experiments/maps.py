@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from shiva_dit.demo.task import DemoTask
+from shiva_dit.experiments.contestants import SHOWN
 from shiva_dit.experiments.held_out import masks, recorded
 from shiva_dit.experiments.scoring import NUM_STEPS, Sampler, sample
 from shiva_dit.models.attach import attachment_of
@@ -60,10 +61,10 @@ def kept_maps(
 
 
 class KeptShares:
-    """How often each token of each picture was kept, over blocks, steps and halves.
+    """How often each token of the first pictures was kept, over blocks, steps and halves.
 
     Args:
-        count: Pictures of a call, B.
+        count: Pictures of a call.
     """
 
     def __init__(self, count: int) -> None:
@@ -79,11 +80,11 @@ class KeptShares:
     def add(self, block: int, chosen: Int[Tensor, "R k"]) -> None:
         """An attachment's observer; halves stand one after the other."""
         del block
+        halves = chosen.unflatten(0, (-1, self._count))[:, :SHOWN].cpu()  # (halves, B, k)
         if self._kept is None:
-            self._kept = torch.zeros(self._count, self.num_tokens)
-        one = torch.zeros(len(chosen), self.num_tokens).scatter(1, chosen.cpu(), 1.0)
-        halves = one.view(-1, self._count, self.num_tokens)
-        self._kept += halves.sum(0)
+            self._kept = torch.zeros(halves.shape[1], self.num_tokens)
+        for half in halves:
+            self._kept.scatter_add_(1, half, torch.ones(half.shape))
         self._passes += len(halves)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ class OwnPipeline:
         count: How many of them are needed.
         size: Height and width of its pictures in pixels; its own by default.
         lora: A LoRA as diffusers loads it, a file or a folder.
-        device: Where it runs.
+        device: Where it runs; it goes there when it is first used.
 
     Raises:
-        ValueError: If there are fewer prompts, or its transformer isn't supported.
+        ValueError: If there is no such device, or there are fewer prompts.
     """
 
     def __init__(
@@ -46,23 +47,28 @@ class OwnPipeline:
     ) -> None:
         self.prompts = first_prompts(prompts, count)
         self._pipe: Any = DiffusionPipeline.from_pretrained(pipeline)
-        parts = sorted(self._pipe.components.items())
-        weights = [module_digest(part) for _, part in parts if isinstance(part, nn.Module)]
-        said = [[prompt.id, prompt.text] for prompt in self.prompts]
-        self.identity = data_digest([weights, said, *lora_digests(lora)])
-        self._pipe.to(usable_device(device))
+        self._device = usable_device(device)
         self._lora, self._scheduler = lora, self._pipe.scheduler
         self._size = {}
         if size is not None:
             self._size = dict(zip(("height", "width"), size, strict=True))
 
+    @cached_property
+    def identity(self) -> str:
+        """Digest of all weights and of the prompts; a large pipeline's takes a while."""
+        parts = sorted(self._pipe.components.items())
+        weights = [module_digest(part) for _, part in parts if isinstance(part, nn.Module)]
+        said = [[prompt.id, prompt.text] for prompt in self.prompts]
+        return data_digest([weights, said, *lora_digests(self._lora)])
+
     @property
     def transformer(self) -> Any:
-        """As it was loaded: leave it as it is."""
-        return self._pipe.transformer
+        """As it was loaded, on the device: leave it as it is."""
+        return self._pipe.to(self._device).transformer
 
     def around(self, transformer: Any) -> Any:
-        """The pipeline's other parts around a transformer."""
+        """The pipeline's other parts, on the device, around a transformer."""
+        self._pipe.to(self._device)
         made = type(self._pipe)(**{**self._pipe.components, "transformer": transformer})
         made.set_progress_bar_config(disable=True)
         return with_lora(made, self._lora)
@@ -73,7 +79,7 @@ class OwnPipeline:
         places: Sequence[int],
         *,
         seed: int,
-        steps: int,
+        num_steps: int,
         sampler: Sampler,
         guidance: float,
     ) -> Float[Tensor, "N C H W"]:
@@ -83,7 +89,7 @@ class OwnPipeline:
             pipe: From `around`, with or without something on its transformer.
             places: Of which prompts.
             seed: Of all noise.
-            steps: Sampler steps.
+            num_steps: Sampler steps.
             sampler: How they are made.
             guidance: Guidance scale; 1 is none.
         """
@@ -96,7 +102,7 @@ class OwnPipeline:
                 generator=[one.generator() for one in wanted],
                 output_type="pt",
                 **self._size,
-                **steps_by(sampler, steps),
+                **steps_by(sampler, num_steps),
             ).images
         return 2.0 * images.float().cpu() - 1.0
 

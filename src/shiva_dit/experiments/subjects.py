@@ -63,8 +63,11 @@ class Subject(ABC):
     task: DemoTask | None = None
     data: TrainingData
     """What is trained on."""
-    identity: str | None = None
-    """Digest of weights, prompts and training data; a demo task's are its recipe's."""
+
+    @property
+    def identity(self) -> str | None:
+        """Digest of weights, prompts and training data; a demo task's are its recipe's."""
+        return None
 
     @property
     def judge(self) -> Judge | None:
@@ -201,7 +204,12 @@ class OwnSubject(Subject):
         watch = WatchConfig(every=1, prompts=0, held_out=HELD_OUT, held_out_share=share)
         found = material(watch, data)
         self.data, self._held_out = found.training, found.held_out
-        self.identity = data_digest([self.source.identity, data.identity(), share])
+        self._trained_on = [data.identity(), share]
+
+    @cached_property
+    def identity(self) -> str:  # type: ignore[override]
+        """Asked for where runs are told apart, not where they are made."""
+        return data_digest([self.source.identity, *self._trained_on])
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -219,30 +227,21 @@ class OwnSubject(Subject):
         return sampling.Sampler.saved(self._settings.pipeline)
 
     def sample(
-        self,
-        backbone: nn.Module,
-        count: int,
-        *,
-        seed: int,
-        start: int,
-        num_steps: int,
-        sampler: Sampler,
-        guidance: float,
+        self, backbone: nn.Module, count: int, *, seed: int, start: int, **how: Any
     ) -> tuple[Float[Tensor, "N C H W"], float]:
         """By the whole pipeline, decoded; each picture's noise by seed and prompt alone."""
-        pipe = self.source.around(backbone)
         began = time.process_time()
-        with torch.no_grad():
-            images = self.source.pictures(
-                pipe,
-                range(start, start + count),
-                seed=seed,
-                steps=num_steps,
-                sampler=sampler,
-                guidance=guidance,
-            )
-        self._times = listed_times(pipe.scheduler, pipe.scheduler.timesteps.tolist())
+        images, _ = self._run(backbone, range(start, start + count), seed=seed, **how)
         return images, time.process_time() - began
+
+    @torch.no_grad()
+    def _run(
+        self, backbone: nn.Module, places: range, **how: Any
+    ) -> tuple[Float[Tensor, "N C H W"], list[float]]:
+        """Pictures, and the times t of their steps."""
+        pipe = self.source.around(backbone)
+        images = self.source.pictures(pipe, places, **how)
+        return images, listed_times(pipe.scheduler, pipe.scheduler.timesteps.tolist())
 
     @torch.no_grad()
     def held_out(self, pruned: Any, on: On) -> HeldOut:
@@ -270,8 +269,8 @@ class OwnSubject(Subject):
         """As the first picture executes them: with guidance both halves."""
         how: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "guidance": guidance}
         with counted(backbone) as executed, kept_shares(backbone, 1) as kept:
-            self.sample(backbone, 1, seed=0, start=0, **how)
-        return float(sum(executed)), kept_share(on, kept.num_tokens, self._times)
+            _, times = self._run(backbone, range(1), seed=0, **how)
+        return float(sum(executed)), kept_share(on, kept.num_tokens, times)
 
 
 def subject_of(settings: Settings) -> Subject:

@@ -70,11 +70,7 @@ def front_matter(facts: Facts) -> str:
 def _about(facts: Facts) -> str:
     config = facts.adapter.config
     base = config.base_model
-    of = (
-        f"[{base}](https://huggingface.co/{base})"
-        if base
-        else f"models of the class `{config.base_model_class}`"
-    )
+    of = f"`{base}`" if base else f"models of the class `{config.base_model_class}`"
     return (
         f"An adapter of `shiva-dit` (Python) for {of}. Each block of "
         "the transformer runs on a learned part of the image tokens, "

@@ -124,7 +124,7 @@ class PipelineSource(Source):
             pipe,
             range(start, start + count),
             seed=point.seed,
-            steps=point.steps,
+            num_steps=point.steps,
             sampler=point.arm.sampler,
             guidance=point.guidance,
         )
