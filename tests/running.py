@@ -19,6 +19,7 @@ import torch
 from diffusers import (
     AdaptiveProjectedMixGuidance,
     AutoencoderKL,
+    ClassifierFreeGuidance,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
@@ -37,25 +38,31 @@ BATCH = 2
 FAMILY = {
     "AllegroTransformer3DModel": "allegro",
     "AuraFlowTransformer2DModel": "auraflow",
+    "BriaFiboTransformer2DModel": "bria-fibo",
     "BriaTransformer2DModel": "bria",
     "ChromaTransformer2DModel": "chroma",
     "ChronoEditTransformer3DModel": "chronoedit",
     "CogVideoXTransformer3DModel": "cogvideox",
     "CogView3PlusTransformer2DModel": "cogview3-plus",
     "CogView4Transformer2DModel": "cogview4",
+    "ConsisIDTransformer3DModel": "consisid",
     "DiTTransformer2DModel": "dit",
     "EasyAnimateTransformer3DModel": "easyanimate",
     "Flux2Transformer2DModel": "flux2-klein",
     "FluxTransformer2DModel": "flux",
+    "GlmImageTransformer2DModel": "glm-image",
     "HunyuanDiT2DModel": "hunyuan-dit",
     "HunyuanImageTransformer2DModel": "hunyuan-image",
+    "HunyuanVideo15Transformer3DModel": "hunyuan-video-1.5",
     "HunyuanVideoTransformer3DModel": "hunyuan-video",
+    "JoyImageEditTransformer3DModel": "joyimage",
     "Krea2Transformer2DModel": "krea2",
     "LTXVideoTransformer3DModel": "ltx",
     "LongCatImageTransformer2DModel": "longcat",
     "Lumina2Transformer2DModel": "lumina2",
     "LuminaNextDiT2DModel": "lumina-next",
     "MochiTransformer3DModel": "mochi",
+    "MotifVideoTransformer3DModel": "motif-video",
     "OvisImageTransformer2DModel": "ovis-image",
     "PRXTransformer2DModel": "prx",
     "PixArtTransformer2DModel": "pixart-sigma",
@@ -73,13 +80,24 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+HIDDEN = {"ConsisIDPipeline": "diffusers.pipelines.consisid.pipeline_consisid"}
+"""Modules of pipelines that diffusers shows where a package is there which they run without."""
+
+
+def kind_of(name: str) -> Any:
+    """A pipeline's class."""
+    if name in HIDDEN:
+        return getattr(importlib.import_module(HIDDEN[name]), name)
+    return getattr(diffusers, name)
+
+
 def served_pipelines() -> dict[str, str]:
     """Every pipeline of the installed diffusers whose transformer is of a served class, and it."""
     found = {}
     for name in dir(diffusers):
         if not name.endswith("Pipeline") or "Modular" in name or name.startswith("Onnx"):
             continue
-        parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+        parameters = inspect.signature(kind_of(name).__init__).parameters
         if "transformer" in parameters:
             words = re.findall(r"\w+", str(parameters["transformer"].annotation))
             served = [word for word in words if word in MODELS]
@@ -140,6 +158,30 @@ def _video_of(*others: Any) -> Callable[[Any], None]:
 def _half_of_channels(pipe: Any) -> None:
     """A model that reads latents and a picture to go by gives as many channels here as it reads."""
     pipe.scheduler.step = lambda noise, t, latents, *args, **kwargs: (0.9 * latents,)
+
+
+def _fibo(pipe: Any) -> None:
+    def encode(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        text, other = normal(BATCH, 7, 24, seed=1), normal(BATCH, 7, 24, seed=3)
+        mask = torch.ones(BATCH, 7)
+        mask[0, 5:] = 0.0
+        layers, others = (
+            [normal(BATCH, 7, 12, seed=seed + layer) for layer in range(3)] for seed in (10, 20)
+        )
+        return text, other, torch.zeros(7, 3), mask, mask, layers, others
+
+    pipe.encode_prompt = encode
+
+
+def _beside(pipe: Any) -> None:
+    """No channels of a picture to go by."""
+    pipe.prepare_cond_latents_and_mask = lambda latents, *args: (latents[:, :0],) * 2
+    pipe.vision_num_semantic_tokens, pipe.vision_states_dim = 729, 10
+
+
+def _motif_video(pipe: Any) -> None:
+    pipe.prepare_latents = _given(normal(BATCH, 2, 4, 8, 8, seed=8))
+    _half_of_channels(pipe)
 
 
 def _chronoedit(pipe: Any) -> None:
@@ -234,6 +276,16 @@ CALLS: dict[str, dict[str, Any]] = {
     "CogVideoXImageToVideoPipeline": {"image": picture()[:1]},
     "CogVideoXVideoToVideoPipeline": {"video": [picture()]},
     "CogView4ControlPipeline": {"control_image": picture()},
+    "BriaFiboPipeline": {"prompt": [""] * BATCH},
+    "ConsisIDPipeline": {"image": picture()[:1]},
+    "GlmImagePipeline": {"prior_token_ids": torch.arange(BATCH * 64).view(BATCH, 64) % 50},
+    "HunyuanVideo15Pipeline": {
+        "num_frames": 13,
+        "prompt_embeds_2": normal(BATCH, 256, 12, seed=1),
+        "negative_prompt_embeds_2": normal(BATCH, 256, 12, seed=3),
+        "prompt_embeds_mask_2": torch.ones(BATCH, 256),
+        "negative_prompt_embeds_mask_2": torch.ones(BATCH, 256),
+    },
     "DiTPipeline": {"class_labels": [3, 7], "output_type": "pt"},
     "FluxControlNetPipeline": {"control_image": picture()},
     "FluxImg2ImgPipeline": _PICTURE,
@@ -303,6 +355,14 @@ PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "CogView4ControlPipeline": lambda model: {"vae": vae(2)},
     "EasyAnimatePipeline": lambda model: {"vae": _Some(latent_channels=4)},
     "Flux2KleinPipeline": lambda model: {"vae": _bn_of_flux2()},
+    "HunyuanVideo15Pipeline": lambda model: {
+        "vae": _Some(latent_channels=4),
+        "guider": ClassifierFreeGuidance(),
+    },
+    "MotifVideoPipeline": lambda model: {
+        "vae": _Some(z_dim=2),
+        "guider": ClassifierFreeGuidance(),
+    },
     "HunyuanSkyreelsImageToVideoPipeline": lambda model: {"vae": _Some()},
     "HunyuanVideoImageToVideoPipeline": lambda model: {"vae": _Some()},
     "LTXConditionPipeline": lambda model: {"vae": _Some()},
@@ -317,6 +377,10 @@ PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 PREPARED: dict[str, Callable[[Any], None]] = {
+    "BriaFiboPipeline": _fibo,
+    "ConsisIDPipeline": _cogvideox_image,
+    "HunyuanVideo15Pipeline": _beside,
+    "MotifVideoPipeline": _motif_video,
     "ChromaInpaintPipeline": lambda pipe: pipe.transformer.register_to_config(
         guidance_embeds=False  # diffusers 0.42.1 asks for what Chroma hasn't
     ),
@@ -356,13 +420,13 @@ ONE = ("PRXPipeline", "PRXPixelPipeline")
 
 def build(name: str, kind: Any = None) -> Any:
     """A pipeline by its class name (or a kind of it), without progress bars."""
-    base = getattr(diffusers, name)
+    base = kind_of(name)
     model_class = served_pipelines()[name]
     model = families.made(FAMILY[model_class])
     parts: dict[str, Any] = {"transformer": model}
     for part in list(inspect.signature(base.__init__).parameters.values())[1:]:
         if part.name == "scheduler":
-            diffusion = MODELS[model_class].diffusion
+            diffusion = MODELS[model_class].learned_by == "diffusion schedule"
             mochi = {"invert_sigmas": True} if "Mochi" in name else {}
             parts[part.name] = (
                 DDIMScheduler() if diffusion else FlowMatchEulerDiscreteScheduler(**mochi)
@@ -380,7 +444,7 @@ def build(name: str, kind: Any = None) -> Any:
 
 def call(name: str, pipe: Any, guided: bool = True, **options: Any) -> Any:
     """Two images or videos of a few steps."""
-    known = inspect.signature(getattr(diffusers, name).__call__).parameters
+    known = inspect.signature(kind_of(name).__call__).parameters
     batch = 1 if name in ONE else BATCH
     usual: dict[str, Any] = {
         "height": 128,
@@ -457,6 +521,12 @@ def denoise(kind: Any, model: Any, given: dict[str, Any], guider: Any) -> None:
         "negative_pooled_prompt_embeds": given.get("pooled_projections"),
         "negative_prompt_embeds_mask": mask,
         "negative_prompt_attention_mask": mask,
+        "prompt_embeds_2": given.get("encoder_hidden_states_2"),
+        "prompt_embeds_mask_2": given.get("encoder_attention_mask_2"),
+        "negative_prompt_embeds_2": given.get("encoder_hidden_states_2"),
+        "negative_prompt_embeds_mask_2": given.get("encoder_attention_mask_2"),
+        "cond_latents_concat": sample[:, :0] if isinstance(sample, Tensor) else None,
+        "mask_concat": sample[:, :0] if isinstance(sample, Tensor) else None,
         "negative_txt_ids": given.get("txt_ids"),
         "attention_kwargs": None,
         "joint_attention_kwargs": None,

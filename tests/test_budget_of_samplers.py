@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -410,7 +409,7 @@ def test_each_of_two_models_meets_the_mean_over_its_part(on_cpu: bool) -> None:
 def test_a_summary_has_the_steps_that_a_pipeline_takes(case: str) -> None:
     """Whatever a pipeline asks its scheduler for, and whatever shifts its times."""
     name, _, static = case.partition(" ")
-    dynamic = not static and "mu=mu" in inspect.getsource(getattr(diffusers, name).__call__)
+    dynamic = not static and "mu=mu" in inspect.getsource(running.kind_of(name).__call__)
     pipe = running.build(name)
     if dynamic:
         pipe.scheduler.register_to_config(use_dynamic_shifting=True)

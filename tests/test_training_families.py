@@ -32,6 +32,9 @@ class FamilyData:
     def __init__(self, name: str, spec: ModelSpec) -> None:
         given = families.arguments(name)
         del given[spec.timestep]
+        for key in spec.by_layer:
+            if key in given:
+                given[key] = torch.stack(given[key], dim=1)
         for key, value in given.items():
             if isinstance(value, list) and isinstance(value[0], Tensor):
                 given[key] = pad_sequence(value, batch_first=True)
@@ -71,7 +74,7 @@ def trainer_for(name: str, out: Path, **changes: Any) -> Trainer:
         optimizer=OptimizerConfig(router=1e-2, policy=1e-2, backbone=1e-3, warmup_steps=1),
         **changes,
     )
-    scheduler = DDPMScheduler() if spec.diffusion else None
+    scheduler = DDPMScheduler() if spec.learned_by == "diffusion schedule" else None
     return Trainer(config, model, FamilyData(name, spec), scheduler)
 
 
@@ -173,4 +176,4 @@ def test_updates_are_fitted_on_the_path_of_the_model(name: str, tmp_path: Path) 
         t = stratified(2, generator)
         assert torch.equal(found, path.noisy(batch.latents, noise, t))
     assert len(seen) == NUM_BATCHES
-    assert isinstance(path, Diffusion) == spec.diffusion
+    assert isinstance(path, Diffusion) == (spec.learned_by == "diffusion schedule")

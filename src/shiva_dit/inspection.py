@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from shiva_dit.api.state import disabled
@@ -184,7 +185,7 @@ class _FlipTest:
         self.arguments = {
             spec.sample: self.path.noisy(batch.latents, noise, times),
             spec.timestep: self.path.timestep(times),
-            **batch.conditioning_in(self.dtype),
+            **spec.arguments_of(batch.conditioning_in(self.dtype)),
         }
         self.shared = {**batch.shared, "return_dict": False}
         num_tokens = spec.tokens(self.attachment.model, batch.latents)
@@ -224,7 +225,7 @@ class _FlipTest:
             )
             return gates[block]
 
-        arguments = {n: v.expand(copies, *v.shape[1:]) for n, v in self.arguments.items()}
+        arguments = tree_map_only(Tensor, lambda v: v.expand(copies, *v.shape[1:]), self.arguments)
         with self.attachment.forwards.gated(GatedForward(counts=counts or self.counts, gates=make)):
             output = self.attachment.model(**arguments, **self.shared)
         prediction = self.path.prediction(output)[:, : self.target.shape[1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -15,15 +16,18 @@ from shiva_dit.models import block_hook as seam
 from shiva_dit.models.attach import attach
 from shiva_dit.models.families import model_spec
 from tests import tiny
-from tests.families import newer_stills, stills, videos
+from tests.families import newer_stills, newest, stills, videos
 from tests.families.kit import TEXT, TOKENS, Family, narrow_latents
 
 __all__ = ["FAMILIES", "TEXT", "TOKENS", "narrow_latents"]
 
+BY_LAYER = "text_encoder_layers", "id_vit_hidden"
+"""Arguments that are lists of tensors, one for each layer of an encoder."""
 FAMILIES: dict[str, Family] = {
     **stills.FAMILIES,
     **newer_stills.FAMILIES,
     **videos.FAMILIES,
+    **newest.FAMILIES,
 }
 
 
@@ -33,7 +37,9 @@ def made(name: str) -> Any:
     tiny.randomize(model, seed=0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm_q" in key or "norm_k" in key:  # else attention is all but even: no test bites
+            if re.search(
+                "norm_[qk]|[qk]_norm", key
+            ):  # else attention is all but even: no test bites
                 parameter.fill_(2.0)
     return model.eval()
 
@@ -49,6 +55,8 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
     def pick(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: pick(key, inner) for key, inner in value.items()}
+        if name in BY_LAYER:
+            return [layer[index : index + 1] for layer in value]
         shared = "img_ids", "txt_ids", "position_ids", "image_rotary_emb"
         if value is None or isinstance(value, int) or name in shared:
             return value

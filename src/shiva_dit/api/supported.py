@@ -32,7 +32,7 @@ def supported() -> tuple[SupportedModel, ...]:
             model_class=spec.model_class,
             context=spec.context_is,
             guidance=spec.guidance,
-            learned_by="diffusion schedule" if spec.diffusion else "flow matching",
+            learned_by=spec.learned_by,
         )
         for spec in MODELS.values()
     )

@@ -33,8 +33,11 @@ class RandomData:
     """Samples of a workload: the same random one again and again."""
 
     def __init__(self, load: Workload, model: Any, grid: Grid, text_tokens: int) -> None:
-        self.sample = model_spec(model).sample
-        self.made = load.inputs(model, 1, grid, text_tokens, torch.float32)
+        spec = model_spec(model)
+        self.sample = spec.sample
+        made = load.inputs(model, 1, grid, text_tokens, torch.float32)
+        stacked = {name: torch.stack(made[name], 1) for name in spec.by_layer if name in made}
+        self.made = {**made, **stacked}
 
     def __len__(self) -> int:
         """Samples."""

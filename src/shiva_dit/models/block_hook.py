@@ -290,10 +290,13 @@ class BlockHook(Uncopied, ModelHook):
         state = self.slot.state
         if state.gates is None:
             return output
-        if self.spec.values_fused:
+        if self.spec.values_fused != "none":
             width = args[0].shape[-1]
-            values = self._gate_image(state.gates, output[..., 2 * width : 3 * width], state.k)
-            return torch.cat([output[..., : 2 * width], values, output[..., 3 * width :]], dim=-1)
+            start = output.shape[-1] - width if self.spec.values_fused == "last" else 2 * width
+            before, values, after = output.tensor_split((start, start + width), dim=-1)
+            return torch.cat(
+                [before, self._gate_image(state.gates, values, state.k), after], dim=-1
+            )
         return self._gate_image(state.gates, output, state.k)
 
     def _gate_image(self, gates: SelectionGates, values: Tensor, k: int) -> Tensor:

@@ -51,7 +51,7 @@ PIPELINES: dict[str, Guided] = {
         """
         AllegroPipeline AuraFlowPipeline CogVideoXPipeline CogVideoXFunControlPipeline
         CogVideoXImageToVideoPipeline CogVideoXVideoToVideoPipeline LuminaPipeline
-        PixArtAlphaPipeline PixArtSigmaPipeline PixArtSigmaPAGPipeline
+        ConsisIDPipeline PixArtAlphaPipeline PixArtSigmaPipeline PixArtSigmaPAGPipeline
         """,
         Guided(how="one batch", on=BY_VARIABLE),
     ),
@@ -62,12 +62,16 @@ PIPELINES: dict[str, Guided] = {
         """,
         Guided(how="one batch", on="apply_cfg"),
     ),
-    "DiTPipeline": Guided(how="one batch", on="guidance_scale > 1"),
+    **_all(
+        "BriaFiboPipeline BriaFiboEditPipeline DiTPipeline",
+        Guided(how="one batch", on="guidance_scale > 1"),
+    ),
     **_all(
         """
         CogView4Pipeline Flux2KleinPipeline Flux2KleinInpaintPipeline FluxPipeline
-        HunyuanImagePipeline HunyuanImageRefinerPipeline HunyuanVideoPipeline LongCatImagePipeline
-        LongCatImageEditPipeline OvisImagePipeline QwenImagePipeline
+        HunyuanImagePipeline HunyuanImageRefinerPipeline HunyuanVideoPipeline HunyuanVideo15Pipeline
+        HunyuanVideo15ImageToVideoPipeline LongCatImagePipeline LongCatImageEditPipeline
+        MotifVideoPipeline MotifVideoImage2VideoPipeline OvisImagePipeline QwenImagePipeline
         QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline QwenImageEditPipeline
         QwenImageEditInpaintPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline
         QwenImageInpaintPipeline QwenImageLayeredPipeline SkyReelsV2Pipeline
@@ -81,7 +85,8 @@ PIPELINES: dict[str, Guided] = {
     **_all(
         """
         ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline ChronoEditPipeline
-        CogView4ControlPipeline Krea2Pipeline Lumina2Pipeline WanVideoToVideoPipeline
+        CogView4ControlPipeline GlmImagePipeline JoyImageEditPipeline Krea2Pipeline Lumina2Pipeline
+        WanVideoToVideoPipeline
         """,
         Guided(how="in turn", on=BY_PROPERTY),
     ),

@@ -44,7 +44,7 @@ def together(
 class RowsBySample:
     """A rotary table whose rows differ by sample, where the model expects one table for all.
 
-    diffusers widens a table (S, d) by indexing it with None for batch and heads, or by
+    diffusers widens a table (S, d) by indexing it with None for batch and heads, by a view, or by
     unsqueezing a dimension for the heads; the answers here have a batch dimension beside.
 
     Args:
@@ -54,9 +54,25 @@ class RowsBySample:
     def __init__(self, rows: Shaped[Tensor, "B S d"]) -> None:
         self.rows = rows
 
-    def __getitem__(self, index: tuple[Any, ...]) -> Tensor:
-        """`[None, None]`: heads before the tokens; `[None, :, None]`: after them."""
+    @property
+    def shape(self) -> torch.Size:
+        """(B, S, d): the last is the table's."""
+        return self.rows.shape
+
+    def __getitem__(self, index: tuple[Any, ...] | slice) -> Any:
+        """`[None, None]`: heads before the tokens; `[None, :, None]`: after; `[-S:]`: all rows."""
+        if isinstance(index, slice):
+            return self
         return self.rows.unsqueeze(1 if index[1] is None else 2)
+
+    def float(self) -> RowsBySample:
+        """In float32."""
+        return RowsBySample(self.rows.float())
+
+    def view(self, *shape: int) -> Tensor:
+        """`(1, S, 1, d)`: heads after the tokens."""
+        assert shape[2] == 1
+        return self.rows.unsqueeze(2)
 
     def unsqueeze(self, dim: int) -> Tensor:
         """A dimension for the heads after the tokens."""

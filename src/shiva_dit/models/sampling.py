@@ -242,6 +242,13 @@ def _whole_timesteps(scheduler: Any, num_steps: int) -> dict[str, Any]:
     return {"timesteps": steps, "sigmas": [step / 1000 for step in steps]}
 
 
+def _whole_timesteps_before_last(scheduler: Any, num_steps: int) -> dict[str, Any]:
+    """GLM-Image: the same of a line that has one step more."""
+    total = scheduler.config.num_train_timesteps
+    steps = np.linspace(total, 1.0, num_steps + 1)[:-1].astype(np.int64).astype(np.float32)
+    return {"timesteps": steps.tolist(), "sigmas": (steps / total).tolist()}
+
+
 def _linear_quadratic(scheduler: Any, num_steps: int) -> dict[str, Any]:
     """Mochi: half of the steps in the first fortieth of the way."""
     from diffusers.pipelines.mochi.pipeline_mochi import (  # noqa: PLC0415
@@ -309,19 +316,23 @@ def _shift_of_one(config: Mapping[str, Any], num_tokens: int, num_steps: int) ->
 STEPS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "BriaTransformer2DModel": _sigmas_of_training,
     "CogView4Transformer2DModel": _whole_timesteps,
+    "GlmImageTransformer2DModel": _whole_timesteps_before_last,
     "LTXConditionPipeline": _linear_quadratic_timesteps,
     "MochiTransformer3DModel": _linear_quadratic,
     **dict.fromkeys(
         (
+            "BriaFiboTransformer2DModel",
             "ChromaTransformer2DModel",
             "Flux2Transformer2DModel",
             "FluxTransformer2DModel",
             "HunyuanImageTransformer2DModel",
+            "HunyuanVideo15Transformer3DModel",
             "HunyuanVideoTransformer3DModel",
             "Krea2Transformer2DModel",
             "LTXVideoTransformer3DModel",
             "LongCatImageTransformer2DModel",
             "Lumina2Transformer2DModel",
+            "MotifVideoTransformer3DModel",
             "OvisImageTransformer2DModel",
             "QwenImageTransformer2DModel",
             "ZImageTransformer2DModel",
@@ -334,6 +345,7 @@ the transformer's class, and by the pipeline's own where it differs from its mod
 
 SHIFTS: dict[str, Callable[[Mapping[str, Any], int, int], float]] = {
     "CogView4Transformer2DModel": _shift_by_side,
+    "GlmImageTransformer2DModel": _shift_by_side,
     "EasyAnimateTransformer3DModel": _shift_of_one,
     "Flux2Transformer2DModel": _shift_by_steps,
     "Krea2Transformer2DModel": _shift_unless_distilled,

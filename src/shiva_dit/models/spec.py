@@ -46,9 +46,9 @@ class BlockSpec:
     """Value projections (for the KV gate); absent ones are skipped."""
     values_of_text_last: bool = False
     """Whether these, where they project the text too, have its tokens after the image's."""
-    values_fused: bool = False
-    """Whether these give queries and keys of the same width before the values, and perhaps more
-    after them."""
+    values_fused: Literal["none", "third", "last"] = "none"
+    """Whether these give queries and keys of the same width as well: values are the third part
+    (more may follow) or the last."""
     rows: Mapping[str, TakeRows] = field(default_factory=dict)
     """Arguments that hold something per image token, and how the chosen rows are taken."""
     sites: Mapping[Site, tuple[SitePlace, ...]] = field(default_factory=dict)
@@ -78,8 +78,8 @@ class ModelSpec:
     """What the model calls pure noise, t = 1."""
     clean_timestep: float = 0.0
     """What it calls clean data, t = 0."""
-    diffusion: bool = False
-    """Whether its releases learned a diffusion schedule (DDPM) rather than flow matching."""
+    learned_by: Literal["flow matching", "diffusion schedule", "cosine schedule"] = "flow matching"
+    """How its releases were trained (`training.paths`)."""
     time_embedder: str | None
     """Submodule whose output is the time embedding; None where none serves all blocks: routers
     then read sinusoids of t."""
@@ -102,6 +102,9 @@ class ModelSpec:
     inputs: Mapping[str, Input]
     """How the arguments of a forward are made for an example of a given size (`examples`), but
     the time: for counting, measuring and tests."""
+    by_layer: tuple[str, ...] = ()
+    """Arguments that are lists of tensors (B, ...), one for each layer of an encoder: training data
+    has each as one tensor (B, layers, ...)."""
     sizes: Callable[[Any, int], tuple[int, int, int]] = lambda model, i: (1, 2, 2 * i)
     """Frames, height and width, in tokens, of the i-th of several small examples."""
     for_text: Callable[[Mapping[str, Any], int], Mapping[str, Any]] = lambda config, text: {}
@@ -120,6 +123,13 @@ class ModelSpec:
         """Arguments of a forward but the time, for an example of a size."""
         made = {name: make(model, size) for name, make in self.inputs.items()}
         return {name: value for name, value in made.items() if value is not None}
+
+    def arguments_of(self, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A batch's conditioning as the model takes it (`by_layer`)."""
+        return {
+            name: list(value.unbind(1)) if name in self.by_layer else value
+            for name, value in conditioning.items()
+        }
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """All blocks in the order in which they run."""

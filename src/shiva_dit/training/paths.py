@@ -161,7 +161,7 @@ def path_of(spec: ModelSpec, scheduler: Any = None) -> NoisePath:
     flows = scheduler is not None and scheduler.config.get("use_flow_sigmas")
     if hasattr(scheduler, "alphas_cumprod") and not flows:
         return Diffusion(scheduler)
-    if scheduler is None and spec.diffusion:
+    if scheduler is None and spec.learned_by == "diffusion schedule":
         raise ValueError(
             f"{spec.model_class} learned to remove noise on a diffusion schedule, which is its "
             "scheduler's: pass scheduler=pipe.scheduler."

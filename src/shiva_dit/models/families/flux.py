@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from shiva_dit.models import examples
+from shiva_dit.models.examples import Size
 from shiva_dit.models.rows import TABLE, Rows
 from shiva_dit.models.spec import BlockSpec, ModelSpec, pooled_text, text_mean
 
@@ -22,6 +23,21 @@ def _uncached_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tens
             "them along."
         )
     return text_mean()(model, arguments)
+
+
+def _mask_among(
+    options: Mapping[str, Any], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> dict[str, Any]:
+    """The mask among the options of attention, (B, 1, 1, T + N)."""
+    masks = {"attention_mask"} & options.keys()
+    take = Rows(axis=-1, text="first")
+    return {**options, **{name: take(options[name], chosen, num_tokens) for name in masks}}
+
+
+def _text_by_layer(model: Any, size: Size) -> list[Float[Tensor, "B T Dc"]]:
+    config = model.config
+    layers = config.num_layers + config.num_single_layers
+    return [size.draw(size.batch, size.text, config.text_encoder_dim) for _ in range(layers)]
 
 
 _MASKED: Mapping[str, Any] = {
@@ -49,10 +65,22 @@ BLOCKS = (
         )
     ),
     BlockSpec(
+        block_class="BriaFiboTransformerBlock",
+        output=1,
+        value_modules=("attn.to_v",),
+        rows={"image_rotary_emb": TABLE, "joint_attention_kwargs": _mask_among},
+    ),
+    BlockSpec(
+        block_class="BriaFiboSingleTransformerBlock",
+        text="first",
+        value_modules=("attn.to_v",),
+        rows={"image_rotary_emb": TABLE, "joint_attention_kwargs": _mask_among},
+    ),
+    BlockSpec(
         block_class="Flux2SingleTransformerBlock",
         text="first",
         value_modules=("attn.to_qkv_mlp_proj",),
-        values_fused=True,
+        values_fused="third",
         rows={"image_rotary_emb": TABLE},
     ),
     BlockSpec(
@@ -96,9 +124,19 @@ _LONGCAT = replace(
     context=text_mean(),
     inputs=_INPUTS,
 )
+_BRIA = replace(
+    _LONGCAT,
+    model_class="BriaTransformer2DModel",
+    name="Bria 3",
+    noise_timestep=1000.0,
+    context=text_mean("zeros"),
+    guidance="one batch",
+    text_tokens=128,
+)
 MODELS = (
     _FLUX,
     _LONGCAT,
+    _BRIA,
     replace(
         _LONGCAT,
         model_class="OvisImageTransformer2DModel",
@@ -107,13 +145,12 @@ MODELS = (
         text_tokens=256,
     ),
     replace(
-        _LONGCAT,
-        model_class="BriaTransformer2DModel",
-        name="Bria 3",
-        noise_timestep=1000.0,
-        context=text_mean("zeros"),
-        guidance="one batch",
-        text_tokens=128,
+        _BRIA,
+        model_class="BriaFiboTransformer2DModel",
+        name="Bria FIBO",
+        text_tokens=3000,
+        by_layer=("text_encoder_layers",),
+        inputs={**_INPUTS, "text_encoder_layers": _text_by_layer},
     ),
     replace(
         _LONGCAT,

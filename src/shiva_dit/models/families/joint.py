@@ -1,23 +1,25 @@
-"""Images by joint attention over image and text: SD3, AuraFlow, CogView, Qwen-Image."""
+"""Images by joint attention over image and text: SD3, AuraFlow, CogView, Qwen-Image, ..."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
 from shiva_dit.models.rows import TABLE, Rows
-from shiva_dit.models.spec import BlockSpec, ModelSpec, SitePlace, pooled_text, text_mean
+from shiva_dit.models.spec import BlockSpec, ModelSpec, SitePlace, given, pooled_text, text_mean
 
 
 def _image_of_pair(
-    tables: tuple[Tensor, Tensor], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> tuple[Any, Tensor]:
+    tables: tuple[Any, Any], chosen: Int[Tensor, "B k"], num_tokens: int
+) -> tuple[Any, Any]:
     """A rotary table of the image, and one of the text, which stays."""
     image, text = tables
     return TABLE(image, chosen, num_tokens), text
@@ -35,6 +37,37 @@ def _shapes(model: Any, size: Size) -> list[list[tuple[int, int, int]]]:
 def _of_layers(model: Any, size: Size) -> Int[Tensor, " B"] | None:
     layered = model.config.get("use_additional_t_cond")
     return torch.zeros(size.batch, dtype=torch.long) if layered else None
+
+
+def _mean_prior(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B D"]:
+    """The mean of GLM-Image's prior: tokens that a language model drew for the prompt."""
+    cache = arguments.get("kv_caches")
+    if cache is not None and cache[0].mode == "write":
+        raise ValueError(
+            "GLM-Image with pictures to go by is not supported: the keys of all their tokens are "
+            "kept, which pruned blocks don't have. Call it without image."
+        )
+    prior = model.prior_token_embedding(given(model, arguments, "prior_token_id")).detach()
+    dropped = given(model, arguments, "prior_token_drop")[..., None]
+    return prior.masked_fill(dropped, 0.0).mean(1)
+
+
+def _prior(model: Any, size: Size) -> Int[Tensor, "B N"]:
+    return torch.zeros(size.batch, size.tokens, dtype=torch.long)
+
+
+def _pictures_of_one_size(model: Any, size: Size) -> Float[Tensor, "B pictures C 1 H W"]:
+    _, high, wide = examples.patches(model, 3)
+    sides = size.height * high, size.width * wide
+    return size.draw(size.batch, size.frames, model.config.in_channels, 1, *sides)
+
+
+def _tokens_of_pictures(model: Any, sample: Tensor) -> int:
+    """Of latents (B, C, F, H, W), or of several such of each sample."""
+    shape = sample.shape if sample.ndim == 5 else (1, *sample.shape[2:])
+    pictures = 1 if sample.ndim == 5 else sample.shape[1]
+    patch = math.prod(examples.patches(model, 3))
+    return pictures * math.prod(shape[2:]) // patch
 
 
 BLOCKS = (
@@ -65,6 +98,19 @@ BLOCKS = (
         output=1,
         value_modules=("attn.to_v",),
         rows={"image_rotary_emb": _image_of_pair, "modulate_index": Rows()},
+    ),
+    BlockSpec(
+        block_class="GlmImageTransformerBlock",
+        output=0,
+        value_modules=("attn1.to_v",),
+        rows={"image_rotary_emb": TABLE},
+    ),
+    BlockSpec(
+        block_class="JoyImageTransformerBlock",
+        output=0,
+        value_modules=("attn.img_attn_qkv",),
+        values_fused="third",
+        rows={"image_rotary_emb": _image_of_pair},
     ),
 )
 
@@ -119,7 +165,7 @@ MODELS = (
         model_class="CogView3PlusTransformer2DModel",
         name="CogView3-Plus",
         guidance="one batch",
-        diffusion=True,
+        learned_by="diffusion schedule",
         text_tokens=224,
     ),
     ModelSpec(
@@ -135,6 +181,35 @@ MODELS = (
             "encoder_hidden_states_mask": examples.mask(),
             "img_shapes": _shapes,
             "additional_t_cond": _of_layers,
+        },
+    ),
+    ModelSpec(
+        model_class="GlmImageTransformer2DModel",
+        name="GLM-Image (text to image)",
+        context_is="mean of the prior's tokens",
+        time_embedder="time_condition_embed.timestep_embedder",
+        context=_mean_prior,
+        text_tokens=32,
+        inputs={
+            "hidden_states": examples.image,
+            "encoder_hidden_states": examples.text("text_embed_dim"),
+            "prior_token_id": _prior,
+            "prior_token_drop": lambda model, size: _prior(model, size).bool(),
+            "target_size": _pair,
+            "crop_coords": _pair,
+        },
+    ),
+    ModelSpec(
+        model_class="JoyImageEditTransformer3DModel",
+        name="JoyImage-Edit",
+        block_lists=("double_blocks",),
+        time_embedder="condition_embedder.time_embedder",
+        context=text_mean(),
+        text_tokens=1024,
+        tokens=_tokens_of_pictures,
+        inputs={
+            "hidden_states": _pictures_of_one_size,
+            "encoder_hidden_states": examples.text("text_dim"),
         },
     ),
 )

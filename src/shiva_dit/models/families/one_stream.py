@@ -91,7 +91,7 @@ BLOCKS = (
     BlockSpec(
         block_class="PRXBlock",
         value_modules=("attention.img_qkv_proj",),
-        values_fused=True,
+        values_fused="third",
         rows={"image_rotary_emb": Rows(axis=2)},
     ),
     BlockSpec(

@@ -1,4 +1,4 @@
-"""Videos by joint attention over video and text: CogVideoX, HunyuanVideo, Mochi, EasyAnimate.
+"""Videos by joint attention over video and text: CogVideoX, HunyuanVideo, Mochi, Motif, ...
 
 HunyuanImage is HunyuanVideo's kin.
 """
@@ -19,6 +19,8 @@ from shiva_dit.models.spec import BlockSpec, ModelSpec, pooled_text, text_mean
 
 GLYPH_TOKENS = 128
 """Tokens of HunyuanImage's second encoder, as its pipeline pads them."""
+FACE_TOKENS = 577
+"""Tokens of a face, in the encoder that ConsisID reads."""
 
 
 def _cogvideox_tokens(model: Any, sample: Float[Tensor, "B F C H W"]) -> int:
@@ -98,12 +100,40 @@ def _second_text(model: Any, size: Size) -> Float[Tensor, "B T Dc"] | None:
     return None if width is None else size.draw(size.batch, size.text, width)
 
 
+def _decoders(model: Any) -> tuple[int, ...]:
+    """The last blocks of Motif-Video read all tokens in the text's place, and change them."""
+    blocks = len(model.transformer_blocks) + len(model.single_transformer_blocks)
+    return tuple(range(blocks - model.num_decoder_layers, blocks))
+
+
+def _faces(model: Any, size: Size) -> Float[Tensor, "B D"] | None:
+    """What ConsisID's encoders see of a face: a vector, and their layers' tokens."""
+    return size.draw(size.batch, model.config.LFE_id_dim) if model.config.is_train_face else None
+
+
+def _layers_of_faces(model: Any, size: Size) -> list[Float[Tensor, "B 577 D"]] | None:
+    config = model.config
+    if not config.is_train_face:
+        return None
+    shape = size.batch, FACE_TOKENS, config.LFE_vit_dim
+    return [size.draw(*shape) for _ in range(config.LFE_num_scale)]
+
+
 BLOCKS = (
+    *(
+        BlockSpec(
+            block_class=name,
+            output=0,
+            value_modules=("attn1.to_v",),
+            rows={"image_rotary_emb": TABLE},
+        )
+        for name in ("CogVideoXBlock", "ConsisIDBlock")
+    ),
     BlockSpec(
-        block_class="CogVideoXBlock",
+        block_class="HunyuanVideo15TransformerBlock",
         output=0,
-        value_modules=("attn1.to_v",),
-        rows={"image_rotary_emb": TABLE},
+        value_modules=("attn.to_v",),
+        rows={"freqs_cis": TABLE},
     ),
     *(
         BlockSpec(
@@ -118,6 +148,8 @@ BLOCKS = (
             ("HunyuanVideoSingleTransformerBlock", "image_rotary_emb"),
             ("HunyuanImageTransformerBlock", "image_rotary_emb"),
             ("HunyuanImageSingleTransformerBlock", "image_rotary_emb"),
+            ("MotifVideoTransformerBlock", "image_rotary_emb"),
+            ("MotifVideoSingleTransformerBlock", "image_rotary_emb"),
         )
     ),
     BlockSpec(
@@ -151,24 +183,69 @@ _HUNYUAN_VIDEO = ModelSpec(
         "guidance": examples.number(6000.0, where="guidance_embeds"),
     },
 )
+_COGVIDEOX = ModelSpec(
+    model_class="CogVideoXTransformer3DModel",
+    name="CogVideoX",
+    learned_by="diffusion schedule",
+    time_embedder="time_embedding",
+    context=text_mean(),
+    guidance="one batch",
+    text_tokens=226,
+    for_text=lambda config, text: {"max_text_seq_length": text},
+    tokens=_cogvideox_tokens,
+    own_tokens=_cogvideox_own,
+    sizes=_cogvideox_sizes,
+    inputs={
+        "hidden_states": _frames_first,
+        "encoder_hidden_states": examples.text("text_embed_dim"),
+        "image_rotary_emb": _cogvideox_tables,
+        "ofs": examples.number(2.0, where="ofs_embed_dim"),
+    },
+)
+_HUNYUAN_VIDEO_15 = ModelSpec(
+    model_class="HunyuanVideo15Transformer3DModel",
+    name="HunyuanVideo 1.5",
+    time_embedder="time_embed.timestep_embedder",
+    context=text_mean("encoder_attention_mask"),
+    text_tokens=1000,
+    inputs={
+        "hidden_states": examples.video(),
+        "encoder_hidden_states": examples.text("text_embed_dim"),
+        "encoder_attention_mask": examples.mask(),
+        "encoder_hidden_states_2": lambda m, s: s.draw(s.batch, 256, m.config.text_embed_2_dim),
+        "encoder_attention_mask_2": lambda m, s: torch.ones(s.batch, 256, dtype=torch.long),
+        "image_embeds": lambda m, s: torch.zeros(s.batch, 729, m.config.image_embed_dim),
+        "timestep_r": examples.number(0.0, where="use_meanflow"),
+    },
+)
 MODELS = (
-    ModelSpec(
-        model_class="CogVideoXTransformer3DModel",
-        name="CogVideoX",
-        diffusion=True,
-        time_embedder="time_embedding",
-        context=text_mean(),
-        guidance="one batch",
-        text_tokens=226,
-        for_text=lambda config, text: {"max_text_seq_length": text},
-        tokens=_cogvideox_tokens,
-        own_tokens=_cogvideox_own,
-        sizes=_cogvideox_sizes,
+    _COGVIDEOX,
+    replace(
+        _COGVIDEOX,
+        model_class="ConsisIDTransformer3DModel",
+        name="ConsisID",
+        by_layer=("id_vit_hidden",),
         inputs={
             "hidden_states": _frames_first,
             "encoder_hidden_states": examples.text("text_embed_dim"),
             "image_rotary_emb": _cogvideox_tables,
-            "ofs": examples.number(2.0, where="ofs_embed_dim"),
+            "id_cond": _faces,
+            "id_vit_hidden": _layers_of_faces,
+        },
+    ),
+    _HUNYUAN_VIDEO_15,
+    ModelSpec(
+        model_class="MotifVideoTransformer3DModel",
+        name="Motif-Video",
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        full_blocks=_decoders,
+        time_embedder="time_text_embed.timestep_embedder",
+        context=text_mean("encoder_attention_mask"),
+        text_tokens=512,
+        inputs={
+            "hidden_states": examples.video(),
+            "encoder_hidden_states": examples.text("text_embed_dim"),
+            "encoder_attention_mask": examples.mask(),
         },
     ),
     _HUNYUAN_VIDEO,
