@@ -20,6 +20,7 @@ from diffusers import (
     AdaptiveProjectedMixGuidance,
     AutoencoderKL,
     ClassifierFreeGuidance,
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
@@ -36,6 +37,7 @@ from tests import families, tiny
 STEPS = 3
 BATCH = 2
 FAMILY = {
+    "AceStepTransformer1DModel": "ace-step",
     "AllegroTransformer3DModel": "allegro",
     "AuraFlowTransformer2DModel": "auraflow",
     "BriaFiboTransformer2DModel": "bria-fibo",
@@ -48,6 +50,7 @@ FAMILY = {
     "ConsisIDTransformer3DModel": "consisid",
     "DiTTransformer2DModel": "dit",
     "EasyAnimateTransformer3DModel": "easyanimate",
+    "ErnieImageTransformer2DModel": "ernie-image",
     "Flux2Transformer2DModel": "flux2-klein",
     "FluxTransformer2DModel": "flux",
     "GlmImageTransformer2DModel": "glm-image",
@@ -58,6 +61,7 @@ FAMILY = {
     "JoyImageEditTransformer3DModel": "joyimage",
     "Krea2Transformer2DModel": "krea2",
     "LTXVideoTransformer3DModel": "ltx",
+    "LongCatAudioDiTTransformer": "longcat-audio",
     "LongCatImageTransformer2DModel": "longcat",
     "Lumina2Transformer2DModel": "lumina2",
     "LuminaNextDiT2DModel": "lumina-next",
@@ -66,9 +70,12 @@ FAMILY = {
     "OvisImageTransformer2DModel": "ovis-image",
     "PRXTransformer2DModel": "prx",
     "PixArtTransformer2DModel": "pixart-sigma",
+    "QwenImage21Transformer2DModel": "qwen-image-2.1",
     "QwenImageTransformer2DModel": "qwen-image",
     "SD3Transformer2DModel": "sd3",
     "SkyReelsV2Transformer3DModel": "skyreels",
+    "StableAudio3DiTModel": "stable-audio-3",
+    "StableAudioDiTModel": "stable-audio",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan-vace",
     "ZImageTransformer2DModel": "z-image",
@@ -173,6 +180,46 @@ def _fibo(pipe: Any) -> None:
     pipe.encode_prompt = encode
 
 
+def _texts() -> tuple[Tensor, Tensor]:
+    return normal(BATCH, 7, 24, seed=1), normal(BATCH, 7, 24, seed=3)
+
+
+def _stable_audio(pipe: Any) -> None:
+    both = normal(2 * BATCH, 5, 24, seed=1)
+    pipe.check_inputs = _given(None)
+    pipe.encode_prompt = lambda prompt, device, guided, *args: both[: BATCH * (1 + guided)]
+    pipe.encode_duration = lambda start, end, device, guided, batch: (
+        normal(batch * (1 + guided), 1, 24, seed=2),
+        normal(batch * (1 + guided), 1, 24, seed=4),
+    )
+
+
+def _stable_audio_3(pipe: Any) -> None:
+    texts, mask = _texts(), torch.ones(BATCH, 7)
+    pipe.encode_prompt = lambda prompt, *args: (texts[0] if prompt == "yes" else texts[1], mask)
+    pipe.encode_duration = _given(normal(BATCH, 20, seed=2))
+    pipe.prepare_cross_attention = lambda text, mask, times: (text, mask)
+    pipe.check_inputs = _given(None)
+    pipe.prepare_latents = _given(normal(BATCH, 4, 64, seed=8))
+
+
+def _ace_step(pipe: Any) -> None:
+    text, other = _texts()
+    encoder: Any = lambda **given: (text, torch.ones(BATCH, 7))  # noqa: E731
+    encoder.null_condition_emb = other[:1, :1]
+    encoder.silence_latent = torch.zeros(1, 1000, 4)
+    pipe.condition_encoder = encoder
+    pipe.encode_prompt = _given((None,) * 4)
+    pipe.prepare_src_latents = _given((normal(BATCH, 128, 4, seed=6), 128))
+    pipe.prepare_latents = _given(normal(BATCH, 128, 4, seed=8))
+    pipe._build_chunk_mask = _given(torch.ones(BATCH, 128, 4))
+
+
+def _longcat_audio(pipe: Any) -> None:
+    lengths = torch.tensor([4, 7])
+    pipe.encode_prompt = lambda prompts, device: (_texts()[prompts[0] == "no"], lengths)
+
+
 def _beside(pipe: Any) -> None:
     """No channels of a picture to go by."""
     pipe.prepare_cond_latents_and_mask = lambda latents, *args: (latents[:, :0],) * 2
@@ -233,6 +280,23 @@ class _Some:
         self.temperal_downsample = [False, True, True]
 
 
+def _sound() -> Any:
+    made = _Some(sampling_rate=64, audio_channels=1, latent_dim=4)
+    made.hop_length = made.downsampling_ratio = 1
+    return made
+
+
+def _of_one_timestep() -> dict[str, Any]:
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)}
+
+
+class _Reader:
+    """Stands for a processor of prompts, of whose template the length is asked."""
+
+    tokenizer = SimpleNamespace(encode=_given([0]))
+    apply_chat_template = staticmethod(_given([[0]]))
+
+
 def _bn_of_flux2() -> Any:
     made = _Some(batch_norm_eps=1e-4, block_out_channels=(4,) * 4)
     made.bn = SimpleNamespace(running_mean=torch.zeros(4), running_var=torch.ones(4))
@@ -276,7 +340,20 @@ CALLS: dict[str, dict[str, Any]] = {
     "CogVideoXImageToVideoPipeline": {"image": picture()[:1]},
     "CogVideoXVideoToVideoPipeline": {"video": [picture()]},
     "CogView4ControlPipeline": {"control_image": picture()},
+    "AceStepPipeline": {"prompt": [""] * BATCH},
     "BriaFiboPipeline": {"prompt": [""] * BATCH},
+    "ErnieImagePipeline": {
+        "height": 256,
+        "width": 256,
+        "prompt_embeds": list(normal(BATCH, 7, 24, seed=1)),
+        "negative_prompt_embeds": list(normal(BATCH, 7, 24, seed=3)),
+    },
+    "LongCatAudioDiTPipeline": {
+        "prompt": ["yes"] * BATCH,
+        "negative_prompt": "no",
+        "latents": normal(BATCH, 64, 4, seed=8),
+    },
+    "StableAudio3Pipeline": {"prompt": "yes", "negative_prompt": "no"},
     "ConsisIDPipeline": {"image": picture()[:1]},
     "GlmImagePipeline": {"prior_token_ids": torch.arange(BATCH * 64).view(BATCH, 64) % 50},
     "HunyuanVideo15Pipeline": {
@@ -359,6 +436,17 @@ PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "vae": _Some(latent_channels=4),
         "guider": ClassifierFreeGuidance(),
     },
+    "LongCatAudioDiTPipeline": lambda model: {
+        "vae": _Some(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
+    },
+    "QwenImage21Pipeline": lambda model: {"vae": _Some(z_dim=4), "processor": _Reader()},
+    "StableAudioPipeline": lambda model: {
+        "vae": _sound(),
+        "scheduler": CosineDPMSolverMultistepScheduler(),
+    },
+    "StableAudio3Pipeline": lambda model: {"vae": _sound(), **_of_one_timestep()},
+    "AceStepPipeline": lambda model: _of_one_timestep(),
     "MotifVideoPipeline": lambda model: {
         "vae": _Some(z_dim=2),
         "guider": ClassifierFreeGuidance(),
@@ -377,7 +465,11 @@ PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 PREPARED: dict[str, Callable[[Any], None]] = {
+    "AceStepPipeline": _ace_step,
     "BriaFiboPipeline": _fibo,
+    "LongCatAudioDiTPipeline": _longcat_audio,
+    "StableAudio3Pipeline": _stable_audio_3,
+    "StableAudioPipeline": _stable_audio,
     "ConsisIDPipeline": _cogvideox_image,
     "HunyuanVideo15Pipeline": _beside,
     "MotifVideoPipeline": _motif_video,
@@ -484,7 +576,8 @@ def served_denoisers() -> dict[str, tuple[Any, str, bool]]:
             continue
         module = importlib.import_module(name)
         for key, kind in vars(module).items():
-            if not key.endswith("Denoiser") or kind.__module__ != name:
+            own = key.endswith("Denoiser") and not key.endswith(("BeforeDenoiser", "AfterDenoiser"))
+            if not own or kind.__module__ != name:
                 continue
             parts = {p.name: p.type_hint.__name__ for p in kind().expected_components}
             if parts.get("transformer") in MODELS:
@@ -496,7 +589,8 @@ def denoise(kind: Any, model: Any, given: dict[str, Any], guider: Any) -> None:
     """Two steps of such a block, by hand: what blocks before it would have prepared is given."""
     sample = given.get("hidden_states", given.get("x"))
     time = given.get("timestep", given.get("t"))
-    text = given.get("encoder_hidden_states", given.get("cap_feats"))
+    named = ("encoder_hidden_states", "cap_feats", "text_bth")
+    text = next(given[name] for name in named if name in given)
     other = [-part for part in text] if isinstance(text, list) else -text
     mask = given.get("encoder_attention_mask", given.get("encoder_hidden_states_mask"))
     nothing = torch.zeros(BATCH, 0, 4)
@@ -521,6 +615,12 @@ def denoise(kind: Any, model: Any, given: dict[str, Any], guider: Any) -> None:
         "negative_pooled_prompt_embeds": given.get("pooled_projections"),
         "negative_prompt_embeds_mask": mask,
         "negative_prompt_attention_mask": mask,
+        "negative_text_bth": other,
+        "negative_text_lens": given.get("text_lens"),
+        "image_pad_mask": torch.zeros(BATCH, 7, dtype=torch.bool),
+        "negative_image_pad_mask": torch.zeros(BATCH, 7, dtype=torch.bool),
+        "cache_enabled": True,
+        "kv_caches": {},
         "prompt_embeds_2": given.get("encoder_hidden_states_2"),
         "prompt_embeds_mask_2": given.get("encoder_attention_mask_2"),
         "negative_prompt_embeds_2": given.get("encoder_hidden_states_2"),

@@ -37,7 +37,9 @@ COUNTS = [[64, 5, 30, 17], [64, 33, 2, 48], [64, 63, 20, 9]]
 RUN = """
     AllegroPipeline AuraFlowPipeline BriaFiboPipeline BriaPipeline ChromaImg2ImgPipeline
     ChromaInpaintPipeline ChromaPipeline ChronoEditPipeline CogVideoXFunControlPipeline
-    ConsisIDPipeline GlmImagePipeline HunyuanVideo15Pipeline JoyImageEditPipeline MotifVideoPipeline
+    AceStepPipeline ConsisIDPipeline ErnieImagePipeline GlmImagePipeline HunyuanVideo15Pipeline
+    JoyImageEditPipeline LongCatAudioDiTPipeline MotifVideoPipeline QwenImage21Pipeline
+    StableAudio3Pipeline StableAudioPipeline
     CogVideoXImageToVideoPipeline CogVideoXPipeline CogVideoXVideoToVideoPipeline
     CogView3PlusPipeline CogView4ControlPipeline CogView4Pipeline DiTPipeline
     EasyAnimatePipeline Flux2KleinPipeline Flux2Pipeline FluxControlNetPipeline

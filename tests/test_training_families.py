@@ -23,7 +23,7 @@ from shiva_dit.training.trainer import Trainer
 from tests import families
 from tests.matrix import sampled
 
-SHARED = "img_ids", "txt_ids", "position_ids", "image_rotary_emb"
+SHARED = "img_ids", "txt_ids", "position_ids", "image_rotary_emb", "rotary_embedding"
 
 
 class FamilyData:
@@ -31,7 +31,8 @@ class FamilyData:
 
     def __init__(self, name: str, spec: ModelSpec) -> None:
         given = families.arguments(name)
-        del given[spec.timestep]
+        for key in spec.times(torch.zeros(1)):
+            del given[key]
         for key in spec.by_layer:
             if key in given:
                 given[key] = torch.stack(given[key], dim=1)
@@ -120,8 +121,8 @@ def test_time_that_runs_back_turns_the_velocity_round() -> None:
         assert torch.equal(path.target(clean, noise, t), torch.ones(2, 3))
     assert forth.timestep(t).tolist() == [0.25, 1.0]
     assert back.timestep(t).tolist() == [0.75, 0.0]
-    assert torch.equal(forth.prediction((noise,)), noise)
-    assert torch.equal(back.prediction(([noise[0], noise[1]],)), -noise)
+    assert torch.equal(forth.prediction((noise,), noise), noise)
+    assert torch.equal(back.prediction(([noise[0], noise[1]],), noise), -noise)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

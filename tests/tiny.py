@@ -168,7 +168,13 @@ def footprint(model: nn.Module) -> dict[str, Any]:
     """Everything that attaching could leave behind: modules, attributes, hooks, flags."""
     marks: dict[str, Any] = {}
     for name, module in model.named_modules():
-        marks[name] = id(module), {key: id(value) for key, value in module.__dict__.items()}
+        marks[name] = (
+            id(module),
+            {
+                key: [id(each) for each in value] if isinstance(value, list) else id(value)
+                for key, value in module.__dict__.items()
+            },
+        )
         for key, value in module.__dict__.items():
             if isinstance(value, dict):
                 marks[f"{name}:{key}"] = [(k, id(v)) for k, v in value.items()]

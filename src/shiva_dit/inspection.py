@@ -184,7 +184,7 @@ class _FlipTest:
         spec = self.attachment.spec
         self.arguments = {
             spec.sample: self.path.noisy(batch.latents, noise, times),
-            spec.timestep: self.path.timestep(times),
+            **spec.times(self.path.timestep(times)),
             **spec.arguments_of(batch.conditioning_in(self.dtype)),
         }
         self.shared = {**batch.shared, "return_dict": False}
@@ -199,7 +199,7 @@ class _FlipTest:
             ) as self.teacher,
         ):
             output = self.attachment.model(**self.arguments, **self.shared)
-        self.target = self.path.prediction(output)
+        self.target = self.path.prediction(output, batch.latents)
         if self.config.loss == "diffusion":
             self.target = self.path.target(batch.latents, noise, times)
 
@@ -228,7 +228,7 @@ class _FlipTest:
         arguments = tree_map_only(Tensor, lambda v: v.expand(copies, *v.shape[1:]), self.arguments)
         with self.attachment.forwards.gated(GatedForward(counts=counts or self.counts, gates=make)):
             output = self.attachment.model(**arguments, **self.shared)
-        prediction = self.path.prediction(output)[:, : self.target.shape[1]]
+        prediction = self.path.prediction(output, self.target)[:, : self.target.shape[1]]
         error = (prediction.float() - self.target.float()).square().flatten(1).mean(1)
         return error, gates
 

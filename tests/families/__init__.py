@@ -16,7 +16,7 @@ from shiva_dit.models import block_hook as seam
 from shiva_dit.models.attach import attach
 from shiva_dit.models.families import model_spec
 from tests import tiny
-from tests.families import newer_stills, newest, stills, videos
+from tests.families import newer_stills, newest, sound, stills, videos
 from tests.families.kit import TEXT, TOKENS, Family, narrow_latents
 
 __all__ = ["FAMILIES", "TEXT", "TOKENS", "narrow_latents"]
@@ -28,6 +28,7 @@ FAMILIES: dict[str, Family] = {
     **newer_stills.FAMILIES,
     **videos.FAMILIES,
     **newest.FAMILIES,
+    **sound.FAMILIES,
 }
 
 
@@ -41,6 +42,8 @@ def made(name: str) -> Any:
                 "norm_[qk]|[qk]_norm", key
             ):  # else attention is all but even: no test bites
                 parameter.fill_(2.0)
+            if key.endswith("attn1.to_q.weight"):
+                parameter.mul_(FAMILIES[name].queries)
     return model.eval()
 
 
@@ -57,7 +60,7 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
             return {key: pick(key, inner) for key, inner in value.items()}
         if name in BY_LAYER:
             return [layer[index : index + 1] for layer in value]
-        shared = "img_ids", "txt_ids", "position_ids", "image_rotary_emb"
+        shared = "img_ids", "txt_ids", "position_ids", "image_rotary_emb", "rotary_embedding"
         if value is None or isinstance(value, int) or name in shared:
             return value
         return value[index : index + 1]

@@ -31,6 +31,10 @@ class Family:
     """Whether gradient checkpointing is there, and gives the model's own gradients."""
     text: int = TEXT
     """Text tokens that FLOPs are asked for."""
+    queries: float = 1.0
+    """What queries are multiplied by, where no norm makes them large."""
+    counted: bool = True
+    """Whether it is called as the package counts it."""
     rows: str | None = None
     """An argument of its blocks that holds a row per image token, if there is one."""
 

@@ -8,10 +8,12 @@ import torch
 from diffusers import (
     BriaFiboTransformer2DModel,
     ConsisIDTransformer3DModel,
+    ErnieImageTransformer2DModel,
     GlmImageTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     JoyImageEditTransformer3DModel,
     MotifVideoTransformer3DModel,
+    QwenImage21Transformer2DModel,
 )
 
 from tests.families.kit import TEXT, TOKENS, Family, half_of_rows, narrow_latents, normal, padded
@@ -212,7 +214,76 @@ def _narrow_tables(given: dict[str, Any]) -> dict[str, Any]:
     return {**narrow_latents(given), "image_rotary_emb": halves}
 
 
+def _ernie_image() -> ErnieImageTransformer2DModel:
+    return ErnieImageTransformer2DModel(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=4,
+        ffn_hidden_size=40,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        text_in_dim=24,
+        rope_axes_dim=(4, 6, 6),
+    )
+
+
+def _ernie_image_arguments(batch: int, t: float) -> dict[str, Any]:
+    lengths = torch.full((batch,), TEXT)
+    lengths[0] = 4
+    return {
+        "hidden_states": normal(batch, 4, 16, 16),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "text_bth": normal(batch, TEXT, 24, seed=1),
+        "text_lens": lengths,
+    }
+
+
+def _qwen_image_21() -> QwenImage21Transformer2DModel:
+    return QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _qwen_image_21_arguments(batch: int, t: float) -> dict[str, Any]:
+    places = torch.arange(TEXT + TOKENS // 4) >= TEXT
+    return {
+        "hidden_states": normal(batch, TOKENS, 4),
+        "encoder_hidden_states": normal(batch, TEXT, 24, seed=1),
+        "encoder_hidden_states_mask": padded(batch),
+        "timestep": torch.full((batch,), t),
+        "img_shapes": [[(1, 8, 8)]] * batch,
+        "img_mask": places.repeat(batch, 1),
+    }
+
+
+def _narrow_qwen_image_21(given: dict[str, Any]) -> dict[str, Any]:
+    batch = len(given["hidden_states"])
+    places = given["img_mask"][:, : TEXT + TOKENS // 8]
+    return half_of_rows(img_shapes=[[(1, 8, 4)]] * batch, img_mask=places)(given)
+
+
 FAMILIES: dict[str, Family] = {
+    "ernie-image": Family(
+        build=_ernie_image,
+        arguments=_ernie_image_arguments,
+        narrow=narrow_latents,
+        text_inside=("ErnieImageSharedAdaLNBlock",),
+        rows="rotary_pos_emb",
+    ),
+    "qwen-image-2.1": Family(
+        build=_qwen_image_21,
+        arguments=_qwen_image_21_arguments,
+        narrow=_narrow_qwen_image_21,
+        text_inside=("QwenImage21TransformerBlock",),
+        rows="rotary_emb",
+    ),
     "glm-image": Family(
         build=_glm_image,
         arguments=_glm_image_arguments,

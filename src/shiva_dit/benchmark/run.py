@@ -149,7 +149,7 @@ class Bench:
         spec = self.attachment.spec
         for t in steps:
             timestep = spec.timestep_at(torch.full((self.config.batch,), t, device=self.device))
-            self.model(**self.inputs, **{spec.timestep: timestep}, return_dict=False)
+            self.model(**self.inputs, **spec.times(timestep), return_dict=False)
 
     def calls(self) -> dict[str, Callable[[], None]]:
         """A call per arm, of as many forwards as `times`; compiles as the config says."""

@@ -24,11 +24,12 @@ PEFT_NAME = "shiva_dit"
 LORA_PREFIX = "transformer."
 # All linear layers of attention and feed-forward, in diffusers' names.
 LORA_TARGETS = re.compile(
-    r".*\.\d+\.("
-    r"((?:self_|cross_)?attn\d?|attention)\.(to_[qkv]|to_gate|to_out(\.0)?|add_[qkv]_proj|to_add_out"
-    r"|to_qkv_mlp_proj)"
-    r"|(ff|ff_context|ffn|feed_forward|(img|txt)_(mlp|ff))\.(net\.(0\.proj|2)|w[123]|gate|up|down|out_projection"
-    r"|linear_([123]|in|out))"
+    r".*\.\d+\."
+    r"((self_|cross_)?(attn\d?|attention)\."
+    r"(to_[qkv]|to_gate|to_out(\.0)?|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)"
+    r"|(ff|ff_context|ffn|mlp|feed_forward|(img|txt)_(mlp|ff))\."
+    r"(net\.(0\.proj|2)|w[123]|(gate|up|down)(_proj)?|gate_layer|proj|out(_projection)?"
+    r"|linear_([123]|in|out|fc2))"
     r"|proj_(mlp|out))$"
 )
 

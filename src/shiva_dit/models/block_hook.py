@@ -158,7 +158,7 @@ class BlockHook(Uncopied, ModelHook):
     ) -> Any:
         """The block on k tokens, and the others beside it."""
         by_name = self.spec.hidden in kwargs
-        tokens = kwargs[self.spec.hidden] if by_name else args[self.place]
+        tokens = self.spec.turned(kwargs[self.spec.hidden] if by_name else args[self.place])
         where = self.spec.text
         text, x = apart(tokens, state.num_tokens, where)  # (B, T, D) or None, (B, N, D)
         plan = self._choose(x, k, state)
@@ -170,7 +170,7 @@ class BlockHook(Uncopied, ModelHook):
             x, before = self._learn(x, before, plan, state)
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
-        new = together(text, before, where)
+        new = self.spec.turned(together(text, before, where))
         args, kwargs = self._for_rows(new, chosen, x.shape[1], args, kwargs)
         weights = None
         if self.weights is not None:
@@ -180,7 +180,7 @@ class BlockHook(Uncopied, ModelHook):
         if self.weights is not None:
             state.weights = None
         place = self.spec.output
-        after = output if place is None else output[place]
+        after = self.spec.turned(output if place is None else output[place])
         text, after = apart(after, before.shape[1], where)
         if weights is not None and self.weighs == "block":
             after = before + weights * (after - before)
@@ -188,7 +188,7 @@ class BlockHook(Uncopied, ModelHook):
         new = plan.restore(after, rest)  # (B, N, D)
         if gates is not None:
             new = gates.leave(x, new, update)
-        new = together(text, new, where)
+        new = self.spec.turned(together(text, new, where))
         return new if place is None else (*output[:place], new, *output[place + 1 :])
 
     def _for_rows(

@@ -67,8 +67,8 @@ def _keep(
 ) -> None:
     spec = block_spec(module)
     if keep_input:
-        before = bind(module, args, kwargs)[spec.hidden]
+        before = spec.turned(bind(module, args, kwargs)[spec.hidden])
         features.inputs[index] = apart(before, num_tokens, spec.text)[1]
     if keep_output:
-        after = output if spec.output is None else output[spec.output]
+        after = spec.turned(output if spec.output is None else output[spec.output])
         features.outputs[index] = apart(after, num_tokens, spec.text)[1]

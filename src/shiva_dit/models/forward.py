@@ -130,7 +130,7 @@ class Forwards(Uncopied):
             return
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
-        num_tokens = self.num_tokens = self.spec.tokens(model, sample)
+        num_tokens = self.num_tokens = self.spec.tokens_of(model, arguments)
         timestep = given(model, arguments, self.spec.timestep)
         timestep = self._one_time(timestep, len(sample))
         gated = self._gated

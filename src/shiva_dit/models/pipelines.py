@@ -35,15 +35,16 @@ PIPELINES: dict[str, Guided] = {
     **_all(
         """
         BriaPipeline CogView3PlusPipeline EasyAnimatePipeline EasyAnimateControlPipeline
-        EasyAnimateInpaintPipeline HunyuanDiTPipeline HunyuanDiTControlNetPipeline
-        HunyuanDiTPAGPipeline LTXPipeline LTXConditionPipeline LTXImageToVideoPipeline
-        MochiPipeline PRXPipeline PRXPixelPipeline StableDiffusion3Pipeline
+        EasyAnimateInpaintPipeline ErnieImagePipeline HunyuanDiTPipeline
+        HunyuanDiTControlNetPipeline HunyuanDiTPAGPipeline LTXPipeline LTXConditionPipeline
+        LTXImageToVideoPipeline MochiPipeline PRXPipeline PRXPixelPipeline StableDiffusion3Pipeline
         StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
         StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline
-        StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline
+        StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline StableAudio3Pipeline
         """,
         Guided(how="one batch", on=BY_PROPERTY),
     ),
+    "AceStepPipeline": Guided(how="one batch", on="apply_cfg", latents="xt"),
     "LTXI2VLongMultiPromptPipeline": Guided(
         how="one batch", on=BY_PROPERTY, latents="latents_packed"
     ),
@@ -52,6 +53,7 @@ PIPELINES: dict[str, Guided] = {
         AllegroPipeline AuraFlowPipeline CogVideoXPipeline CogVideoXFunControlPipeline
         CogVideoXImageToVideoPipeline CogVideoXVideoToVideoPipeline LuminaPipeline
         ConsisIDPipeline PixArtAlphaPipeline PixArtSigmaPipeline PixArtSigmaPAGPipeline
+        StableAudioPipeline
         """,
         Guided(how="one batch", on=BY_VARIABLE),
     ),
@@ -74,13 +76,14 @@ PIPELINES: dict[str, Guided] = {
         MotifVideoPipeline MotifVideoImage2VideoPipeline OvisImagePipeline QwenImagePipeline
         QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline QwenImageEditPipeline
         QwenImageEditInpaintPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline
-        QwenImageInpaintPipeline QwenImageLayeredPipeline SkyReelsV2Pipeline
+        QwenImageInpaintPipeline QwenImageLayeredPipeline QwenImage21Pipeline SkyReelsV2Pipeline
         SkyReelsV2ImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
         SkyReelsV2DiffusionForcingImageToVideoPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline WanImageToVideoPipeline WanVACEPipeline
         """,
         Guided(how="in turn"),
     ),
+    "LongCatAudioDiTPipeline": Guided(how="in turn", on="guidance_scale > 1"),
     **_all("WanPipeline LucyEditPipeline", Guided(how="in turn", times_are_equal=True)),
     **_all(
         """
@@ -102,7 +105,8 @@ PIPELINES: dict[str, Guided] = {
         """
         Flux2Pipeline Flux2KleinKVPipeline FluxControlPipeline FluxControlImg2ImgPipeline
         FluxControlInpaintPipeline FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline
-        FluxFillPipeline VisualClozePipeline VisualClozeGenerationPipeline
+        FluxFillPipeline StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline
+        VisualClozePipeline VisualClozeGenerationPipeline
         """,
         Guided(how="one pass"),
     ),

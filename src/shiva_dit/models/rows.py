@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,6 +135,21 @@ def by_token(
     if values.ndim == 2:
         return values.gather(1, chosen)
     return gather_tokens(values.flatten(2), chosen).unflatten(2, values.shape[2:])
+
+
+def alike(axis: int) -> Callable[[Any, Tensor, int], Any]:
+    """As many rows as are chosen, of an argument that has one and the same for all image tokens.
+
+    Args:
+        axis: Of the tokens, the image's last or first among others.
+    """
+
+    def take(value: Any, chosen: Int[Tensor, "B k"], num_tokens: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [take(each, chosen, num_tokens) for each in value]
+        return value.narrow(axis, 0, value.shape[axis] - num_tokens + chosen.shape[1])
+
+    return take
 
 
 TABLE = Rows(batch="widened", text="first")

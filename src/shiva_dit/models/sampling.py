@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
-import numpy as np
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
+from diffusers import DiffusionPipeline
 
 from shiva_dit.core.time_law import TimeLaw
+from shiva_dit.models.asked_steps import (
+    SHIFTS,
+    STEPS,
+    even_sigmas,
+    own_steps,
+    shift_by_tokens,
+)
 from shiva_dit.models.spec import ModelSpec
 
 DENSE = (500, 50, 8, 4)
@@ -42,7 +48,9 @@ def listed_times(scheduler: Any, listed: Sequence[float | int]) -> list[float]:
         scheduler: Whose they are.
         listed: Their values.
     """
-    shares = [step / scheduler.config.get("num_train_timesteps", 1000) for step in listed]
+    total = scheduler.config.get("num_train_timesteps", 1000)
+    total = 1 if "sigma_data" in scheduler.config else total  # times of the model themselves
+    shares = [step / total for step in listed]
     inverted = scheduler.config.get("invert_sigmas")
     return [1.0 - share for share in shares] if inverted else shares
 
@@ -140,13 +148,15 @@ class Sampler:
         own = copy.deepcopy(self.scheduler)
         accepted = inspect.signature(own.set_timesteps).parameters
         config = {**self.config, **own.config}
-        asked = STEPS.get(self.pipeline) or STEPS.get(spec.model_class, _own_steps)
-        asked = _even_sigmas if self.asks_evenly else asked
-        options = asked(own, num_steps)
+        asked = STEPS.get(self.pipeline) or STEPS.get(spec.model_class, own_steps)
+        asked = even_sigmas if self.asks_evenly else asked
+        options: dict[str, Any] = asked(own, num_steps)
+        if self.config.get("sample_sigmas"):  # of a pipeline that was distilled to its own steps
+            options = {"sigmas": list(self.config["sample_sigmas"])}
         if config.get("use_flow_sigmas") or not options.keys() <= accepted.keys():
             options = {}
         if config.get("use_dynamic_shifting") and "mu" in accepted:
-            shift = SHIFTS.get(spec.model_class, _shift_by_tokens)
+            shift = SHIFTS.get(spec.model_class, shift_by_tokens)
             options["mu"] = shift(config, num_tokens, shifted_for or num_steps)
         if not options.keys() & {"sigmas", "timesteps"}:
             options["num_inference_steps"] = num_steps
@@ -210,145 +220,3 @@ class Sampler:
         told += [f"t >= {low:g}"] if low > 0.0 else [f"t < {high:g}"] if high < 1.0 else []
         name = type(self.scheduler).__name__
         return f"{name} ({', '.join(told)})" if told else name
-
-
-def _own_steps(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """The scheduler's own list."""
-    del scheduler, num_steps
-    return {}
-
-
-def _even_sigmas(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """Noise levels 1, 1 - 1/n, ..., 1/n, before they are shifted."""
-    del scheduler
-    return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps).tolist()}
-
-
-def _sigmas_of_training(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """Bria: even noise levels where they are shifted by resolution; else some of training's."""
-    if scheduler.config.get("use_dynamic_shifting"):
-        return _even_sigmas(scheduler, num_steps)
-    if isinstance(scheduler, (DDIMScheduler, EulerAncestralDiscreteScheduler)):
-        return {}
-    total = scheduler.config.num_train_timesteps
-    places = np.linspace(0, total - 1, num_steps).astype(np.int64)
-    return {"sigmas": ((total - places) / total).astype(np.float32)}
-
-
-def _whole_timesteps(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """CogView 4: the model is told other times than the noise is scaled by."""
-    del scheduler
-    steps = np.linspace(1000, 1.0, num_steps).astype(np.int64).tolist()
-    return {"timesteps": steps, "sigmas": [step / 1000 for step in steps]}
-
-
-def _whole_timesteps_before_last(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """GLM-Image: the same of a line that has one step more."""
-    total = scheduler.config.num_train_timesteps
-    steps = np.linspace(total, 1.0, num_steps + 1)[:-1].astype(np.int64).astype(np.float32)
-    return {"timesteps": steps.tolist(), "sigmas": (steps / total).tolist()}
-
-
-def _linear_quadratic(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """Mochi: half of the steps in the first fortieth of the way."""
-    from diffusers.pipelines.mochi.pipeline_mochi import (  # noqa: PLC0415
-        linear_quadratic_schedule,
-    )
-
-    del scheduler
-    if num_steps < 2:
-        raise ValueError("the pipelines of Mochi take at least 2 steps.")
-    return {"sigmas": linear_quadratic_schedule(num_steps, 0.025)}
-
-
-def _linear_quadratic_timesteps(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """LTX with conditions: the same, as the model's times, which no shift moves."""
-    from diffusers.pipelines.ltx.pipeline_ltx_condition import (  # noqa: PLC0415
-        linear_quadratic_schedule,
-    )
-
-    del scheduler
-    return {"timesteps": (linear_quadratic_schedule(num_steps) * 1000).tolist()}
-
-
-def _shift_by_tokens(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
-    """`mu` of most pipelines: a line over the number of tokens."""
-    del num_steps
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return base + (num_tokens - low) * (top - base) / (high - low)
-
-
-def _shift_by_channels(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
-    """Lumina 2: its pipeline takes the 16 channels of its latents for their tokens."""
-    del num_tokens
-    return _shift_by_tokens(config, 16, num_steps)
-
-
-def _shift_by_side(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
-    """CogView 4: a line over the root of the number of tokens."""
-    del num_steps
-    sides = (num_tokens / config.get("base_image_seq_len", 256)) ** 0.5
-    return sides * config.get("max_shift", 0.75) + config.get("base_shift", 0.25)
-
-
-def _shift_by_steps(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
-    """Flux.2: fitted, by the number of steps as well."""
-    del config
-    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # noqa: PLC0415
-
-    return compute_empirical_mu(num_tokens, num_steps)
-
-
-def _shift_unless_distilled(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
-    """Krea 2: one shift for its few-step model."""
-    if config.get("is_distilled"):
-        return 1.15
-    return _shift_by_tokens(config, num_tokens, num_steps)
-
-
-def _shift_of_one(config: Mapping[str, Any], num_tokens: int, num_steps: int) -> float:
-    """EasyAnimate."""
-    del config, num_tokens, num_steps
-    return 1.0
-
-
-STEPS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
-    "BriaTransformer2DModel": _sigmas_of_training,
-    "CogView4Transformer2DModel": _whole_timesteps,
-    "GlmImageTransformer2DModel": _whole_timesteps_before_last,
-    "LTXConditionPipeline": _linear_quadratic_timesteps,
-    "MochiTransformer3DModel": _linear_quadratic,
-    **dict.fromkeys(
-        (
-            "BriaFiboTransformer2DModel",
-            "ChromaTransformer2DModel",
-            "Flux2Transformer2DModel",
-            "FluxTransformer2DModel",
-            "HunyuanImageTransformer2DModel",
-            "HunyuanVideo15Transformer3DModel",
-            "HunyuanVideoTransformer3DModel",
-            "Krea2Transformer2DModel",
-            "LTXVideoTransformer3DModel",
-            "LongCatImageTransformer2DModel",
-            "Lumina2Transformer2DModel",
-            "MotifVideoTransformer3DModel",
-            "OvisImageTransformer2DModel",
-            "QwenImageTransformer2DModel",
-            "ZImageTransformer2DModel",
-        ),
-        _even_sigmas,
-    ),
-}
-"""Arguments of `set_timesteps` that pipelines pass, of the scheduler and the number of steps: by
-the transformer's class, and by the pipeline's own where it differs from its model's others."""
-
-SHIFTS: dict[str, Callable[[Mapping[str, Any], int, int], float]] = {
-    "CogView4Transformer2DModel": _shift_by_side,
-    "GlmImageTransformer2DModel": _shift_by_side,
-    "EasyAnimateTransformer3DModel": _shift_of_one,
-    "Flux2Transformer2DModel": _shift_by_steps,
-    "Krea2Transformer2DModel": _shift_unless_distilled,
-    "Lumina2Transformer2DModel": _shift_by_channels,
-}
-"""`mu` for schedulers that shift by resolution: of their config, N and the number of steps."""

@@ -146,7 +146,7 @@ class Skeleton:
         with _undisturbed(), torch.no_grad(), seen.counter, _KnownMasks():
             self.model(**inputs)
         return Run(
-            num_tokens=self.spec.tokens(self.model, inputs[self.spec.sample]),
+            num_tokens=self.spec.tokens_of(self.model, inputs),
             blocks=tuple(seen.blocks),
             outside=seen.counter.get_total_flops() - seen.inside,
             rows=seen.rows,
@@ -164,7 +164,7 @@ class Skeleton:
     def _inputs(self, size: Size) -> dict[str, Any]:
         with _undisturbed():
             time = self.spec.timestep_at(torch.full((size.batch,), 0.5))
-            return {**self.spec.example(self.model, size), self.spec.timestep: time}
+            return {**self.spec.example(self.model, size), **self.spec.times(time)}
 
     def _block(
         self,

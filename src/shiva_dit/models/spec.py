@@ -40,6 +40,8 @@ class BlockSpec:
     """Argument that holds the image tokens, (B, N, D)."""
     text: Text = "none"
     """Where that argument holds the text's tokens too, if it does."""
+    tokens_first: bool = False
+    """Whether what it takes and returns is (N, B, D)."""
     output: int | None = None
     """Place of the image tokens in the returned tuple; None if the tensor itself is returned."""
     value_modules: tuple[str, ...] = ()
@@ -54,6 +56,10 @@ class BlockSpec:
     sites: Mapping[Site, tuple[SitePlace, ...]] = field(default_factory=dict)
     """Where reducers can work (`attach_reducer`): where no token has a place of its own in
     attention (rotary embeddings) and no other tokens stand among the image's."""
+
+    def turned(self, tokens: Tensor) -> Tensor:
+        """A block's tokens with the batch first, and back."""
+        return tokens.transpose(0, 1) if self.tokens_first else tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +80,8 @@ class ModelSpec:
     """Argument of the model's forward that holds the latents."""
     timestep: str = "timestep"
     """Argument that holds the timestep."""
+    same_times: tuple[str, ...] = ()
+    """Further arguments that hold the same time."""
     noise_timestep: float = 1000.0
     """What the model calls pure noise, t = 1."""
     clean_timestep: float = 0.0
@@ -97,6 +105,10 @@ class ModelSpec:
     """Fewest image tokens that a block can run on."""
     tokens: Callable[[nn.Module, Any], int] = lambda model, sample: count_tokens(model, sample)
     """Number of image tokens N for latents, as the model takes them."""
+    called_tokens: Callable[[Mapping[str, Any]], int] | None = None
+    """N of a call, from its arguments, where its latents may hold other tokens as well."""
+    returns_text: bool = False
+    """Whether rows of the text come before the image's in what its forward returns."""
     own_tokens: Callable[[nn.Module], int | None] = lambda model: own_square(model)
     """N of the size that its config states; None where it states none."""
     inputs: Mapping[str, Input]
@@ -118,6 +130,16 @@ class ModelSpec:
     def timestep_at(self, t: Tensor) -> Tensor:
         """What the model calls times t in [0, 1]."""
         return self.clean_timestep + t * (self.noise_timestep - self.clean_timestep)
+
+    def times(self, timestep: Tensor) -> dict[str, Tensor]:
+        """The arguments that tell the model its time."""
+        return dict.fromkeys((self.timestep, *self.same_times), timestep)
+
+    def tokens_of(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
+        """N of a call, from its arguments."""
+        if self.called_tokens is not None:
+            return self.called_tokens(arguments)
+        return self.tokens(model, given(model, arguments, self.sample))
 
     def example(self, model: nn.Module, size: Size) -> dict[str, Any]:
         """Arguments of a forward but the time, for an example of a size."""

@@ -37,7 +37,7 @@ class Calls:
         """Each sample once, with its caption, in the model's dtype."""
         return {
             self.spec.sample: noisy.to(self.dtype),
-            self.spec.timestep: self.path.timestep(t),
+            **self.spec.times(self.path.timestep(t)),
             "return_dict": False,
             **self.spec.arguments_of(batch.conditioning_in(self.dtype)),
             **batch.shared,

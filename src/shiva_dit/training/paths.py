@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,8 +34,8 @@ class NoisePath(Protocol):
         """What the model should predict there."""
         ...
 
-    def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
-        """What it did predict, in the target's sign, from what its forward returned."""
+    def prediction(self, output: tuple[Any, ...], like: Tensor) -> Float[Tensor, "B ..."]:
+        """What it did predict for samples, in the target's sign, of what its forward returned."""
         ...
 
     def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
@@ -69,11 +70,13 @@ class FlowMatching:
         del t
         return noise - clean
 
-    def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
+    def prediction(self, output: tuple[Any, ...], like: Tensor) -> Float[Tensor, "B ..."]:
         """Turned round where the model's own time runs from noise to data: so does its velocity."""
         found = output[0]
         if isinstance(found, list):  # one sample each
             found = torch.stack(found)
+        if self.spec.returns_text:
+            found = found[:, -like.shape[1] :]
         return found if self.spec.noise_timestep > self.spec.clean_timestep else -found
 
     def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
@@ -128,8 +131,9 @@ class Diffusion:
         signal, spread = self._shares(clean, t)
         return signal * noise - spread * clean
 
-    def prediction(self, output: tuple[Any, ...]) -> Float[Tensor, "B ..."]:
+    def prediction(self, output: tuple[Any, ...], like: Tensor) -> Float[Tensor, "B ..."]:
         """With the variance's channels, where the model learned those as well."""
+        del like
         return output[0]
 
     def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
@@ -147,6 +151,37 @@ class Diffusion:
         return alphas.sqrt(), (1.0 - alphas).sqrt()
 
 
+class Cosine(Diffusion):
+    """The path of Stable Audio, `cos(pi t / 2) x0 + sin(pi t / 2) e`, at any time.
+
+    It predicts `cos(pi t / 2) e - sin(pi t / 2) x0`, as `CosineDPMSolverMultistepScheduler` has it.
+    """
+
+    STEPS = 1000
+
+    def __init__(self) -> None:
+        edges = torch.linspace(0.0, 1.0, self.STEPS + 1, dtype=torch.float64)
+        alphas = (0.5 * math.pi * edges).cos().square()
+        betas = (1.0 - alphas[1:] / alphas[:-1]).clamp(max=0.999)
+        super().__init__(
+            UniPCMultistepScheduler(
+                num_train_timesteps=self.STEPS,
+                trained_betas=betas.tolist(),
+                prediction_type="v_prediction",
+            )
+        )
+
+    def timestep(self, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The times themselves."""
+        return t
+
+    def _shares(
+        self, clean: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+    ) -> tuple[Tensor, Tensor]:
+        angle = (0.5 * math.pi * t.to(clean)).view(-1, *[1] * (clean.ndim - 1))
+        return angle.cos(), angle.sin()
+
+
 def path_of(spec: ModelSpec, scheduler: Any = None) -> NoisePath:
     """The path of a model: its scheduler's, or flow matching.
 
@@ -157,6 +192,8 @@ def path_of(spec: ModelSpec, scheduler: Any = None) -> NoisePath:
     Raises:
         ValueError: If the model learned a diffusion schedule and none is given.
     """
+    if spec.learned_by == "cosine schedule":
+        return Cosine()
     # Solvers of both kinds (UniPC, DPM++) hold a diffusion schedule that flow matching ignores.
     flows = scheduler is not None and scheduler.config.get("use_flow_sigmas")
     if hasattr(scheduler, "alphas_cumprod") and not flows:

@@ -96,5 +96,5 @@ class Samples:
         student, empty = self.student, self.data.unconditional()
         with torch.no_grad(), student.as_teacher(), student.autocast():
             out = student.teacher(**student.calls.guided(x, t, batch, scales, empty))
-        found = student.path.prediction(out)
+        found = student.path.prediction(out, x)
         return guided(found, scales) if scales is not None and student.calls.both_ways else found

@@ -198,7 +198,7 @@ class Student:
             ) as student,
             self.autocast(),
         ):
-            prediction = self.path.prediction(self.model(**arguments))
+            prediction = self.path.prediction(self.model(**arguments), noisy)
         off = partial(
             error_and_drift,
             samples=samples,
@@ -276,15 +276,12 @@ class Student:
         needs_updates = self.learns_scores and self.config.estimator.needs_teacher
         updates = self.adapter.schedule.prunable_blocks if needs_updates else ()
         wanted = {*updates, *self.distilled}
-        with (
-            torch.no_grad(),
-            self.as_teacher(),
-            record_blocks(
-                self.teacher, inputs=updates, outputs=wanted, num_tokens=self.num_tokens
-            ) as features,
-            self.autocast(),
-        ):
-            prediction = self.path.prediction(self.teacher(**arguments))
+        recorded = record_blocks(
+            self.teacher, inputs=updates, outputs=wanted, num_tokens=self.num_tokens
+        )
+        with torch.no_grad(), self.as_teacher(), recorded as features, self.autocast():
+            output = self.teacher(**arguments)
+        prediction = self.path.prediction(output, arguments[self.spec.sample])
         return features, prediction
 
     def close(self) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from shiva_dit.models.families import cross, flux, joint, one_stream, videos, wan
+from shiva_dit.models.families import cross, flux, joint, one_stream, sound, videos, wan
 from shiva_dit.models.families.refused import REFUSED
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
-FAMILIES = (joint, flux, one_stream, cross, wan, videos)
+FAMILIES = (joint, flux, one_stream, cross, wan, videos, sound)
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
 MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
-from shiva_dit.models.rows import TABLE, Rows
+from shiva_dit.models.rows import TABLE, Rows, alike
 from shiva_dit.models.spec import BlockSpec, ModelSpec, given, mean_text, text_mean
 
 MULTIPLE = 32
@@ -64,6 +65,39 @@ def _pictures(model: Any, size: Size) -> list[Float[Tensor, "C F H W"]]:
     return list(size.draw(size.batch, model.config.in_channels, *sides))
 
 
+def _mean_of_lengths(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    text: Tensor = given(model, arguments, "text_bth")
+    places = torch.arange(text.shape[1], device=text.device)
+    return mean_text(text, places < given(model, arguments, "text_lens")[:, None])
+
+
+def _lengths(model: Any, size: Size) -> Int[Tensor, " B"]:
+    return torch.full((size.batch,), size.text)
+
+
+SLOT = 4
+"""Tokens of the target for each place that Qwen-Image 2.1's language model keeps for them."""
+
+
+def _places_of_target(model: Any, size: Size) -> Bool[Tensor, "B S"]:
+    """Which places of text and picture are the picture's."""
+    of_text = torch.zeros(size.batch, size.text, dtype=torch.bool)
+    return torch.cat([of_text, torch.ones(size.batch, size.tokens // SLOT).bool()], dim=1)
+
+
+def _refuse_flex(*_: Any) -> NoReturn:
+    raise ValueError(
+        "QwenImage21FlexAttnProcessor masks by places in all tokens, of which pruned blocks have "
+        "some: set QwenImage21AttnProcessor (transformer.set_attn_processor)."
+    )
+
+
+def _mask_of_keys(mask: Any, chosen: Int[Tensor, "B k"], num_tokens: int) -> Any:
+    if not isinstance(mask, Tensor):
+        _refuse_flex()
+    return Rows(axis=-1, text="first")(mask, chosen, num_tokens)
+
+
 def _position_ids(model: Any, size: Size) -> Float[Tensor, "S 3"]:
     return torch.cat([examples.text_ids(model, size), examples.image_ids(model, size)])
 
@@ -99,6 +133,30 @@ BLOCKS = (
         text="first",
         value_modules=("attn.to_v",),
         rows={"image_rotary_emb": TABLE, "attention_mask": Rows(axis=-1, text="first")},
+    ),
+    BlockSpec(
+        block_class="ErnieImageSharedAdaLNBlock",
+        hidden="x",
+        text="last",
+        tokens_first=True,
+        value_modules=("self_attention.to_v",),
+        values_of_text_last=True,
+        rows={
+            "rotary_pos_emb": Rows(text="last"),
+            "temb": alike(0),
+            "attention_mask": Rows(axis=-1, text="last"),
+        },
+    ),
+    BlockSpec(
+        block_class="QwenImage21TransformerBlock",
+        text="first",
+        value_modules=("attn.to_v",),
+        rows={
+            "rotary_emb": TABLE,
+            "attention_mask": _mask_of_keys,
+            "target_token_mask": alike(0),
+            "key_valid": Rows(text="first"),
+        },
     ),
 )
 
@@ -167,6 +225,37 @@ MODELS = (
             "encoder_hidden_states": _layers_of_text,
             "position_ids": _position_ids,
             "encoder_attention_mask": examples.mask(torch.bool),
+        },
+    ),
+    ModelSpec(
+        model_class="ErnieImageTransformer2DModel",
+        name="Ernie-Image",
+        block_lists=("layers",),
+        time_embedder="time_embedding",
+        context=_mean_of_lengths,
+        guidance="one batch",
+        text_tokens=256,
+        inputs={
+            "hidden_states": examples.image,
+            "text_bth": examples.text("text_in_dim"),
+            "text_lens": _lengths,
+        },
+    ),
+    ModelSpec(
+        model_class="QwenImage21Transformer2DModel",
+        name="Qwen-Image 2.1",
+        noise_timestep=1.0,
+        time_embedder="time_text_embed.timestep_embedder",
+        context=text_mean("encoder_hidden_states_mask"),
+        text_tokens=512,
+        called_tokens=lambda arguments: math.prod(arguments["img_shapes"][0][-1]),
+        returns_text=True,
+        sizes=lambda model, i: (1, 2, 4 * i),
+        inputs={
+            "hidden_states": examples.packed,
+            "encoder_hidden_states": examples.text("context_in_dim"),
+            "img_shapes": lambda m, s: [[(s.frames, s.height, s.width)]] * s.batch,
+            "img_mask": _places_of_target,
         },
     ),
 )

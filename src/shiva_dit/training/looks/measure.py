@@ -210,7 +210,8 @@ class Measure:
         self, model: Any, arguments: dict[str, Any], within: AbstractContextManager[None]
     ) -> Tensor:
         with within, self.student.autocast():
-            return self.student.path.prediction(model(**arguments))
+            output = model(**arguments)
+        return self.student.path.prediction(output, arguments[self.student.spec.sample])
 
 
 class _Kept:
