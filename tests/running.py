@@ -45,6 +45,7 @@ FAMILY = {
     "ChromaTransformer2DModel": "chroma",
     "ChronoEditTransformer3DModel": "chronoedit",
     "CogVideoXTransformer3DModel": "cogvideox",
+    "CosmosTransformer3DModel": "cosmos",
     "CogView3PlusTransformer2DModel": "cogview3-plus",
     "CogView4Transformer2DModel": "cogview4",
     "ConsisIDTransformer3DModel": "consisid",
@@ -52,19 +53,25 @@ FAMILY = {
     "EasyAnimateTransformer3DModel": "easyanimate",
     "ErnieImageTransformer2DModel": "ernie-image",
     "Flux2Transformer2DModel": "flux2-klein",
+    "Flux3Transformer2DModel": "flux3",
     "FluxTransformer2DModel": "flux",
     "GlmImageTransformer2DModel": "glm-image",
     "HunyuanDiT2DModel": "hunyuan-dit",
     "HunyuanImageTransformer2DModel": "hunyuan-image",
     "HunyuanVideo15Transformer3DModel": "hunyuan-video-1.5",
     "HunyuanVideoTransformer3DModel": "hunyuan-video",
+    "Ideogram4Transformer2DModel": "ideogram4",
+    "JoyImageEditPlusTransformer3DModel": "joyimage-plus",
     "JoyImageEditTransformer3DModel": "joyimage",
+    "Kandinsky6Transformer3DModel": "kandinsky6",
     "Krea2Transformer2DModel": "krea2",
+    "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
     "LongCatAudioDiTTransformer": "longcat-audio",
     "LongCatImageTransformer2DModel": "longcat",
     "Lumina2Transformer2DModel": "lumina2",
     "LuminaNextDiT2DModel": "lumina-next",
+    "MiniMaxMusic3Transformer1DModel": "minimax-music3",
     "MochiTransformer3DModel": "mochi",
     "MotifVideoTransformer3DModel": "motif-video",
     "OvisImageTransformer2DModel": "ovis-image",
@@ -76,6 +83,7 @@ FAMILY = {
     "SkyReelsV2Transformer3DModel": "skyreels",
     "StableAudio3DiTModel": "stable-audio-3",
     "StableAudioDiTModel": "stable-audio",
+    "WanAnimateTransformer3DModel": "wan-animate",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan-vace",
     "ZImageTransformer2DModel": "z-image",
@@ -215,6 +223,27 @@ def _ace_step(pipe: Any) -> None:
     pipe._build_chunk_mask = _given(torch.ones(BATCH, 128, 4))
 
 
+def _ltx2(pipe: Any) -> None:
+    pipe.connectors = lambda text, mask, **options: (text, -text, mask)
+    pipe.prepare_audio_latents = _given(normal(BATCH, 26, 3, seed=9))
+
+
+def _ideogram4(pipe: Any) -> None:
+    given = families.arguments("ideogram4", BATCH)
+    names = "encoder_hidden_states", "position_ids", "segment_ids", "indicator"
+    pipe.encode_prompt = _given(tuple(given[name] for name in names))
+
+
+def _joyimage_plus(pipe: Any) -> None:
+    given = families.arguments("joyimage-plus", BATCH)
+    texts, mask = _texts(), torch.ones(BATCH, 7, dtype=torch.long)
+    target = torch.arange(64).repeat(BATCH, 1) < 48
+    pipe.check_inputs = _given(None)
+    pipe.prepare_latents = _given((given["hidden_states"], target, given["shape_list"]))
+    encoded = iter([(texts[0], mask), (texts[1], mask)])
+    pipe.encode_prompt_multiple_images = lambda *args, **options: next(encoded)
+
+
 def _longcat_audio(pipe: Any) -> None:
     lengths = torch.tensor([4, 7])
     pipe.encode_prompt = lambda prompts, device: (_texts()[prompts[0] == "no"], lengths)
@@ -224,11 +253,6 @@ def _beside(pipe: Any) -> None:
     """No channels of a picture to go by."""
     pipe.prepare_cond_latents_and_mask = lambda latents, *args: (latents[:, :0],) * 2
     pipe.vision_num_semantic_tokens, pipe.vision_states_dim = 729, 10
-
-
-def _motif_video(pipe: Any) -> None:
-    pipe.prepare_latents = _given(normal(BATCH, 2, 4, 8, 8, seed=8))
-    _half_of_channels(pipe)
 
 
 def _chronoedit(pipe: Any) -> None:
@@ -283,6 +307,20 @@ class _Some:
 def _sound() -> Any:
     made = _Some(sampling_rate=64, audio_channels=1, latent_dim=4)
     made.hop_length = made.downsampling_ratio = 1
+    return made
+
+
+class _Checker:
+    """Stands for a checker of prompts, of which there are none."""
+
+    to = staticmethod(_given(None))
+
+
+def _ltx2_vae(channels: int, times: int) -> Any:
+    made = _Some(sample_rate=16000, mel_hop_length=160, mel_bins=12, latent_channels=8)
+    made.latents_mean, made.latents_std = torch.zeros(channels), torch.ones(channels)
+    made.spatial_compression_ratio, made.temporal_compression_ratio = 32, times
+    made.mel_compression_ratio = 4
     return made
 
 
@@ -354,6 +392,22 @@ CALLS: dict[str, dict[str, Any]] = {
         "latents": normal(BATCH, 64, 4, seed=8),
     },
     "StableAudio3Pipeline": {"prompt": "yes", "negative_prompt": "no"},
+    "Ideogram4Pipeline": {
+        "prompt": [""] * BATCH,
+        "max_sequence_length": 7,
+        "guidance_schedule": None,
+    },
+    "JoyImageEditPlusPipeline": {"prompt": [""] * BATCH, "images": [[]] * BATCH},
+    "LTX2Pipeline": {
+        "height": 128,
+        "width": 128,
+        "num_frames": 25,
+        "stg_scale": 0.0,
+        "audio_stg_scale": 0.0,
+        "modality_scale": 1.0,
+        "audio_modality_scale": 1.0,
+        "spatio_temporal_guidance_blocks": None,
+    },
     "ConsisIDPipeline": {"image": picture()[:1]},
     "GlmImagePipeline": {"prior_token_ids": torch.arange(BATCH * 64).view(BATCH, 64) % 50},
     "HunyuanVideo15Pipeline": {
@@ -447,6 +501,14 @@ PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "StableAudio3Pipeline": lambda model: {"vae": _sound(), **_of_one_timestep()},
     "AceStepPipeline": lambda model: _of_one_timestep(),
+    "Cosmos2TextToImagePipeline": lambda model: {
+        "vae": _Some(),
+        "safety_checker": _Checker(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+    },
+    "Ideogram4Pipeline": lambda model: {"unconditional_transformer": families.made("ideogram4")},
+    "JoyImageEditPlusPipeline": lambda model: {"vae": _Some(latent_channels=4)},
+    "LTX2Pipeline": lambda model: {"vae": _ltx2_vae(4, 8), "audio_vae": _ltx2_vae(3, 4)},
     "MotifVideoPipeline": lambda model: {
         "vae": _Some(z_dim=2),
         "guider": ClassifierFreeGuidance(),
@@ -467,12 +529,15 @@ PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
 PREPARED: dict[str, Callable[[Any], None]] = {
     "AceStepPipeline": _ace_step,
     "BriaFiboPipeline": _fibo,
+    "Ideogram4Pipeline": _ideogram4,
+    "JoyImageEditPlusPipeline": _joyimage_plus,
+    "LTX2Pipeline": _ltx2,
     "LongCatAudioDiTPipeline": _longcat_audio,
     "StableAudio3Pipeline": _stable_audio_3,
     "StableAudioPipeline": _stable_audio,
     "ConsisIDPipeline": _cogvideox_image,
     "HunyuanVideo15Pipeline": _beside,
-    "MotifVideoPipeline": _motif_video,
+    "MotifVideoPipeline": _replace(prepare_latents=_given(normal(BATCH, 2, 4, 8, 8, seed=8))),
     "ChromaInpaintPipeline": lambda pipe: pipe.transformer.register_to_config(
         guidance_embeds=False  # diffusers 0.42.1 asks for what Chroma hasn't
     ),
@@ -563,6 +628,26 @@ def call(name: str, pipe: Any, guided: bool = True, **options: Any) -> Any:
 # --- modular pipelines --------------------------------------------------------------------------
 
 
+PARTS_TOO_MANY = (
+    "EchoLoopDenoiser",
+    "Flux3DistilledLoopDenoiser",
+    "Ideogram4LoopDenoiser",
+    "LTX2LoopDenoiser",
+)
+"""Blocks that ask for more than is put together below: of LTX-2 with its sound, of Flux.3 with the
+time that a step ends at, and of Ideogram 4, whose other pass another model runs."""
+
+
+def _fields(kind: Any, given: dict[str, Any], text: Any, other: Any) -> dict[str, Any]:
+    """What Flux.3's blocks are handed, and others."""
+    if not kind.__name__.startswith("Flux3"):
+        return {"img_shapes": given.get("img_shapes")}
+    fields = {name: given[name] for name in ("img_ids", "txt_ids")}
+    return {**fields, "prompt_embeds": text, "negative_prompt_embeds": other} | (
+        {} if "Distilled" in kind.__name__ else {"negative_txt_ids": given["txt_ids"]}
+    )
+
+
 def served_denoisers() -> dict[str, tuple[Any, str, bool]]:
     """Every block of the modular pipelines that calls a transformer of a served class.
 
@@ -578,6 +663,8 @@ def served_denoisers() -> dict[str, tuple[Any, str, bool]]:
         for key, kind in vars(module).items():
             own = key.endswith("Denoiser") and not key.endswith(("BeforeDenoiser", "AfterDenoiser"))
             if not own or kind.__module__ != name:
+                continue
+            if key in PARTS_TOO_MANY:
                 continue
             parts = {p.name: p.type_hint.__name__ for p in kind().expected_components}
             if parts.get("transformer") in MODELS:
@@ -630,7 +717,9 @@ def denoise(kind: Any, model: Any, given: dict[str, Any], guider: Any) -> None:
         "negative_txt_ids": given.get("txt_ids"),
         "attention_kwargs": None,
         "joint_attention_kwargs": None,
-        "denoiser_input_fields": {"img_shapes": given.get("img_shapes")},
+        "denoiser_input_fields": _fields(kind, given, text, other),
+        "padding_mask": None,
+        "timesteps": 1000.0 * time,
         "additional_cond_kwargs": {},
         "num_inference_steps": 2,
         "num_frames": 13,

@@ -645,7 +645,7 @@ def test_every_linear_layer_of_attention_and_feed_forward_is_a_target(name: str)
         for path, module in block.named_modules(prefix=f"blocks.{index}")
         if isinstance(module, nn.Linear)
         and not LORA_TARGETS.match(path)
-        and not re.search(r"norm\d?(_context)?\.|_mod\.|adaLN", path)
+        and not re.search(r"norm\d?(_context)?\.|_mod\.|adaLN|adaln|modulation", path)
     ]
     assert not left
 

@@ -227,6 +227,15 @@ def test_flops_are_what_the_counter_counts(name: str) -> None:
         assert model_flops(model, families.TOKENS // 2, text).dense() == executed(model, half)
 
 
+def test_flops_of_a_segment_of_wan_animate() -> None:
+    """Its face encoder's cost goes by frames: it is counted at as many as the pipeline makes."""
+    model, given = families.made("wan-animate"), families.arguments("wan-animate", 1)
+    longer = {"hidden_states": 21, "pose_hidden_states": 20, "face_pixel_values": 80}
+    for name, frames in longer.items():
+        given[name] = given[name][:, :, :1].repeat(1, 1, frames, 1, 1)
+    assert model_flops(model, 21 * 16, families.TEXT).dense() == executed(model, given)
+
+
 @sampled("name")
 def test_what_a_lora_beside_the_layers_costs_is_counted(name: str) -> None:
     """Beyond the same one merged, at different k of each block."""

@@ -38,6 +38,7 @@ RUN = """
     AllegroPipeline AuraFlowPipeline BriaFiboPipeline BriaPipeline ChromaImg2ImgPipeline
     ChromaInpaintPipeline ChromaPipeline ChronoEditPipeline CogVideoXFunControlPipeline
     AceStepPipeline ConsisIDPipeline ErnieImagePipeline GlmImagePipeline HunyuanVideo15Pipeline
+    Cosmos2TextToImagePipeline Ideogram4Pipeline JoyImageEditPlusPipeline LTX2Pipeline
     JoyImageEditPipeline LongCatAudioDiTPipeline MotifVideoPipeline QwenImage21Pipeline
     StableAudio3Pipeline StableAudioPipeline
     CogVideoXImageToVideoPipeline CogVideoXPipeline CogVideoXVideoToVideoPipeline
@@ -100,7 +101,9 @@ def differ(chosen: Tensor) -> bool:
 def test_the_table_has_every_pipeline_of_a_served_class() -> None:
     found = running.served_pipelines()
     assert set(PIPELINES) == set(found)
-    assert set(found.values()) == set(MODELS)
+    modular = {model for _, model, _ in running.served_denoisers().values()}
+    modular.add("MiniMaxMusic3Transformer1DModel")  # loop and call are one block
+    assert set(found.values()) | modular == set(MODELS)
     for name, model_class in found.items():
         assert PIPELINES[name].how in (MODELS[model_class].guidance, "one pass"), name
 
@@ -134,10 +137,11 @@ def test_a_source_reads_as_the_table_says(name: str) -> None:
     source = inspect.getsource(inspect.unwrap(running.kind_of(name).__call__))
     calls = len(re.findall(r"(self\.transformer|current_model)\(", source))
     doubled = bool(re.search(r"\* 2\b.* if |apply_cfg:\n", source))
+    further = source.count('cache_context("uncond_')  # passes that are perturbed
     named = re.findall(r'cache_context\((?:"(\w+)"|(context_name))', source)
     if guided.how == "one pass":
         assert not doubled
-        assert calls <= (3 if "KV" in name else 1)
+        assert calls <= (3 if "KV" in name else 2 if "DFR" in name else 1)
         assert "do_classifier_free_guidance" not in source.replace(
             "do_classifier_free_guidance=False", ""
         )
@@ -147,7 +151,7 @@ def test_a_source_reads_as_the_table_says(name: str) -> None:
         assert calls == 2
         assert re.search(rf"if {guided.on}.*?\n.*?self\.transformer\(", source, re.S)
     else:
-        assert calls == 1
+        assert calls == 1 + further
         assert doubled
         assert guided.on in source
         assert re.search(rf"^\s*{guided.latents}\b.* = self", source, re.M)

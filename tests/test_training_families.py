@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from shiva_dit.core.budget import stratified
 from shiva_dit.models.families import MODELS, model_spec
-from shiva_dit.models.spec import ModelSpec
+from shiva_dit.models.spec import BESIDE, ModelSpec
 from shiva_dit.training.data import Batch, ShuffledIndices
 from shiva_dit.training.fit import NUM_BATCHES, fit_updates
 from shiva_dit.training.paths import Diffusion, FlowMatching, path_of
@@ -23,7 +23,12 @@ from shiva_dit.training.trainer import Trainer
 from tests import families
 from tests.matrix import sampled
 
-SHARED = "img_ids", "txt_ids", "position_ids", "image_rotary_emb", "rotary_embedding"
+BESIDE_LATENTS = {
+    "Kandinsky6Transformer3DModel": 4,
+    "MotifVideoTransformer3DModel": 2,
+    "WanAnimateTransformer3DModel": 4,
+}
+"""Those that are built to read more channels than they give, and how many they give."""
 
 
 class FamilyData:
@@ -40,11 +45,17 @@ class FamilyData:
             if isinstance(value, list) and isinstance(value[0], Tensor):
                 given[key] = pad_sequence(value, batch_first=True)
         self.latents = given.pop(spec.sample)
+        if spec.padded_like is not None:
+            self.latents = self.latents[:, -families.TOKENS :]
         self.conditioning = {
             key: value
             for key, value in given.items()
-            if isinstance(value, Tensor) and key not in SHARED
+            if isinstance(value, Tensor) and key not in families.SHARED
         }
+        if spec.model_class in BESIDE_LATENTS:
+            own, axis = BESIDE_LATENTS[spec.model_class], spec.channels or 1
+            beside = self.latents.shape[axis] - own
+            self.latents, self.conditioning[BESIDE] = self.latents.split((own, beside), axis)
         self.shared = {k: v for k, v in given.items() if k not in self.conditioning}
 
     def __len__(self) -> int:
@@ -56,7 +67,7 @@ class FamilyData:
         return Batch(latents=self.latents[indices], conditioning=conditioning, shared=self.shared)
 
     def unconditional(self) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.conditioning.items()}
+        return {name: value[0] for name, value in self.conditioning.items() if name != BESIDE}
 
 
 def trainer_for(name: str, out: Path, **changes: Any) -> Trainer:
@@ -121,8 +132,8 @@ def test_time_that_runs_back_turns_the_velocity_round() -> None:
         assert torch.equal(path.target(clean, noise, t), torch.ones(2, 3))
     assert forth.timestep(t).tolist() == [0.25, 1.0]
     assert back.timestep(t).tolist() == [0.75, 0.0]
-    assert torch.equal(forth.prediction((noise,), noise), noise)
-    assert torch.equal(back.prediction(([noise[0], noise[1]],), noise), -noise)
+    assert torch.equal(forth.prediction((noise,), 3), noise)
+    assert torch.equal(back.prediction(([noise[0], noise[1]],), 3), -noise)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

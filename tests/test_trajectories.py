@@ -82,7 +82,7 @@ def test_states_are_those_of_guided_sampling_by_the_unpruned_model(
                 out = student.model(
                     **student.calls.plain(x.repeat(2, *[1] * (x.ndim - 1)), times.repeat(2), twice)
                 )
-        found_ = student.path.prediction(out, x)
+        found_ = student.path.prediction(out, student.num_tokens)
         if not told:
             found_ = guided(found_, route.guidance)
         x = solver.step(found_[:, : x.shape[1]], timestep, x, return_dict=False)[0]
@@ -133,7 +133,7 @@ def test_a_part_is_trained_at_states_of_a_route(tmp_path: Path) -> None:
     # The diffusion loss has no part in it: what is left are the errors to the teacher.
     with torch.no_grad():
         ours, theirs = (
-            student.path.prediction(model(**seen[0]), states)
+            student.path.prediction(model(**seen[0]), student.num_tokens)
             for model in (student.model, student.teacher)
         )
     off = (guided(ours, batch.route.guidance) - guided(theirs, batch.route.guidance)).square()

@@ -182,13 +182,11 @@ class _FlipTest:
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         times = torch.full((1,), t, device=self.device)
         spec = self.attachment.spec
-        self.arguments = {
-            spec.sample: self.path.noisy(batch.latents, noise, times),
-            **spec.times(self.path.timestep(times)),
-            **spec.arguments_of(batch.conditioning_in(self.dtype)),
-        }
+        noisy = self.path.noisy(batch.latents, noise, times)
+        self.arguments = spec.arguments_of(noisy, batch.conditioning_in(self.dtype))
+        self.arguments.update(spec.times(self.path.timestep(times)))
         self.shared = {**batch.shared, "return_dict": False}
-        num_tokens = spec.tokens(self.attachment.model, batch.latents)
+        num_tokens = self.num_tokens = spec.tokens(self.attachment.model, batch.latents)
         self.counts = self.attachment.counts.table(num_tokens).row(t)
         blocks = self.attachment.schedule.prunable_blocks
         with (
@@ -199,7 +197,7 @@ class _FlipTest:
             ) as self.teacher,
         ):
             output = self.attachment.model(**self.arguments, **self.shared)
-        self.target = self.path.prediction(output, batch.latents)
+        self.target = self.path.prediction(output, num_tokens)
         if self.config.loss == "diffusion":
             self.target = self.path.target(batch.latents, noise, times)
 
@@ -228,7 +226,7 @@ class _FlipTest:
         arguments = tree_map_only(Tensor, lambda v: v.expand(copies, *v.shape[1:]), self.arguments)
         with self.attachment.forwards.gated(GatedForward(counts=counts or self.counts, gates=make)):
             output = self.attachment.model(**arguments, **self.shared)
-        prediction = self.path.prediction(output, self.target)[:, : self.target.shape[1]]
+        prediction = self.path.prediction(output, self.num_tokens)[:, : self.target.shape[1]]
         error = (prediction.float() - self.target.float()).square().flatten(1).mean(1)
         return error, gates
 

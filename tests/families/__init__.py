@@ -19,8 +19,17 @@ from tests import tiny
 from tests.families import newer_stills, newest, sound, stills, videos
 from tests.families.kit import TEXT, TOKENS, Family, narrow_latents
 
-__all__ = ["FAMILIES", "TEXT", "TOKENS", "narrow_latents"]
+__all__ = ["FAMILIES", "SHARED", "TEXT", "TOKENS", "narrow_latents"]
 
+SHARED = (
+    "img_ids",
+    "txt_ids",
+    "image_cond_ids",
+    "position_ids",
+    "image_rotary_emb",
+    "rotary_embedding",
+)
+"""Arguments that are the same for all samples."""
 BY_LAYER = "text_encoder_layers", "id_vit_hidden"
 """Arguments that are lists of tensors, one for each layer of an encoder."""
 FAMILIES: dict[str, Family] = {
@@ -39,10 +48,10 @@ def made(name: str) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if re.search(
-                "norm_[qk]|[qk]_norm", key
+                "norm_[qk]|([qk]|query|key)_norm", key
             ):  # else attention is all but even: no test bites
                 parameter.fill_(2.0)
-            if key.endswith("attn1.to_q.weight"):
+            if key.endswith(("attn.to_q.weight", "attn1.to_q.weight")):
                 parameter.mul_(FAMILIES[name].queries)
     return model.eval()
 
@@ -60,8 +69,7 @@ def sample_of(given: dict[str, Any], index: int) -> dict[str, Any]:
             return {key: pick(key, inner) for key, inner in value.items()}
         if name in BY_LAYER:
             return [layer[index : index + 1] for layer in value]
-        shared = "img_ids", "txt_ids", "position_ids", "image_rotary_emb", "rotary_embedding"
-        if value is None or isinstance(value, int) or name in shared:
+        if value is None or isinstance(value, int) or name in SHARED:
             return value
         return value[index : index + 1]
 

@@ -8,12 +8,19 @@ import torch
 from diffusers import (
     BriaFiboTransformer2DModel,
     ConsisIDTransformer3DModel,
+    CosmosTransformer3DModel,
     ErnieImageTransformer2DModel,
+    Flux3Transformer2DModel,
     GlmImageTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
+    Ideogram4Transformer2DModel,
+    JoyImageEditPlusTransformer3DModel,
     JoyImageEditTransformer3DModel,
+    Kandinsky6Transformer3DModel,
+    LTX2VideoTransformer3DModel,
     MotifVideoTransformer3DModel,
     QwenImage21Transformer2DModel,
+    WanAnimateTransformer3DModel,
 )
 
 from tests.families.kit import TEXT, TOKENS, Family, half_of_rows, narrow_latents, normal, padded
@@ -141,8 +148,8 @@ def _hunyuan_video_15_arguments(batch: int, t: float) -> dict[str, Any]:
 
 def _motif_video(decoders: int) -> MotifVideoTransformer3DModel:
     return MotifVideoTransformer3DModel(
-        in_channels=5,  # what its pipelines put beside each channel of the latents, and a mask
-        out_channels=5,
+        in_channels=5,  # two of the latents, two of a picture to go by, and a mask
+        out_channels=2,
         num_attention_heads=2,
         attention_head_dim=16,
         num_layers=2,
@@ -269,7 +276,310 @@ def _narrow_qwen_image_21(given: dict[str, Any]) -> dict[str, Any]:
     return half_of_rows(img_shapes=[[(1, 8, 4)]] * batch, img_mask=places)(given)
 
 
+def _flux3() -> Flux3Transformer2DModel:
+    return Flux3Transformer2DModel(
+        in_channels=4,
+        cond_in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_channels=8,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+
+
+def _flux3_arguments(batch: int, t: float, pictures: int = 0) -> dict[str, Any]:
+    places = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    words = torch.zeros(TEXT, 4)
+    words[:, 3] = torch.arange(TEXT)
+    given = {
+        "hidden_states": normal(batch, TOKENS, 4),
+        "encoder_hidden_states": normal(batch, TEXT, 24, seed=1),
+        "timestep": torch.full((batch,), t),
+        "img_ids": torch.nn.functional.pad(places, (1, 1)).float(),
+        "txt_ids": words,
+    }
+    if pictures:
+        given["image_cond_hidden_states"] = normal(batch, pictures, 4, seed=2)
+        given["image_cond_ids"] = torch.nn.functional.pad(
+            places[:pictures], (1, 1), value=1
+        ).float()
+    return given
+
+
+def _narrow_flux3(given: dict[str, Any]) -> dict[str, Any]:
+    return half_of_rows(img_ids=given["img_ids"][: TOKENS // 2])(given)
+
+
+def _wan_animate() -> WanAnimateTransformer3DModel:
+    return WanAnimateTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=12,
+        latent_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=32,
+        ffn_dim=40,
+        num_layers=4,
+        image_dim=None,
+        rope_max_seq_len=32,
+        motion_encoder_channel_sizes={"4": 4, "8": 4},
+        motion_encoder_size=8,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=8,
+        face_encoder_hidden_dim=8,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+
+
+def _wan_animate_arguments(batch: int, t: float) -> dict[str, Any]:
+    text = normal(batch, TEXT, 24, seed=1)
+    text[0, 4:] = 0.0  # padding
+    return {
+        "hidden_states": normal(batch, 12, 4, 8, 8),  # four frames
+        "encoder_hidden_states": text,
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "pose_hidden_states": normal(batch, 4, 3, 8, 8, seed=5),
+        "face_pixel_values": normal(batch, 3, 12, 8, 8, seed=6),
+    }
+
+
+def _narrow_wan_animate(given: dict[str, Any]) -> dict[str, Any]:
+    return {**narrow_latents(given), "pose_hidden_states": given["pose_hidden_states"][..., :4]}
+
+
+def _ltx2(rope: str) -> LTX2VideoTransformer3DModel:
+    later = rope == "split"  # LTX-2.3
+    return LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=3,
+        audio_out_channels=3,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=4,
+        caption_channels=24,
+        rope_type=rope,
+        use_prompt_embeddings=not later,
+        gated_attn=later,
+        cross_attn_mod=later,
+        audio_gated_attn=later,
+        audio_cross_attn_mod=later,
+    )
+
+
+def _ltx2_arguments(batch: int, t: float, later: bool = False) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(batch, TOKENS, 4),
+        "audio_hidden_states": normal(batch, 126, 3, seed=4),
+        "encoder_hidden_states": normal(batch, TEXT, 32 if later else 24, seed=1),
+        "audio_encoder_hidden_states": normal(batch, TEXT, 16 if later else 24, seed=2),
+        "encoder_attention_mask": padded(batch),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "sigma": torch.full((batch,), 1000.0 * t),
+        "num_frames": 4,
+        "height": 4,
+        "width": 4,
+        "audio_num_frames": 126,
+    }
+
+
+def _kandinsky6() -> Kandinsky6Transformer3DModel:
+    return Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=24,
+        in_text_dim2=20,
+        time_dim=12,
+        model_dim=32,
+        ff_dim=40,
+        num_text_blocks=1,
+        num_visual_blocks=4,
+        axes_dims=(4, 6, 6),
+        visual_cond=True,
+        in_audio_dim=3,
+        out_audio_dim=3,
+    )
+
+
+def _kandinsky6_arguments(batch: int, t: float) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(batch, 4, 8, 8, 9),  # four frames; channels last
+        "encoder_hidden_states": normal(batch, TEXT, 24, seed=1),
+        "pooled_projections": normal(batch, 20, seed=2),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "audio_hidden_states": normal(batch, 126, 3, seed=4),
+    }
+
+
+def _narrow_kandinsky6(given: dict[str, Any]) -> dict[str, Any]:
+    return {"hidden_states": given["hidden_states"][:, :, :, :4]}
+
+
+def _joyimage_plus() -> JoyImageEditPlusTransformer3DModel:
+    return JoyImageEditPlusTransformer3DModel(
+        patch_size=[1, 2, 2],
+        in_channels=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        text_dim=24,
+        num_layers=4,
+        rope_dim_list=[4, 6, 6],
+    )
+
+
+def _joyimage_plus_arguments(batch: int, t: float) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(batch, TOKENS, 4, 1, 2, 2),
+        "encoder_hidden_states": normal(batch, TEXT, 24, seed=1),
+        "encoder_hidden_states_mask": padded(batch),
+        "timestep": torch.full((batch,), 1000.0 * t),
+        "shape_list": [[(1, 6, 8), (1, 4, 4)]] * batch,  # the target, and a picture to go by
+    }
+
+
+def _ideogram4() -> Ideogram4Transformer2DModel:
+    return Ideogram4Transformer2DModel(
+        in_channels=4,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=40,
+        adaln_dim=12,
+        llm_features_dim=24,
+        rope_theta=10000,
+        mrope_section=(4, 2, 2),
+    )
+
+
+def _ideogram4_arguments(batch: int, t: float) -> dict[str, Any]:
+    every = TEXT + TOKENS
+    text = normal(batch, every, 24, seed=1)
+    text[:, TEXT:] = 0.0
+    latents = normal(batch, every, 4)
+    latents[:, :TEXT] = 0.0
+    said = torch.full((batch, every), 2)
+    said[:, :TEXT] = 3
+    segments = torch.ones(batch, every, dtype=torch.long)
+    segments[0, :3] = 0  # padding
+    said[0, :3] = 0
+    text[0, :3] = 0.0
+    places = torch.zeros(batch, every, 3)
+    places[:, :TEXT] = torch.arange(TEXT)[:, None]
+    places[:, TEXT:, 1:] = torch.cartesian_prod(torch.arange(8), torch.arange(8)).float()
+    return {
+        "hidden_states": latents,
+        "timestep": torch.full((batch,), 1.0 - t),
+        "encoder_hidden_states": text,
+        "position_ids": places,
+        "segment_ids": segments,
+        "indicator": said,
+    }
+
+
+def _narrow_ideogram4(given: dict[str, Any]) -> dict[str, Any]:
+    names = given.keys() - {"timestep"}
+    return {name: given[name][:, : TEXT + TOKENS // 2] for name in names}
+
+
+def _cosmos() -> CosmosTransformer3DModel:
+    return CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=4,
+        mlp_ratio=2.0,
+        text_embed_dim=24,
+        adaln_lora_dim=8,
+        max_size=(8, 16, 16),
+        concat_padding_mask=False,  # with it torchvision is needed
+        extra_pos_embed_type=None,
+    )
+
+
+def _cosmos_arguments(batch: int, t: float) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(batch, 4, 4, 8, 8),  # four frames
+        "timestep": torch.full((batch,), t),
+        "encoder_hidden_states": normal(batch, TEXT, 24, seed=1),
+    }
+
+
 FAMILIES: dict[str, Family] = {
+    "joyimage-plus": Family(
+        build=_joyimage_plus,
+        arguments=_joyimage_plus_arguments,
+        narrow=lambda given: {
+            "hidden_states": given["hidden_states"][:, : TOKENS // 2],
+            "shape_list": [[(1, 4, 8)]] * len(given["hidden_states"]),
+        },
+        rows="image_rotary_emb",
+    ),
+    "ideogram4": Family(
+        build=_ideogram4,
+        arguments=_ideogram4_arguments,
+        narrow=_narrow_ideogram4,
+        text_inside=("Ideogram4TransformerBlock",),
+        rows="image_rotary_emb",
+    ),
+    "cosmos": Family(
+        build=_cosmos,
+        arguments=_cosmos_arguments,
+        narrow=narrow_latents,
+        rows="image_rotary_emb",
+    ),
+    "ltx2": Family(
+        build=lambda: _ltx2("interleaved"),
+        arguments=_ltx2_arguments,
+        narrow=half_of_rows(width=2),
+        rows="video_rotary_emb",
+    ),
+    "ltx2.3": Family(
+        build=lambda: _ltx2("split"),
+        arguments=lambda batch, t: _ltx2_arguments(batch, t, later=True),
+        narrow=half_of_rows(width=2),
+        rows="video_rotary_emb",
+    ),
+    "kandinsky6": Family(
+        build=_kandinsky6,
+        arguments=_kandinsky6_arguments,
+        narrow=_narrow_kandinsky6,
+        rows="vis_rope",
+    ),
+    "flux3": Family(
+        build=_flux3,
+        arguments=_flux3_arguments,
+        narrow=_narrow_flux3,
+        text_inside=("Flux3SingleTransformerBlock",),
+        rows="image_rotary_emb",
+    ),
+    "flux3-pictures": Family(
+        build=_flux3,
+        arguments=lambda batch, t: _flux3_arguments(batch, t, pictures=9),
+        narrow=_narrow_flux3,
+        text_inside=("Flux3SingleTransformerBlock",),
+        own_tokens=9,
+        counted=False,
+        rows="image_rotary_emb",
+    ),
+    "wan-animate": Family(
+        build=_wan_animate,
+        arguments=_wan_animate_arguments,
+        narrow=_narrow_wan_animate,
+        counted=False,  # `test_flops_of_a_segment_of_wan_animate`
+        rows="rotary_emb",
+    ),
     "ernie-image": Family(
         build=_ernie_image,
         arguments=_ernie_image_arguments,

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AceStepTransformer1DModel,
     LongCatAudioDiTTransformer,
+    MiniMaxMusic3Transformer1DModel,
     StableAudio3DiTModel,
     StableAudioDiTModel,
 )
@@ -139,7 +140,42 @@ def _narrow_longcat_audio(given: dict[str, Any]) -> dict[str, Any]:
     return half_of_rows(**others)(given)
 
 
+def _minimax_music3() -> MiniMaxMusic3Transformer1DModel:
+    return MiniMaxMusic3Transformer1DModel(
+        in_channels=4,
+        condition_dim=6,
+        num_layers=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        ff_inner_dim=40,
+        rotary_dim=8,
+        fourier_embedding_dim=8,
+    )
+
+
+def _minimax_music3_arguments(batch: int, t: float) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(batch, 4, TOKENS),
+        "timestep": torch.full((batch,), 1.0 - t),
+        "encoder_hidden_states": normal(batch, TOKENS, 6, seed=1),
+    }
+
+
+def _narrow_minimax_music3(given: dict[str, Any]) -> dict[str, Any]:
+    told = given["encoder_hidden_states"][:, : TOKENS // 2]
+    return {**_narrow_line(given), "encoder_hidden_states": told}
+
+
 FAMILIES: dict[str, Family] = {
+    "minimax-music3": Family(
+        build=_minimax_music3,
+        arguments=_minimax_music3_arguments,
+        narrow=_narrow_minimax_music3,
+        text_inside=("MiniMaxMusic3TransformerBlock",),
+        own_tokens=1 - TEXT,
+        queries=20.0,
+        rows="rotary_emb",
+    ),
     "stable-audio": Family(
         build=_stable_audio,
         arguments=_stable_audio_arguments,

@@ -125,7 +125,7 @@ def trajectories_of(
     def predict(batch: Batch, x: Tensor, t: Tensor, scales: Tensor | None) -> Tensor:
         assert scales is not None
         out = teacher(**calls.guided(x, t, batch, scales, task.unconditional()))
-        return guided(path.prediction(out, x), scales)
+        return guided(path.prediction(out, path.spec.tokens(teacher, x)), scales)
 
     found = Trajectories(
         TrajectoryConfig(count=config.trajectories, steps=config.num_steps * config.substeps),

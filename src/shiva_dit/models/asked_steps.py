@@ -63,6 +63,24 @@ def _by_signal_to_noise(scheduler: Any, num_steps: int) -> dict[str, Any]:
     return {"sigmas": logsnr_sigma_schedule(num_steps, -6.2, 2.0)}
 
 
+def _rising(scheduler: Any, num_steps: int) -> dict[str, Any]:
+    """Cosmos Predict 2: of these its scheduler's own schedule takes the ends alone."""
+    del scheduler
+    return {"sigmas": np.linspace(0.0, 1.0, num_steps).tolist()}
+
+
+def _by_pixels(scheduler: Any, num_steps: int, num_tokens: int) -> dict[str, Any]:
+    """Ideogram 4: quantiles of a logit-normal law, moved by resolution at 16x16 pixels a token."""
+    from diffusers.pipelines.ideogram4.pipeline_ideogram4 import (  # noqa: PLC0415
+        _logit_normal_sigmas,
+        _resolution_aware_mu,
+    )
+
+    del scheduler
+    mu = _resolution_aware_mu(height=16 * num_tokens, width=16, base_mu=0.0)
+    return {"sigmas": _logit_normal_sigmas(num_steps, mu, std=1.5).tolist()}
+
+
 def _linear_quadratic(scheduler: Any, num_steps: int) -> dict[str, Any]:
     """Mochi: half of the steps in the first fortieth of the way."""
     from diffusers.pipelines.mochi.pipeline_mochi import (  # noqa: PLC0415
@@ -131,6 +149,8 @@ STEPS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "BriaTransformer2DModel": _sigmas_of_training,
     "CogView4Transformer2DModel": _whole_timesteps,
     "AceStepTransformer1DModel": _shifted_by_three,
+    "Cosmos2TextToImagePipeline": _rising,
+    "Cosmos2VideoToWorldPipeline": _rising,
     "GlmImageTransformer2DModel": _whole_timesteps_before_last,
     "StableAudio3DiTModel": _by_signal_to_noise,
     "LTXConditionPipeline": _linear_quadratic_timesteps,
@@ -146,6 +166,7 @@ STEPS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
             "HunyuanVideo15Transformer3DModel",
             "HunyuanVideoTransformer3DModel",
             "Krea2Transformer2DModel",
+            "LTX2VideoTransformer3DModel",
             "LTXVideoTransformer3DModel",
             "LongCatAudioDiTTransformer",
             "LongCatImageTransformer2DModel",
@@ -161,6 +182,14 @@ STEPS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
 }
 """Arguments of `set_timesteps` that pipelines pass, of the scheduler and the number of steps: by
 the transformer's class, and by the pipeline's own where it differs from its model's others."""
+
+STEPS_BY_TOKENS: dict[str, Callable[[Any, int, int], dict[str, Any]]] = {
+    "Ideogram4Transformer2DModel": _by_pixels
+}
+"""The same of the scheduler, the number of steps and N."""
+
+TOLD_BY_SIGMAS = ("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline")
+"""Pipelines that tell the model `sigma / (1 + sigma)` of the scheduler's noise levels."""
 
 SHIFTS: dict[str, Callable[[Mapping[str, Any], int, int], float]] = {
     "CogView4Transformer2DModel": _shift_by_side,

@@ -171,7 +171,7 @@ class BlockHook(Uncopied, ModelHook):
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
         new = self.spec.turned(together(text, before, where))
-        args, kwargs = self._for_rows(new, chosen, x.shape[1], args, kwargs)
+        args, kwargs = self._for_rows(new, *self._rows_chosen(chosen, x, text), args, kwargs)
         weights = None
         if self.weights is not None:
             weights = self.weights(before)[..., None].to(before.dtype)  # (B, k, 1)
@@ -190,6 +190,15 @@ class BlockHook(Uncopied, ModelHook):
             new = gates.leave(x, new, update)
         new = self.spec.turned(together(text, new, where))
         return new if place is None else (*output[:place], new, *output[place + 1 :])
+
+    def _rows_chosen(self, chosen: Tensor, x: Tensor, text: Tensor | None) -> tuple[Tensor, int]:
+        """Chosen rows of the arguments, and of how many (`rows_of_all`)."""
+        tokens = x.shape[1]
+        if text is None or not self.spec.rows_of_all:
+            return chosen, tokens
+        every = tokens + text.shape[1]
+        beside = torch.arange(tokens, every, device=chosen.device).expand(len(chosen), -1)
+        return torch.cat([chosen, beside], dim=1), every
 
     def _for_rows(
         self,

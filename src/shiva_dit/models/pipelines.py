@@ -35,10 +35,11 @@ PIPELINES: dict[str, Guided] = {
     **_all(
         """
         BriaPipeline CogView3PlusPipeline EasyAnimatePipeline EasyAnimateControlPipeline
-        EasyAnimateInpaintPipeline ErnieImagePipeline HunyuanDiTPipeline
+        EasyAnimateInpaintPipeline ErnieImagePipeline HunyuanDiTPipeline JoyImageEditPlusPipeline
         HunyuanDiTControlNetPipeline HunyuanDiTPAGPipeline LTXPipeline LTXConditionPipeline
-        LTXImageToVideoPipeline MochiPipeline PRXPipeline PRXPixelPipeline StableDiffusion3Pipeline
-        StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
+        LTXImageToVideoPipeline LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline
+        LTX2ImageToVideoPipeline LTX2InContextPipeline MochiPipeline PRXPipeline PRXPixelPipeline
+        StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
         StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline
         StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline StableAudio3Pipeline
         """,
@@ -51,9 +52,8 @@ PIPELINES: dict[str, Guided] = {
     **_all(
         """
         AllegroPipeline AuraFlowPipeline CogVideoXPipeline CogVideoXFunControlPipeline
-        CogVideoXImageToVideoPipeline CogVideoXVideoToVideoPipeline LuminaPipeline
-        ConsisIDPipeline PixArtAlphaPipeline PixArtSigmaPipeline PixArtSigmaPAGPipeline
-        StableAudioPipeline
+        CogVideoXImageToVideoPipeline CogVideoXVideoToVideoPipeline LuminaPipeline ConsisIDPipeline
+        PixArtAlphaPipeline PixArtSigmaPipeline PixArtSigmaPAGPipeline StableAudioPipeline
         """,
         Guided(how="one batch", on=BY_VARIABLE),
     ),
@@ -76,10 +76,11 @@ PIPELINES: dict[str, Guided] = {
         MotifVideoPipeline MotifVideoImage2VideoPipeline OvisImagePipeline QwenImagePipeline
         QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline QwenImageEditPipeline
         QwenImageEditInpaintPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline
-        QwenImageInpaintPipeline QwenImageLayeredPipeline QwenImage21Pipeline SkyReelsV2Pipeline
-        SkyReelsV2ImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
-        SkyReelsV2DiffusionForcingImageToVideoPipeline
+        QwenImageInpaintPipeline QwenImageLayeredPipeline QwenImage21Pipeline
+        Kandinsky6TI2VAPipeline SkyReelsV2Pipeline SkyReelsV2ImageToVideoPipeline
+        SkyReelsV2DiffusionForcingPipeline SkyReelsV2DiffusionForcingImageToVideoPipeline
         SkyReelsV2DiffusionForcingVideoToVideoPipeline WanImageToVideoPipeline WanVACEPipeline
+        WanAnimatePipeline
         """,
         Guided(how="in turn"),
     ),
@@ -88,8 +89,10 @@ PIPELINES: dict[str, Guided] = {
     **_all(
         """
         ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline ChronoEditPipeline
-        CogView4ControlPipeline GlmImagePipeline JoyImageEditPipeline Krea2Pipeline Lumina2Pipeline
-        WanVideoToVideoPipeline
+        CogView4ControlPipeline CosmosTextToWorldPipeline CosmosVideoToWorldPipeline
+        Cosmos2TextToImagePipeline Cosmos2VideoToWorldPipeline Cosmos2_5_PredictBasePipeline
+        Cosmos2_5_TransferPipeline GlmImagePipeline JoyImageEditPipeline Krea2Pipeline
+        Lumina2Pipeline WanVideoToVideoPipeline
         """,
         Guided(how="in turn", on=BY_PROPERTY),
     ),
@@ -105,8 +108,9 @@ PIPELINES: dict[str, Guided] = {
         """
         Flux2Pipeline Flux2KleinKVPipeline FluxControlPipeline FluxControlImg2ImgPipeline
         FluxControlInpaintPipeline FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline
-        FluxFillPipeline StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline
-        VisualClozePipeline VisualClozeGenerationPipeline
+        FluxFillPipeline Ideogram4Pipeline LTX2DFRPipeline LTX2DFRTemporalRefinePipeline
+        StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline VisualClozePipeline
+        VisualClozeGenerationPipeline
         """,
         Guided(how="one pass"),
     ),

@@ -61,10 +61,10 @@ class RowsBySample:
         return self.rows.shape
 
     def __getitem__(self, index: tuple[Any, ...] | slice) -> Any:
-        """`[None, None]`: heads before the tokens; `[None, :, None]`: after; `[-S:]`: all rows."""
+        """`[None, None]`: heads before the tokens; `:` before None: after; `[-S:]`: all rows."""
         if isinstance(index, slice):
             return self
-        return self.rows.unsqueeze(1 if index[1] is None else 2)
+        return self.rows.unsqueeze(1 if index[:2] == (None, None) else 2)
 
     def float(self) -> RowsBySample:
         """In float32."""

@@ -17,6 +17,8 @@ from shiva_dit.core.time_law import TimeLaw
 from shiva_dit.models.asked_steps import (
     SHIFTS,
     STEPS,
+    STEPS_BY_TOKENS,
+    TOLD_BY_SIGMAS,
     even_sigmas,
     own_steps,
     shift_by_tokens,
@@ -49,7 +51,7 @@ def listed_times(scheduler: Any, listed: Sequence[float | int]) -> list[float]:
         listed: Their values.
     """
     total = scheduler.config.get("num_train_timesteps", 1000)
-    total = 1 if "sigma_data" in scheduler.config else total  # times of the model themselves
+    total = 1 if hasattr(scheduler, "precondition_noise") else total  # the model's own times
     shares = [step / total for step in listed]
     inverted = scheduler.config.get("invert_sigmas")
     return [1.0 - share for share in shares] if inverted else shares
@@ -151,6 +153,8 @@ class Sampler:
         asked = STEPS.get(self.pipeline) or STEPS.get(spec.model_class, own_steps)
         asked = even_sigmas if self.asks_evenly else asked
         options: dict[str, Any] = asked(own, num_steps)
+        if spec.model_class in STEPS_BY_TOKENS:
+            options = STEPS_BY_TOKENS[spec.model_class](own, num_steps, num_tokens)
         if self.config.get("sample_sigmas"):  # of a pipeline that was distilled to its own steps
             options = {"sigmas": list(self.config["sample_sigmas"])}
         if config.get("use_flow_sigmas") or not options.keys() <= accepted.keys():
@@ -162,6 +166,8 @@ class Sampler:
             options["num_inference_steps"] = num_steps
         own.set_timesteps(**options)
         times = listed_times(own, own.timesteps.flatten().double().tolist())
+        if self.pipeline in TOLD_BY_SIGMAS:
+            times = [sigma / (1.0 + sigma) for sigma in own.sigmas[: len(times)].tolist()]
         if not all(0.0 <= t <= 1.0 + 1e-6 for t in times):
             listed = ", ".join(f"{step:.4g}" for step in own.timesteps.flatten()[:3].tolist())
             raise ValueError(

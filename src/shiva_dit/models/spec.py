@@ -10,11 +10,16 @@ from functools import cache
 from typing import Any, Literal
 
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
+from torch.nn.functional import pad
 
 from shiva_dit.methods.base import Site
 from shiva_dit.models.examples import Input, Size, patches
 from shiva_dit.models.rows import Text
+
+BESIDE = "beside"
+"""Name among a batch's conditioning, which no argument has: of channels that the model reads after
+those of the noisy sample, in the same argument (a mask, a picture to go by)."""
 
 TakeRows = Callable[[Any, Tensor, int], Any]
 """An argument, the chosen tokens (B, k) and N, to the argument for these tokens (`Rows`)."""
@@ -51,6 +56,9 @@ class BlockSpec:
     values_fused: Literal["none", "third", "last"] = "none"
     """Whether these give queries and keys of the same width as well: values are the third part
     (more may follow) or the last."""
+    rows_of_all: bool = False
+    """Whether rows of its arguments count what lies last beside the image's tokens (`text`) as the
+    image's."""
     rows: Mapping[str, TakeRows] = field(default_factory=dict)
     """Arguments that hold something per image token, and how the chosen rows are taken."""
     sites: Mapping[Site, tuple[SitePlace, ...]] = field(default_factory=dict)
@@ -78,10 +86,17 @@ class ModelSpec:
     """The settings that say how many blocks these hold."""
     sample: str = "hidden_states"
     """Argument of the model's forward that holds the latents."""
+    padded_like: str | None = None
+    """Argument with a row for each token of text and image: where the latents have one as well, of
+    zeros for the text, which comes first. Training data has the image's alone."""
+    channels: int | None = None
+    """Axis of its channels; by default the last of three dimensions, the second of others."""
     timestep: str = "timestep"
     """Argument that holds the timestep."""
     same_times: tuple[str, ...] = ()
     """Further arguments that hold the same time."""
+    noised: tuple[str, ...] = ()
+    """Further arguments that hold samples at that time (of the sound of a video)."""
     noise_timestep: float = 1000.0
     """What the model calls pure noise, t = 1."""
     clean_timestep: float = 0.0
@@ -146,12 +161,20 @@ class ModelSpec:
         made = {name: make(model, size) for name, make in self.inputs.items()}
         return {name: value for name, value in made.items() if value is not None}
 
-    def arguments_of(self, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A batch's conditioning as the model takes it (`by_layer`)."""
-        return {
+    def arguments_of(self, noisy: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Noisy samples and a batch's conditioning as the model takes them (`BESIDE` ...)."""
+        axis = self.channels or (-1 if noisy.ndim == 3 else 1)
+        beside = conditioning.get(BESIDE)
+        sample = noisy if beside is None else cat([noisy, beside.to(noisy)], dim=axis)
+        if self.padded_like is not None:
+            missing = conditioning[self.padded_like].shape[1] - sample.shape[1]
+            sample = pad(sample, (0, 0, missing, 0))
+        others = {
             name: list(value.unbind(1)) if name in self.by_layer else value
             for name, value in conditioning.items()
+            if name != BESIDE
         }
+        return {self.sample: sample, **others}
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """All blocks in the order in which they run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shiva_dit.api.supported import supported
-from shiva_dit.models.families.refused import REFUSED
+from shiva_dit.models.families.refused import OUT_OF_SCOPE, REFUSED
 from shiva_dit.report.layout import markdown_rows
 
 
@@ -17,5 +17,8 @@ def models_table() -> str:
 
 
 def refused_table() -> str:
-    """Models that can't be served, and why, as Markdown."""
-    return markdown_rows([["class", "why not"], *([f"`{n}`", w] for n, w in REFUSED.items())])
+    """All other transformer classes of diffusers, and why they aren't served, as Markdown."""
+    rows = [["class", "", "why not"]]
+    rows += [[f"`{name}`", "can't be served", why] for name, why in REFUSED.items()]
+    rows += [[f"`{name}`", "out of scope", why] for name, why in OUT_OF_SCOPE.items()]
+    return markdown_rows(rows)

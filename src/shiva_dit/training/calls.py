@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,13 +33,28 @@ class Calls:
         """Whether each sample runs with and without its caption."""
         return self.passes is not Pass.ALONE
 
+    def noised(self, batch: Batch, t: Float[Tensor, " B"], generator: torch.Generator) -> Batch:
+        """The batch with what has noise beside its samples at the same times (`ModelSpec.noised`).
+
+        Args:
+            batch: Whose conditioning has it clean.
+            t: Times in [0, 1].
+            generator: Source of the noise.
+        """
+        made = {}
+        for name in self.spec.noised:
+            if name in batch.conditioning:
+                clean = batch.conditioning[name]
+                noise = torch.randn(clean.shape, generator=generator).to(clean)
+                made[name] = self.path.noisy(clean, noise, t)
+        return replace(batch, conditioning={**batch.conditioning, **made}) if made else batch
+
     def plain(self, noisy: Tensor, t: Float[Tensor, " B"], batch: Batch) -> dict[str, Any]:
         """Each sample once, with its caption, in the model's dtype."""
         return {
-            self.spec.sample: noisy.to(self.dtype),
             **self.spec.times(self.path.timestep(t)),
             "return_dict": False,
-            **self.spec.arguments_of(batch.conditioning_in(self.dtype)),
+            **self.spec.arguments_of(noisy.to(self.dtype), batch.conditioning_in(self.dtype)),
             **batch.shared,
         }
 

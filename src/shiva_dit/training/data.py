@@ -24,7 +24,8 @@ class Batch:
     """Clean samples x0, scaled and laid out as the model takes them: (B, C, H, W), packed rows
     (B, N, C), videos (B, C, F, H, W)."""
     conditioning: dict[str, Tensor]
-    """Keyword arguments of the model's forward, batch first (text embeddings and the like)."""
+    """Keyword arguments of the model's forward, batch first (text embeddings and the like); and
+    `BESIDE`, further channels that the model reads after those of the noisy latents."""
     shared: Mapping[str, Any] = field(default_factory=dict)
     """Further ones that are the same for all samples: position ids, rotary tables, sizes."""
     route: Route | None = None
@@ -118,7 +119,8 @@ def drop_captions(
 
     Args:
         batch: The samples.
-        unconditional: The replacement, one tensor per argument, without a batch dimension.
+        unconditional: The replacement, one tensor per argument, without a batch dimension; what
+            isn't there stays.
         p: Probability in [0, 1].
         generator: Source of the draws.
     """
@@ -126,7 +128,7 @@ def drop_captions(
     conditioning = {
         name: torch.where(
             dropped.view(-1, *[1] * (value.ndim - 1)).to(value.device),
-            unconditional[name].to(value),
+            unconditional.get(name, value).to(value),
             value,
         )
         for name, value in batch.conditioning.items()

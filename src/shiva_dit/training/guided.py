@@ -35,13 +35,14 @@ def both_ways(batch: Batch, empty: Mapping[str, Tensor]) -> Batch:
 
     Args:
         batch: B samples.
-        empty: Conditioning of "no caption", without a batch dimension.
+        empty: Conditioning of "no caption", without a batch dimension; what isn't there is the
+            same with a caption and without.
 
     Returns:
         2 B samples.
     """
     conditioning = {
-        name: torch.cat([empty[name].to(value).expand_as(value), value])
+        name: torch.cat([empty.get(name, value).to(value).expand_as(value), value])
         for name, value in batch.conditioning.items()
     }
     return replace(

@@ -34,8 +34,8 @@ class NoisePath(Protocol):
         """What the model should predict there."""
         ...
 
-    def prediction(self, output: tuple[Any, ...], like: Tensor) -> Float[Tensor, "B ..."]:
-        """What it did predict for samples, in the target's sign, of what its forward returned."""
+    def prediction(self, output: tuple[Any, ...], num_tokens: int) -> Float[Tensor, "B ..."]:
+        """What it did predict of N tokens, in the target's sign, of what its forward returned."""
         ...
 
     def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
@@ -70,13 +70,13 @@ class FlowMatching:
         del t
         return noise - clean
 
-    def prediction(self, output: tuple[Any, ...], like: Tensor) -> Float[Tensor, "B ..."]:
+    def prediction(self, output: tuple[Any, ...], num_tokens: int) -> Float[Tensor, "B ..."]:
         """Turned round where the model's own time runs from noise to data: so does its velocity."""
         found = output[0]
         if isinstance(found, list):  # one sample each
             found = torch.stack(found)
         if self.spec.returns_text:
-            found = found[:, -like.shape[1] :]
+            found = found[:, -num_tokens:]
         return found if self.spec.noise_timestep > self.spec.clean_timestep else -found
 
     def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:
@@ -131,9 +131,9 @@ class Diffusion:
         signal, spread = self._shares(clean, t)
         return signal * noise - spread * clean
 
-    def prediction(self, output: tuple[Any, ...], like: Tensor) -> Float[Tensor, "B ..."]:
+    def prediction(self, output: tuple[Any, ...], num_tokens: int) -> Float[Tensor, "B ..."]:
         """With the variance's channels, where the model learned those as well."""
-        del like
+        del num_tokens
         return output[0]
 
     def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:

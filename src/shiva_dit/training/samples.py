@@ -95,6 +95,7 @@ class Samples:
         """The unpruned model's prediction, guided as in sampling (`Predict`)."""
         student, empty = self.student, self.data.unconditional()
         with torch.no_grad(), student.as_teacher(), student.autocast():
-            out = student.teacher(**student.calls.guided(x, t, batch, scales, empty))
-        found = student.path.prediction(out, x)
+            arguments = student.calls.guided(x, t, batch, scales, empty)
+            out = student.teacher(**arguments)
+        found = student.path.prediction(out, student.spec.tokens(student.model, x))
         return guided(found, scales) if scales is not None and student.calls.both_ways else found

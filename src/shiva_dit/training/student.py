@@ -188,6 +188,7 @@ class Student:
         if self.config.guidance is not None:
             scales = self._scales(self.config.guidance, len(t), route)
         noisy = self.path.noisy(batch.latents, noise, t) if route is None else route.at(t)
+        batch = self.calls.noised(batch, t, self.generator)
         arguments = self.calls.guided(noisy, t, batch, scales, empty)
         copies = 2 if self.calls.both_ways else 1
         teacher, taught = self.teach(arguments) if self.needs_teacher else (BlockFeatures(), None)
@@ -198,7 +199,7 @@ class Student:
             ) as student,
             self.autocast(),
         ):
-            prediction = self.path.prediction(self.model(**arguments), noisy)
+            prediction = self.path.prediction(self.model(**arguments), self.num_tokens)
         off = partial(
             error_and_drift,
             samples=samples,
@@ -281,7 +282,7 @@ class Student:
         )
         with torch.no_grad(), self.as_teacher(), recorded as features, self.autocast():
             output = self.teacher(**arguments)
-        prediction = self.path.prediction(output, arguments[self.spec.sample])
+        prediction = self.path.prediction(output, self.num_tokens)
         return features, prediction
 
     def close(self) -> None:

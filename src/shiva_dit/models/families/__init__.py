@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
-from shiva_dit.models.families import cross, flux, joint, one_stream, sound, videos, wan
-from shiva_dit.models.families.refused import REFUSED
+from shiva_dit.models.families import (
+    cross,
+    flux,
+    joint,
+    one_stream,
+    sound,
+    videos,
+    wan,
+    with_sound,
+)
+from shiva_dit.models.families.refused import OUT_OF_SCOPE, REFUSED
 from shiva_dit.models.spec import BlockSpec, ModelSpec
 
-FAMILIES = (joint, flux, one_stream, cross, wan, videos, sound)
+FAMILIES = (joint, flux, one_stream, cross, wan, videos, with_sound, sound)
 BLOCKS: dict[str, BlockSpec] = {s.block_class: s for family in FAMILIES for s in family.BLOCKS}
 MODELS: dict[str, ModelSpec] = {s.model_class: s for family in FAMILIES for s in family.MODELS}
 
@@ -24,6 +33,9 @@ def model_spec(model: nn.Module) -> ModelSpec:
             return MODELS[cls.__name__]
         if cls.__name__ in REFUSED:
             raise ValueError(f"{type(model).__name__} can't be served: {REFUSED[cls.__name__]}.")
+        if cls.__name__ in OUT_OF_SCOPE:
+            reason = OUT_OF_SCOPE[cls.__name__]
+            raise ValueError(f"{type(model).__name__} is no transformer to serve: {reason}.")
     raise ValueError(
         f"{type(model).__name__} is not supported. Supported: {', '.join(sorted(MODELS))}. "
         "Pass the transformer of a pipeline, or the pipeline itself."

@@ -84,6 +84,19 @@ BLOCKS = (
         rows={"image_rotary_emb": TABLE},
     ),
     BlockSpec(
+        block_class="Flux3ModeTransformerBlock",
+        value_modules=("attn.to_v",),
+        rows={"temb_mod": Rows(), "image_rotary_emb": TABLE},
+    ),
+    BlockSpec(
+        block_class="Flux3SingleTransformerBlock",
+        text="last",  # pictures to go by; the text is an argument of its own, and comes first
+        output=1,
+        value_modules=("attn.to_v",),
+        rows_of_all=True,
+        rows={"temb_mod": Rows(), "image_rotary_emb": TABLE},
+    ),
+    BlockSpec(
         block_class="ChromaTransformerBlock",
         output=1,
         value_modules=("attn.to_v",),
@@ -103,6 +116,10 @@ _INPUTS: Mapping[str, examples.Input] = {
     "img_ids": examples.image_ids,
     "txt_ids": examples.text_ids,
     "guidance": examples.number(3.5, where="guidance_embeds"),
+}
+_IDS_OF_FOUR: Mapping[str, examples.Input] = {
+    "img_ids": examples.image_ids_of_four,
+    "txt_ids": examples.text_ids_of_four,
 }
 _FLUX = ModelSpec(
     model_class="FluxTransformer2DModel",
@@ -165,10 +182,20 @@ MODELS = (
         name="Flux.2 (dev, klein)",
         time_embedder="time_guidance_embed.timestep_embedder",
         context=_uncached_text,
+        inputs={**_INPUTS, **_IDS_OF_FOUR},
+    ),
+    replace(
+        _LONGCAT,
+        model_class="Flux3Transformer2DModel",
+        name="Flux.3",
+        block_lists=("mode_blocks.image", "single_transformer_blocks"),
+        time_embedder=None,  # it embeds the time 0 of text and pictures to go by as well
+        text_tokens=512,
         inputs={
-            **_INPUTS,
-            "img_ids": examples.image_ids_of_four,
-            "txt_ids": examples.text_ids_of_four,
+            "hidden_states": examples.packed,
+            "encoder_hidden_states": examples.text("joint_attention_dim"),
+            **_IDS_OF_FOUR,
+            "target_timestep": examples.number(0.0, where="flow_map"),
         },
     ),
 )

@@ -62,6 +62,11 @@ def _pictures_of_one_size(model: Any, size: Size) -> Float[Tensor, "B pictures C
     return size.draw(size.batch, size.frames, model.config.in_channels, 1, *sides)
 
 
+def _patches(model: Any, size: Size) -> Float[Tensor, "B N C 1 ph pw"]:
+    sides = examples.patches(model, 3)
+    return size.draw(size.batch, size.tokens, model.config.in_channels, *sides)
+
+
 def _tokens_of_pictures(model: Any, sample: Tensor) -> int:
     """Of latents (B, C, F, H, W), or of several such of each sample."""
     shape = sample.shape if sample.ndim == 5 else (1, *sample.shape[2:])
@@ -112,6 +117,13 @@ BLOCKS = (
         values_fused="third",
         rows={"image_rotary_emb": _image_of_pair},
     ),
+    BlockSpec(
+        block_class="JoyImageEditPlusTransformerBlock",
+        output=0,
+        value_modules=("attn.img_attn_qkv",),
+        values_fused="third",
+        rows={"image_rotary_emb": Rows(), "attention_mask": Rows(axis=-1, text="last")},
+    ),
 )
 
 _SD3 = ModelSpec(
@@ -140,6 +152,19 @@ _COGVIEW4 = ModelSpec(
         "original_size": _pair,
         "target_size": _pair,
         "crop_coords": _pair,
+    },
+)
+_JOYIMAGE = ModelSpec(
+    model_class="JoyImageEditTransformer3DModel",
+    name="JoyImage-Edit",
+    block_lists=("double_blocks",),
+    time_embedder="condition_embedder.time_embedder",
+    context=text_mean(),
+    text_tokens=1024,
+    tokens=_tokens_of_pictures,
+    inputs={
+        "hidden_states": _pictures_of_one_size,
+        "encoder_hidden_states": examples.text("text_dim"),
     },
 )
 MODELS = (
@@ -199,17 +224,19 @@ MODELS = (
             "crop_coords": _pair,
         },
     ),
-    ModelSpec(
-        model_class="JoyImageEditTransformer3DModel",
-        name="JoyImage-Edit",
-        block_lists=("double_blocks",),
-        time_embedder="condition_embedder.time_embedder",
-        context=text_mean(),
-        text_tokens=1024,
-        tokens=_tokens_of_pictures,
+    _JOYIMAGE,
+    replace(
+        _JOYIMAGE,
+        model_class="JoyImageEditPlusTransformer3DModel",
+        name="JoyImage-Edit-Plus",
+        context=text_mean("encoder_hidden_states_mask"),
+        guidance="one batch",
+        tokens=lambda model, sample: sample.shape[1],
         inputs={
-            "hidden_states": _pictures_of_one_size,
+            "hidden_states": _patches,
             "encoder_hidden_states": examples.text("text_dim"),
+            "encoder_hidden_states_mask": examples.mask(),
+            "shape_list": lambda m, s: [[(s.frames, s.height, s.width)]] * s.batch,
         },
     ),
 )

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
@@ -69,6 +70,30 @@ def _mean_of_lengths(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Te
     text: Tensor = given(model, arguments, "text_bth")
     places = torch.arange(text.shape[1], device=text.device)
     return mean_text(text, places < given(model, arguments, "text_lens")[:, None])
+
+
+OF_TEXT, OF_PICTURE = 3, 2
+"""What Ideogram 4 calls its tokens."""
+_COUNTED: Any = WeakIdKeyDictionary()
+
+
+def _tokens_of_picture(arguments: Mapping[str, Any]) -> int:
+    """N of Ideogram 4, whose rows say what they are: read once for all steps of a run."""
+    said: Tensor = arguments["indicator"]
+    if said not in _COUNTED:
+        _COUNTED[said] = int((said[0] == OF_PICTURE).sum())
+    return _COUNTED[said]
+
+
+def _joint_rows(width: str) -> examples.Input:
+    """Rows of text and picture."""
+    return lambda m, s: s.draw(s.batch, s.text + s.tokens, m.config[width])
+
+
+def _said(model: Any, size: Size) -> Int[Tensor, "B S"]:
+    said = torch.full((size.batch, size.text + size.tokens), OF_PICTURE)
+    said[:, : size.text] = OF_TEXT
+    return said
 
 
 def _lengths(model: Any, size: Size) -> Int[Tensor, " B"]:
@@ -145,6 +170,15 @@ BLOCKS = (
             "rotary_pos_emb": Rows(text="last"),
             "temb": alike(0),
             "attention_mask": Rows(axis=-1, text="last"),
+        },
+    ),
+    BlockSpec(
+        block_class="Ideogram4TransformerBlock",
+        text="first",
+        value_modules=("attention.to_v",),
+        rows={
+            "attention_mask": Rows(axis=(3, 2), text="first"),
+            "image_rotary_emb": Rows(text="first"),
         },
     ),
     BlockSpec(
@@ -239,6 +273,27 @@ MODELS = (
             "hidden_states": examples.image,
             "text_bth": examples.text("text_in_dim"),
             "text_lens": _lengths,
+        },
+    ),
+    ModelSpec(
+        model_class="Ideogram4Transformer2DModel",
+        name="Ideogram 4",
+        block_lists=("layers",),
+        padded_like="encoder_hidden_states",
+        noise_timestep=0.0,
+        clean_timestep=1.0,
+        time_embedder="t_embedding",
+        context=text_mean("zeros"),
+        text_tokens=2048,
+        called_tokens=_tokens_of_picture,
+        returns_text=True,
+        own_tokens=lambda model: None,
+        inputs={
+            "hidden_states": _joint_rows("in_channels"),
+            "encoder_hidden_states": _joint_rows("llm_features_dim"),
+            "position_ids": lambda m, s: torch.zeros(s.batch, s.text + s.tokens, 3),
+            "segment_ids": lambda m, s: torch.ones(s.batch, s.text + s.tokens, dtype=torch.long),
+            "indicator": _said,
         },
     ),
     ModelSpec(

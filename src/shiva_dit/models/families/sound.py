@@ -105,6 +105,12 @@ BLOCKS = (
         rows={"rope": TABLE, "local_seq": Rows()},
     ),
     BlockSpec(
+        block_class="MiniMaxMusic3TransformerBlock",
+        text="first",  # one token of the time
+        value_modules=("attn.to_v",),
+        rows={"rotary_emb": TABLE},
+    ),
+    BlockSpec(
         block_class="AceStepTransformerBlock",
         value_modules=("self_attn.to_v",),
         rows={"position_embeddings": TABLE, "attention_mask": Rows(axis=(3, 2))},
@@ -151,6 +157,22 @@ MODELS = (
             "encoder_hidden_states": examples.text("cond_token_dim"),
             "encoder_attention_mask": examples.mask(),
             "global_hidden_states": examples.vector("global_cond_dim"),
+        },
+    ),
+    ModelSpec(
+        model_class="MiniMaxMusic3Transformer1DModel",
+        name="MiniMax Music 3",
+        context_is="mean of what each token is told",
+        noise_timestep=0.0,
+        clean_timestep=1.0,
+        time_embedder="time_embed",
+        context=text_mean(),
+        text_tokens=0,  # each token is told its own share
+        tokens=_steps_of_time,
+        own_tokens=lambda model: None,
+        inputs={
+            "hidden_states": _line("in_channels"),
+            "encoder_hidden_states": lambda m, s: s.draw(s.batch, s.tokens, m.config.condition_dim),
         },
     ),
     ModelSpec(

@@ -186,6 +186,7 @@ _HUNYUAN_VIDEO = ModelSpec(
 _COGVIDEOX = ModelSpec(
     model_class="CogVideoXTransformer3DModel",
     name="CogVideoX",
+    channels=2,
     learned_by="diffusion schedule",
     time_embedder="time_embedding",
     context=text_mean(),

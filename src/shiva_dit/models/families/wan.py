@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
-from shiva_dit.models.rows import Rows
+from shiva_dit.models.rows import TABLE, Rows
 from shiva_dit.models.spec import (
     BlockSpec,
     ModelSpec,
@@ -24,6 +24,8 @@ from shiva_dit.models.spec import (
 
 PICTURE_TOKENS = 257
 """Tokens of a picture to start from, in Wan's models from image to video (CLIP's)."""
+SEGMENT = 21
+"""Frames of latents that Wan Animate's pipeline makes at a time, by default."""
 WITH_PICTURE = 512
 """Text tokens of these models: their attention has the number written in."""
 
@@ -75,7 +77,54 @@ def _tables_and_positions(model: Any, size: Size) -> tuple[Any, tuple[Int[Tensor
     return tables, tuple(along[None] for along in places.T.contiguous())
 
 
+def _poses(model: Any, size: Size) -> Float[Tensor, "B C F H W"]:
+    """Of all frames but the first, which is the picture that is brought to life."""
+    pose = examples.video("latent_channels")(model, size)
+    return pose[:, :, model.config.patch_size[0] :]
+
+
+def _faces(model: Any, size: Size) -> Float[Tensor, "B 3 F H W"]:
+    """Four frames of the face for each of these."""
+    side = model.config.motion_encoder_size
+    return size.draw(size.batch, 3, 4 * (size.frames - 1), side, side)
+
+
+def _text_of_cosmos(model: Any, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
+    """The mean text, which may come with a picture's tokens."""
+    if model.config.extra_pos_embed_type == "learnable":
+        raise ValueError(
+            "Cosmos 1 is not served: it is told the logarithm of its noise, not a time. Cosmos "
+            "Predict 2 and 2.5 are."
+        )
+    text = given(model, arguments, "encoder_hidden_states")
+    return mean_text(text[0] if isinstance(text, tuple) else text, arguments.get("attention_mask"))
+
+
+def _pixels_without_padding(model: Any, size: Size) -> Float[Tensor, "1 1 H W"] | None:
+    if not model.config.concat_padding_mask:
+        return None
+    _, high, wide = model.config.patch_size
+    return torch.zeros(1, 1, size.height * high, size.width * wide)
+
+
+def _text_of_projection(model: Any, size: Size) -> Float[Tensor, "B T Dc"]:
+    config = model.config
+    name = "crossattn_proj_in_channels" if config.use_crossattn_projection else "text_embed_dim"
+    return size.draw(size.batch, size.text, config[name])
+
+
 BLOCKS = (
+    BlockSpec(
+        block_class="CosmosTransformerBlock",
+        value_modules=("attn1.to_v",),
+        rows={
+            "image_rotary_emb": TABLE,
+            "extra_pos_emb": Rows(),
+            "embedded_timestep": Rows(dims=3),
+            "temb": Rows(dims=3),
+            "controlnet_residual": Rows(),
+        },
+    ),
     BlockSpec(
         block_class="WanTransformerBlock",
         value_modules=("attn1.to_v",),
@@ -126,10 +175,31 @@ MODELS = (
     ),
     replace(
         _WAN,
+        model_class="WanAnimateTransformer3DModel",
+        name="Wan Animate",
+        sizes=lambda model, i: (SEGMENT, 1, i),  # what sees faces costs by frames, not by tokens
+        inputs={**_WAN.inputs, "pose_hidden_states": _poses, "face_pixel_values": _faces},
+    ),
+    replace(
+        _WAN,
         model_class="SkyReelsV2Transformer3DModel",
         name="SkyReels V2",
         sizes=lambda model, i: (model.config.num_frame_per_block, 2, 2 * i),
         inputs={**_WAN.inputs, "fps": _frame_rates},
+    ),
+    ModelSpec(
+        model_class="CosmosTransformer3DModel",
+        name="Cosmos Predict 2 and 2.5, Anima",
+        noise_timestep=1.0,
+        time_embedder="time_embed.t_embedder",
+        context=_text_of_cosmos,
+        text_tokens=512,
+        own_tokens=lambda model: None,
+        inputs={
+            "hidden_states": examples.video(),
+            "encoder_hidden_states": _text_of_projection,
+            "padding_mask": _pixels_without_padding,
+        },
     ),
     ModelSpec(
         model_class="LTXVideoTransformer3DModel",

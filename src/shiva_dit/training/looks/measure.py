@@ -211,7 +211,7 @@ class Measure:
     ) -> Tensor:
         with within, self.student.autocast():
             output = model(**arguments)
-        return self.student.path.prediction(output, arguments[self.student.spec.sample])
+        return self.student.path.prediction(output, self.student.spec.tokens_of(model, arguments))
 
 
 class _Kept:
