@@ -223,7 +223,9 @@ class Planner:
         if stage != "joint" or policy.target_range is None:
             return None
         rows = []
-        targets = stratified_ratios(num_parts, *policy.target_range, generator).tolist()
+        low, high = policy.target_range
+        costs = stratified_ratios(num_parts, low / high, 1.0, generator)  # evenly in 1 / ratio
+        targets = (low / costs).tolist()
         for target, row in zip(targets, bins.tolist(), strict=True):
             logits = self.policy.logits(grid, target)
             rows.append(shifted_logits(logits, target, self.full_blocks, self.weights)[row])
