@@ -421,7 +421,9 @@ def test_a_summary_has_the_steps_that_a_pipeline_takes(case: str) -> None:
     attachment = applied(pipe, families.schedule(pipe.transformer, COUNTS))
     calls: list[float] = []
     hook = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, given: calls.append(float(given.get("timestep", torch.ones(1))[0])),
+        lambda module, args, given: calls.append(
+            float(given.get("timestep", torch.ones(1)).flatten()[0])
+        ),
         with_kwargs=True,
     )
     running.call(name, pipe)

@@ -14,6 +14,8 @@ from shiva_dit import __version__
 from shiva_dit.api.supported import supported
 
 DISTRIBUTION = "shiva-dit"
+EXTRAS = {"train": "training", "demo": "the demo tasks"}
+"""Those that are reported, and what they are for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """All packages that shiva-dit asks for, those of its extra "demo" last.
+    """All packages that shiva-dit asks for, those of its extras `EXTRAS` last.
 
     Raises:
         ValueError: If shiva-dit runs from its sources without being installed.
@@ -48,11 +50,12 @@ def findings() -> list[Finding]:
             "be looked up. Install it by `pip install .` first."
         ) from error
     found = []
-    for extra in (None, "demo"):
+    for extra in (None, *EXTRAS):
         for requirement in map(Requirement, asked):
             marker = requirement.marker
             applies = marker is None if extra is None else _is_for(requirement, extra)
-            if applies:
+            known = {DISTRIBUTION, *(finding.requirement.name for finding in found)}
+            if applies and requirement.name not in known:  # an extra may hold another
                 found.append(Finding(requirement, _version(requirement.name), extra))
     return found
 
@@ -75,7 +78,7 @@ def diagnosis() -> tuple[str, bool]:
     lines = [f"{DISTRIBUTION} {__version__}, Python {platform.python_version()}", ""]
     for finding in packages:
         state = "ok" if finding.is_met else f"needs {finding.requirement.specifier}"
-        note = "" if finding.extra is None else f" (for the {finding.extra} tasks)"
+        note = "" if finding.extra is None else f" (for {EXTRAS[finding.extra]})"
         version = finding.found or "missing"
         lines.append(f"{finding.requirement.name:14} {version:12} {state}{note}")
     lines += ["", f"devices: {', '.join(_devices())}", ""]
@@ -86,8 +89,8 @@ def diagnosis() -> tuple[str, bool]:
         lines.append(f"not in this diffusers: {', '.join(missing)}")
     wrong = [finding for finding in packages if not finding.is_met]
     if wrong:
-        extras = {finding.extra for finding in wrong} - {None}
-        target = f"{DISTRIBUTION}[demo]" if extras else DISTRIBUTION
+        extras = [extra for extra in EXTRAS if extra in {finding.extra for finding in wrong}]
+        target = f"{DISTRIBUTION}[{','.join(extras)}]" if extras else DISTRIBUTION
         lines += ["", f'to mend it: pip install --upgrade "{target}"']
     return "\n".join(lines), all(finding.is_met for finding in packages if finding.extra is None)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import sys
 
-EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "PIL": "demo"}
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "peft", "transformers"), "train"),
+    **dict.fromkeys(("sklearn", "matplotlib", "PIL"), "demo"),
+}
 """Which extra brings a module along."""
 FORESEEN = (ValueError, FloatingPointError, OSError, ImportError, MemoryError, RuntimeError)
 """What a caller or a machine can bring about; `foreseen` looks closer at the last three."""
@@ -30,7 +33,8 @@ def foreseen(error: Exception) -> str | None:
     if isinstance(error, ImportError):
         name = (error.name or "").partition(".")[0]
         if name in EXTRAS:
-            return f"{name} is not installed, and this needs it: pip install 'shiva-dit[demo]'"
+            extra = EXTRAS[name]
+            return f"{name} is not installed, and this needs it: pip install 'shiva-dit[{extra}]'"
         return None if error.name else str(error)  # libraries name what they lack
     if isinstance(error, MemoryError) or is_torchs_memory_error(error):
         return (

@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import linear_weight
-from shiva_dit.models.places import refuse_projections
+from shiva_dit.models.places import is_tuner, refuse_projections
 from shiva_dit.models.sharded import whole
 
 PEFT_NAME = "shiva_dit"
@@ -67,6 +65,8 @@ def add_lora(model: Any, settings: Mapping[str, Any], *, float32: bool = False) 
             f"{type(model).__name__} takes no LoRA in this version of diffusers: train with "
             'backbone="full" or "frozen".'
         )
+    from peft import LoraConfig  # noqa: PLC0415
+
     with _same_flags(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # it can't be merged, nor need it
         model.add_adapter(LoraConfig(target_modules=targets, **settings), adapter_name=PEFT_NAME)
@@ -107,6 +107,8 @@ def _widen_lora(model: nn.Module) -> None:
 
 def lora_weights(model: nn.Module) -> dict[str, Tensor]:
     """Our LoRA's weights, under the names that diffusers' pipelines load."""
+    from peft import get_peft_model_state_dict  # noqa: PLC0415
+
     state = get_peft_model_state_dict(model, adapter_name=PEFT_NAME)
     return {LORA_PREFIX + name: value for name, value in state.items()}
 
@@ -157,8 +159,8 @@ def remove_lora(model: Any) -> None:
             model.disable_adapters()
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(n, m) for n, m in model.named_modules() if is_tuner(m)]
 
 
 def _active(model: nn.Module) -> list[str]:

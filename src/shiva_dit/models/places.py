@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -128,9 +128,15 @@ def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield from registry.hooks.items()
 
 
+def is_tuner(module: nn.Module) -> bool:
+    """Whether it is one of PEFT's layers. Where PEFT isn't imported, none is."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and isinstance(module, peft.BaseTunerLayer)
+
+
 def innermost(module: nn.Module) -> nn.Module:
     """A layer itself, under whatever LoRAs of the user wrap it."""
-    while isinstance(module, BaseTunerLayer):
+    while is_tuner(module):
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
 
@@ -177,7 +183,7 @@ def wrappers(model: nn.Module) -> dict[int, list[Any]]:
     """PEFT's layers by the id of the layer that they wrap, the outermost first."""
     found: dict[int, list[Any]] = {}
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
+        if is_tuner(module):
             found.setdefault(id(innermost(module)), []).append(module)
     return found
 

@@ -75,7 +75,7 @@ class PolicyConfig:
     """Time bins of the table."""
     target_range: tuple[float, float] | None = None
     """Mean ratios, lowest and highest in (0, 1), that the joint stage trains for: every part has
-    one of them, drawn evenly in 1 / ratio (low ones are harder), and meets it as running at it does.
+    one of them, drawn evenly in 1 / ratio (low ones are harder), and meets it as running does.
     The policy knows it, and so has a shape of its own for each. None: for `keep_ratio` alone."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """The pull to the target."""
