@@ -26,7 +26,7 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.features import record_blocks
 from shiva_dit.models.gating import GatedForward
-from shiva_dit.training.data import TrainingData
+from shiva_dit.training.data import TrainingData, repeated
 from shiva_dit.training.paths import path_of
 
 ESTIMATORS: dict[str, EstimatorConfig] = {
@@ -177,16 +177,12 @@ class _FlipTest:
         """Arguments of a sample at its time, the target of the loss, the teacher's updates."""
         t = (index + 0.5) / self.config.images
         picked = self.order[index % len(self.order)].view(1)
-        batch = self.data.batch(picked, self.generator).to(self.device)
+        self.batch = batch = self.data.batch(picked, self.generator).to(self.device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         times = torch.full((1,), t, device=self.device)
         spec = self.attachment.spec
-        self.arguments = {
-            spec.sample: self.path.noisy(batch.latents, noise, times),
-            spec.timestep: self.path.timestep(times),
-            **batch.conditioning_in(self.dtype),
-        }
-        self.shared = {**batch.shared, "return_dict": False}
+        noisy = self.path.noisy(batch.latents, noise, times)
+        self.given = {spec.sample: noisy, spec.timestep: self.path.timestep(times)}
         num_tokens = spec.tokens(self.attachment.model, batch.latents)
         self.counts = self.attachment.counts.table(num_tokens).row(t)
         blocks = self.attachment.schedule.prunable_blocks
@@ -197,10 +193,15 @@ class _FlipTest:
                 self.attachment.model, inputs=blocks, outputs=blocks, num_tokens=num_tokens
             ) as self.teacher,
         ):
-            output = self.attachment.model(**self.arguments, **self.shared)
-        self.target = self.path.prediction(output)
+            self.target = self.path.prediction(self._output())
         if self.config.loss == "diffusion":
             self.target = self.path.target(batch.latents, noise, times)
+
+    def _output(self, copies: int = 1) -> tuple[Any, ...]:
+        """What the model makes of so many copies of the sample."""
+        batch, _ = repeated(self.batch, copies, self.batch.latents)
+        given = {n: v.repeat(copies, *[1] * (v.ndim - 1)) for n, v in self.given.items()}
+        return self.attachment.model(**given, **batch.given(self.dtype), return_dict=False)
 
     def _run(
         self,
@@ -224,10 +225,8 @@ class _FlipTest:
             )
             return gates[block]
 
-        arguments = {n: v.expand(copies, *v.shape[1:]) for n, v in self.arguments.items()}
         with self.attachment.forwards.gated(GatedForward(counts=counts or self.counts, gates=make)):
-            output = self.attachment.model(**arguments, **self.shared)
-        prediction = self.path.prediction(output)[:, : self.target.shape[1]]
+            prediction = self.path.prediction(self._output(copies))[:, : self.target.shape[1]]
         error = (prediction.float() - self.target.float()).square().flatten(1).mean(1)
         return error, gates
 

@@ -39,8 +39,7 @@ class Calls:
             self.spec.sample: noisy.to(self.dtype),
             self.spec.timestep: self.path.timestep(t),
             "return_dict": False,
-            **batch.conditioning_in(self.dtype),
-            **batch.shared,
+            **batch.given(self.dtype),
         }
 
     def guided(

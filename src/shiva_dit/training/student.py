@@ -24,7 +24,6 @@ from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.models.gating import GatedForward
-from shiva_dit.models.guidance import Pass
 from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.sharded import shard, sum_by_block
@@ -110,7 +109,7 @@ class Student:
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
         self.spec = model_spec(model)
         self._put_on()
-        passes = Pass.ALONE if config.guidance is None else passes_in_training(model, self.spec)
+        passes = passes_in_training(model, self.spec, config.guidance, sample)
         self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes)
         self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
         last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every
