@@ -637,10 +637,10 @@ def test_cheap_checks_come_before_the_pipeline_is_loaded(
     broken = tmp_path / "other"
     shutil.copytree(pipeline, broken)
     made = json.loads(index.read_text())
-    (broken / "model_index.json").write_text(json.dumps({**made, "_class_name": "FluxPipeline"}))
+    (broken / "model_index.json").write_text(json.dumps({**made, "_class_name": "LuminaPipeline"}))
     call[3] = str(broken)
     assert cli.main([*call, "32"]) == 2
-    assert "StableDiffusion3Pipeline, got FluxPipeline" in capsys.readouterr().err
+    assert "Wan, got LuminaPipeline: for other models" in capsys.readouterr().err
     call[3] = str(tmp_path / "nowhere" / "at" / "all")
     assert cli.main([*call, "32"]) == 2
     assert f"shiva-dit: there is no folder {call[3]} of a pipeline" in capsys.readouterr().err

@@ -374,6 +374,8 @@ class Whole:
     """Whether the pass without a caption is the first of the two."""
     backbone: str = "lora"
     """What of the transformer is trained."""
+    checkpointing: bool = True
+    """Whether its blocks are recomputed."""
     told: float | None = None
     """What the model is told in a plain call."""
 
@@ -390,7 +392,7 @@ WHOLE: dict[str, Whole] = {
     ),
     "flux2": Whole(build=_flux2, plain=TOLD, guided=None, told=4.0),
     "klein": Whole(build=_klein),
-    "chroma": Whole(build=_chroma),
+    "chroma": Whole(build=_chroma, checkpointing=False),
     "qwen": Whole(build=_qwen, plain={}, guided=TRUE),
     "z-image": Whole(build=_z_image, plain={"guidance_scale": 0.0}),
     "pixart-alpha": Whole(

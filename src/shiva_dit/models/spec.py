@@ -89,6 +89,8 @@ class ModelSpec:
     """How its pipelines run the two passes of guidance, as a rule (`pipelines.PIPELINES`)."""
     told_guidance: float = 1.0
     """What a model that is told its guidance calls a scale of 1."""
+    not_recomputed: str | None = None
+    """Argument that diffusers leaves out where it recomputes blocks (gradient checkpointing)."""
     text_tokens: int
     """Text tokens T of the model's own pipelines, by default."""
     full_blocks: Callable[[nn.Module], tuple[int, ...]] = lambda model: ()

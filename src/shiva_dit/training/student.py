@@ -31,7 +31,7 @@ from shiva_dit.models.spec import grid_of
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
 from shiva_dit.training.guided import guided, passes_in_training
-from shiva_dit.training.making import made_adapter, made_reducer, placed
+from shiva_dit.training.making import made_adapter, made_reducer, placed, recompute
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
@@ -103,7 +103,7 @@ class Student:
             flags = [flag for _, flag in self._was[1]]
             self._was = self._was[0], list(zip(model.parameters(), flags, strict=True))
         if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute(model, sample)
         self.selector = self.reducer if isinstance(self.reducer, Selector) else None
         self.updates = None if self.selector is None else self.adapter.updates
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
