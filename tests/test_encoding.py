@@ -22,6 +22,7 @@ from shiva_dit.provenance import data_digest, module_digest
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch
 from shiva_dit.training.folder import Facts, FolderData, encode_folder
+from shiva_dit.training.looks.measure import _Kept
 from shiva_dit.training.paths import path_of
 from shiva_dit.training.pictures import encode as encoding
 from shiva_dit.training.pictures.decoder import Decoder
@@ -204,14 +205,26 @@ def test_batches_give_what_single_ones_give(name: str, pictures: Path, tmp_path:
 
 
 @every_pipeline
+def test_encoders_in_bfloat16_give_bfloat16(name: str, pictures: Path, tmp_path: Path) -> None:
+    pipe = built(name, tmp_path / "own").to(torch.bfloat16)
+    data = encoded(pipe, pictures, tmp_path / "data")
+    batch = batch_of(data, 1, 2)  # with and without a word in quotes
+    given = [*batch.conditioning.values(), *data.unconditional().values()]
+    assert {value.dtype for value in given if value.is_floating_point()} == {torch.bfloat16}
+    assert batch.latents.dtype == torch.float32
+    assert torch.equal(batch.latents, batch.latents.bfloat16().float())
+    assert torch.isfinite(batch.latents).all()
+
+
+@every_pipeline
 def test_texts_and_latents_take_what_is_said_before(
     name: str, pictures: Path, tmp_path: Path
 ) -> None:
     pipe = built(name, tmp_path / "own")
     data, facts = encoded(pipe, pictures, tmp_path / "data"), Facts.of(pipe)
     batch, empty = batch_of(data, 1), data.unconditional()
-    floats = [v for v in empty.values() if v.is_floating_point() and v.ndim + (v.shape[0] > 0)]
-    assert {value.dtype for value in floats} == {torch.float16}
+    given = [value for value in empty.values() if value.is_floating_point()]
+    assert {value.dtype for value in given} == {torch.float16}
     wide = sum(value.nbytes for n, value in empty.items() if "mask" not in n)
     assert wide == facts.text_bytes
     assert batch.latents.nbytes == facts.latent_bytes((SIDE, SIDE))
@@ -343,3 +356,13 @@ def test_what_was_encoded_before_there_were_others_goes_on(
     for name in ("encode_pictures", "encode_captions"):
         monkeypatch.setattr(encoding, name, lambda *_: pytest.fail("encoded again"))
     assert encoded(pipe, pictures, out).identity() == data.identity()
+
+
+@pytest.mark.parametrize("name", ["sd3", "klein", "qwen", "wan"])
+def test_looks_know_the_grid_of_tokens(name: str, pictures: Path, tmp_path: Path) -> None:
+    pipe = built(name, tmp_path / "own")
+    data = encoded(pipe, pictures, tmp_path / "data")
+    config = TrainConfig(out=tmp_path / "run", task=None)
+    student = Trainer(config, pipe.transformer, data, pipe.scheduler).student
+    for row, (wide, high) in enumerate([(WIDE, HIGH), (SIDE, SIDE)]):
+        assert _Kept(student, batch_of(data, row), steps=2).grid == (high // 4, wide // 4)

@@ -191,7 +191,9 @@ def encode_captions(pipe: Any, captions: Sequence[str]) -> list[dict[str, Tensor
     named = {n: v for n, v in zip(how.gives, found, strict=False) if n is not None}
     if how.mask is not None:
         named = _padded(named, how.mask, arguments[PADDED])
-    made = {name: _narrow(value) for name, value in named.items()}
+    own = next(iter(named.values())).dtype
+    narrow = own if own in NARROW else torch.float16  # HunyuanImage's second text may be wider
+    made = {n: v.to(narrow) if v.is_floating_point() else v for n, v in named.items()}
     for name, value in made.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
@@ -222,10 +224,6 @@ def _padded(made: Mapping[str, Any], name: str, length: int) -> dict[str, Tensor
         filled[place, : len(row)] = row
         kept[place, : len(row)] = 1
     return {text: filled, name: kept}
-
-
-def _narrow(value: Tensor) -> Tensor:
-    return value.half() if value.is_floating_point() and value.dtype not in NARROW else value
 
 
 def signature(source: str) -> dict[str, str] | None:

@@ -89,8 +89,9 @@ def _as_kept(kept: Given, sides: Sides) -> dict[str, Any]:
 def _flux_ids(kept: Given, sides: Sides) -> dict[str, Any]:
     """Text stands at 0, image tokens at their row and column."""
     text = kept["encoder_hidden_states"]
-    rows, columns = (torch.arange(side).to(text) for side in sides.tokens)
-    places = torch.cartesian_prod(rows, columns)
+    places = torch.cartesian_prod(
+        *(torch.arange(side, dtype=text.dtype, device=text.device) for side in sides.tokens)
+    )
     image = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)
     return {**kept, "img_ids": image, "txt_ids": text.new_zeros(text.shape[1], 3)}
 

@@ -27,7 +27,6 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
-    "BOOL": torch.bool,
 }
 """As safetensors calls them."""
 
