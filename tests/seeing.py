@@ -19,7 +19,7 @@ from transformers import (
 
 from shiva_dit.pictures.reward import HIDDEN, renamed
 from tests import tiny
-from tests.test_folder import write_tokenizer
+from tests.whole import clip_tokenizer
 
 SIDE = 16
 LONGEST = 12  # tokens of a prompt
@@ -54,7 +54,7 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
         model.logit_scale.fill_(1.5)
     model.save_pretrained(folder)
     CLIPImageProcessorPil(**SIZES).save_pretrained(folder)
-    write_tokenizer(folder / "words").save_pretrained(folder)
+    clip_tokenizer(folder / "words").save_pretrained(folder)
     return folder
 
 
@@ -90,7 +90,7 @@ def reward_folder(folder: Path, seed: int = 0) -> Path:
         vision_config={**shared, "hidden_size": 8, "image_size": SIDE, "patch_size": 8},
     )
     config.save_pretrained(folder)
-    write_tokenizer(folder / "words").save_pretrained(folder)
+    clip_tokenizer(folder / "words").save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
     names = {**published_vision(8), **published_text(12, 8)}
     widths = (12, *HIDDEN)

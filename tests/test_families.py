@@ -169,6 +169,17 @@ def test_gradients_reach_the_router_with_checkpointing_and_without(
         assert torch.equal(gradient, again[key]), key
 
 
+def test_what_a_model_hands_on_by_name_is_there_when_it_is_recomputed() -> None:
+    """HunyuanImage does, which diffusers' own checkpointing refuses."""
+    for name in ("hunyuan-image", "hunyuan-image-glyphs"):
+        plain, again = (
+            router_gradients(name, kv_gate=True, checkpointing=on) for on in (False, True)
+        )
+        assert plain.keys() == again.keys()
+        for key, gradient in plain.items():
+            assert torch.equal(gradient, again[key]), key
+
+
 @every
 def test_detaching_leaves_nothing_behind(name: str) -> None:
     model, given = families.made(name), families.arguments(name)

@@ -166,7 +166,8 @@ def test_a_model_that_is_told_its_guidance_is_told_the_drawn_one(name: str, tmp_
     """In its own units, and in one pass."""
     trainer = trainer_for(name, tmp_path, backbone="full", guidance=(2.0, 4.0))
     model, spec = trainer.student.model, trainer.student.attachment.spec
-    assert passes_in_training(model, spec) is Pass.ALONE
+    sample = trainer.data.batch(torch.tensor([0]), torch.Generator())
+    assert passes_in_training(model, spec, (2.0, 4.0), sample) is Pass.ALONE
     told: list[Tensor] = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: told.append(kwargs["guidance"]), with_kwargs=True

@@ -59,13 +59,14 @@ def test_a_true_effect_is_what_other_counts_and_another_map_give(token_is_select
     selected = torch.zeros(64, dtype=torch.bool)
     selected[order[: COUNTS[block]]] = True
     tokens, effects = test._true_effects(block, selected)
-    losses = []
+    given, losses = test.batch.given(test.dtype), []
+    given |= {"hidden_states": test.noisy, "timestep": test.times}
     for k in (COUNTS[block] - 1, COUNTS[block], COUNTS[block] + 1):
         counts = [*COUNTS]
         counts[block] = k
         other = attached(maps(), counts)
         with torch.no_grad():
-            prediction = other.model(**test.arguments, return_dict=False)[0]
+            prediction = other.model(**given, return_dict=False)[0]
         losses.append(float((prediction - test.target).square().mean()))
     wanted = losses[1] - losses[0] if token_is_selected else losses[2] - losses[1]
     # Measured 3e-9 off (rounding of losses of 6e-3), effects of 1e-5 to 1e-4.

@@ -64,6 +64,7 @@ def folder(out: Path, count: int) -> Path:
         encoders={"vae": "v", "text": "t"},
         empty=keys[0],
         size=32,
+        pipeline="StableDiffusion3Pipeline",
         model="",
         source="",
         files="",

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from shiva_dit.api.state import disabled
@@ -27,7 +26,7 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.features import record_blocks
 from shiva_dit.models.gating import GatedForward
-from shiva_dit.training.data import TrainingData
+from shiva_dit.training.data import TrainingData, repeated
 from shiva_dit.training.paths import path_of
 
 ESTIMATORS: dict[str, EstimatorConfig] = {
@@ -178,14 +177,12 @@ class _FlipTest:
         """Arguments of a sample at its time, the target of the loss, the teacher's updates."""
         t = (index + 0.5) / self.config.images
         picked = self.order[index % len(self.order)].view(1)
-        batch = self.data.batch(picked, self.generator).to(self.device)
+        self.batch = batch = self.data.batch(picked, self.generator).to(self.device)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         times = torch.full((1,), t, device=self.device)
         spec = self.attachment.spec
         noisy = self.path.noisy(batch.latents, noise, times)
-        self.arguments = spec.arguments_of(noisy, batch.conditioning_in(self.dtype))
-        self.arguments.update(spec.times(self.path.timestep(times)))
-        self.shared = {**batch.shared, "return_dict": False}
+        self.noisy, self.times = noisy, self.path.timestep(times)
         num_tokens = self.num_tokens = spec.tokens(self.attachment.model, batch.latents)
         self.counts = self.attachment.counts.table(num_tokens).row(t)
         blocks = self.attachment.schedule.prunable_blocks
@@ -196,10 +193,18 @@ class _FlipTest:
                 self.attachment.model, inputs=blocks, outputs=blocks, num_tokens=num_tokens
             ) as self.teacher,
         ):
-            output = self.attachment.model(**self.arguments, **self.shared)
-        self.target = self.path.prediction(output, num_tokens)
+            self.target = self._prediction()
         if self.config.loss == "diffusion":
             self.target = self.path.target(batch.latents, noise, times)
+
+    def _prediction(self, copies: int = 1) -> Tensor:
+        """What the model predicts of so many copies of the sample."""
+        spec = self.attachment.spec
+        batch, noisy = repeated(self.batch, copies, self.noisy)
+        given = spec.arguments_of(noisy, batch.given(self.dtype))
+        times = spec.times(self.times.expand(copies))
+        output = self.attachment.model(**given, **times, return_dict=False)
+        return self.path.prediction(output, self.num_tokens)
 
     def _run(
         self,
@@ -223,10 +228,8 @@ class _FlipTest:
             )
             return gates[block]
 
-        arguments = tree_map_only(Tensor, lambda v: v.expand(copies, *v.shape[1:]), self.arguments)
         with self.attachment.forwards.gated(GatedForward(counts=counts or self.counts, gates=make)):
-            output = self.attachment.model(**arguments, **self.shared)
-        prediction = self.path.prediction(output, self.num_tokens)[:, : self.target.shape[1]]
+            prediction = self._prediction(copies)[:, : self.target.shape[1]]
         error = (prediction.float() - self.target.float()).square().flatten(1).mean(1)
         return error, gates
 

@@ -33,7 +33,7 @@ def add_commands(command: Command) -> None:
         "encode", _encode, "encode a folder of pictures and captions for training", goes_on=True
     )
     add("images", type=path, help="folder of captioned pictures, or a tar or parquet file")
-    add("--pipeline", required=True, help="folder or Hub id of a Stable Diffusion 3 pipeline")
+    add("--pipeline", required=True, help="folder or Hub id of the pipeline")
     add("--out", type=path, required=True, help="folder to fill, or to go on in")
     add("--size", type=positive, default=1024, help="side of the pictures in pixels")
     add("--buckets", action="store_true", help="keep about the pictures' shapes, not one square")
@@ -114,6 +114,11 @@ def _train(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace, recipe: Any) -> int:
     """Say what a run will need; a pipeline's weights are not loaded."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+    )
+
     from shiva_dit.training.memory import Shapes, needs, shapes_of, told
     from shiva_dit.training.processes import check_parts
 
@@ -122,21 +127,26 @@ def _plan(options: argparse.Namespace, recipe: Any) -> int:
         shapes = shapes_of(*_demo(recipe, options.base))
     else:
         import diffusers
-        from diffusers import AutoModel
 
         from shiva_dit.models.sampling import Sampler
         from shiva_dit.training.folder import FolderData
+        from shiva_dit.training.pictures.encoders import saved_config
 
         data = FolderData(options.data)
         data.check_pipeline(options.pipeline)
-        found = loaded(options.pipeline, AutoModel.load_config, subfolder="transformer")
+        found = loaded(options.pipeline, saved_config, part="transformer")
         cls = getattr(diffusers, str(found.get("_class_name")), None)
         if cls is None:
             raise ValueError(f"{options.pipeline} has no transformer that diffusers knows.")
         scheduler = loaded(options.pipeline, Sampler.saved)
         config = {name: value for name, value in found.items() if not name.startswith("_")}
         shapes = Shapes.of(cls, config, data, scheduler)
-    print(told(needs(recipe, shapes, processes=options.processes), options.processes))
+    try:
+        found = needs(recipe, shapes, processes=options.processes)
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        name = shapes.model_class.__name__
+        raise ValueError(f"{name} looks at values: what it needs can't be counted.") from error
+    print(told(found, options.processes))
     return 0
 
 
@@ -214,8 +224,9 @@ def _encode(options: argparse.Namespace) -> int:
     def load() -> Any:
         from diffusers import DiffusionPipeline
 
-        load = DiffusionPipeline.from_pretrained
-        pipe = loaded(options.pipeline, load, transformer=None, dtype=dtype)
+        index: Any = DiffusionPipeline.load_config(options.pipeline)
+        without = {name: None for name in index if name.startswith("transformer")}
+        pipe = loaded(options.pipeline, DiffusionPipeline.from_pretrained, dtype=dtype, **without)
         return pipe.to(device)
 
     try:

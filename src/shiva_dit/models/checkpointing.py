@@ -25,18 +25,21 @@ class SnapshotCheckpoint:
         slot = self.slots.get(id(block))
         if slot is None:
             return self.original(module, *args, **kwargs)
-        return self.original(_WithState(module, slot), *args, **kwargs)
+        return self.original(_WithState(module, slot, kwargs), *args)
 
 
 class _WithState:
-    def __init__(self, module: Callable[..., Any], slot: Slot) -> None:
-        self.module, self.slot, self.state = module, slot, slot.state
+    """A block with the state and keywords of a forward: diffusers' own function takes none."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, module: Callable[..., Any], slot: Slot, kwargs: dict[str, Any]) -> None:
+        self.module, self.slot, self.state = module, slot, slot.state
+        self.kwargs = kwargs
+
+    def __call__(self, *args: Any) -> Any:
         current = self.slot.state
         self.slot.state = self.state
         try:
-            return self.module(*args, **kwargs)
+            return self.module(*args, **self.kwargs)
         finally:
             self.slot.state = current
 

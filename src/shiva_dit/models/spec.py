@@ -112,6 +112,8 @@ class ModelSpec:
     """How its pipelines run the two passes of guidance, as a rule (`pipelines.PIPELINES`)."""
     told_guidance: float = 1.0
     """What a model that is told its guidance calls a scale of 1."""
+    not_recomputed: str | None = None
+    """Argument that diffusers leaves out where it recomputes blocks (gradient checkpointing)."""
     text_tokens: int
     """Text tokens T of the model's own pipelines, by default."""
     full_blocks: Callable[[nn.Module], tuple[int, ...]] = lambda model: ()
@@ -161,7 +163,7 @@ class ModelSpec:
         made = {name: make(model, size) for name, make in self.inputs.items()}
         return {name: value for name, value in made.items() if value is not None}
 
-    def arguments_of(self, noisy: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+    def arguments_of(self, noisy: Tensor, conditioning: Mapping[str, Any]) -> dict[str, Any]:
         """Noisy samples and a batch's conditioning as the model takes them (`BESIDE` ...)."""
         axis = self.channels or (-1 if noisy.ndim == 3 else 1)
         beside = conditioning.get(BESIDE)

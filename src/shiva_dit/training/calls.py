@@ -54,8 +54,7 @@ class Calls:
         return {
             **self.spec.times(self.path.timestep(t)),
             "return_dict": False,
-            **self.spec.arguments_of(noisy.to(self.dtype), batch.conditioning_in(self.dtype)),
-            **batch.shared,
+            **self.spec.arguments_of(noisy.to(self.dtype), batch.given(self.dtype)),
         }
 
     def guided(

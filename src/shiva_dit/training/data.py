@@ -28,6 +28,10 @@ class Batch:
     `BESIDE`, further channels that the model reads after those of the noisy latents."""
     shared: Mapping[str, Any] = field(default_factory=dict)
     """Further ones that are the same for all samples: position ids, rotary tables, sizes."""
+    arguments: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None
+    """Makes the forward's arguments of the conditioning, where these are not the same."""
+    picture: Callable[[Tensor], Tensor] | None = None
+    """Makes (B, C, H, W) of latents, where these have another layout."""
     route: Route | None = None
     """Where these samples are a model's own: the states on the way to them (`Trajectories`)."""
 
@@ -41,7 +45,7 @@ class Batch:
         shared = send_to_device(dict(self.shared), device)
         route = None if self.route is None else self.route.to(device)
         latents = there(self.latents)
-        return Batch(latents=latents, conditioning=moved, shared=shared, route=route)
+        return replace(self, latents=latents, conditioning=moved, shared=shared, route=route)
 
     def split(self, size: int) -> list[Batch]:
         """Parts of at most so many samples."""
@@ -54,10 +58,15 @@ class Batch:
             for start in range(0, len(self.latents), size)
         ]
 
-    def conditioning_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The conditioning as a model of this dtype takes it."""
-        given = self.conditioning.items()
-        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in given}
+    def given(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a forward of a model of this dtype is given beside latents and time."""
+        items = self.conditioning.items()
+        made = {n: v.to(dtype) if v.is_floating_point() else v for n, v in items}
+        return {**(made if self.arguments is None else self.arguments(made)), **self.shared}
+
+    def pictured(self, latents: Tensor) -> Tensor:
+        """Latents laid out as these, as (B, C, H, W) where they are pictures."""
+        return latents if self.picture is None else self.picture(latents)
 
 
 @runtime_checkable

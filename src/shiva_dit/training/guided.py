@@ -23,9 +23,27 @@ def is_told(model: Any, spec: ModelSpec) -> bool:
     return TOLD in spec.inputs and bool(getattr(model.config, "guidance_embeds", False))
 
 
-def passes_in_training(model: Any, spec: ModelSpec) -> Pass:
-    """How a guided sample's passes go into one batch: as the model's pipelines run them."""
-    if is_told(model, spec):
+def passes_in_training(
+    model: Any, spec: ModelSpec, guidance: tuple[float, float] | None, sample: Batch
+) -> Pass:
+    """How a sample's passes go into one batch: as the model's pipelines run them.
+
+    Args:
+        model: The transformer.
+        spec: Of it.
+        guidance: Lowest and highest scale; None without.
+        sample: What it is given.
+
+    Raises:
+        ValueError: If it has to be told a scale, and nobody does.
+    """
+    told = is_told(model, spec)
+    if guidance is None and told and TOLD not in {**sample.conditioning, **sample.shared}:
+        raise ValueError(
+            f"{type(model).__name__} is told its guidance: say which scales it is used with, such "
+            "as guidance=[1,7]."
+        )
+    if guidance is None or told:
         return Pass.ALONE
     return Pass.BOTH if spec.guidance == "one batch" else Pass.PAIR
 

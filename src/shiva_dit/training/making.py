@@ -19,6 +19,7 @@ from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.spec import ModelSpec
 from shiva_dit.modules.router import ShivaRouter
+from shiva_dit.training.data import Batch
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import ShapeConfig
 
@@ -29,6 +30,25 @@ def placed(module: Made, device: torch.device) -> Made:
     """A module on a device; one that is there isn't touched."""
     held = (*module.parameters(), *module.buffers())
     return module if all(one.device == device for one in held) else module.to(device)
+
+
+def recompute(model: Any, sample: Batch) -> None:
+    """Switch a model's gradient checkpointing on.
+
+    Args:
+        model: The transformer.
+        sample: What it is given.
+
+    Raises:
+        ValueError: If that would lose an argument.
+    """
+    lost = model_spec(model).not_recomputed
+    if lost in {**sample.conditioning, **sample.shared}:
+        raise ValueError(
+            f"diffusers loses the {lost} of {type(model).__name__} where it recomputes blocks: set "
+            "gradient_checkpointing=false."
+        )
+    model.enable_gradient_checkpointing()
 
 
 def made_reducer(

@@ -310,11 +310,8 @@ def _batch_of(data: TrainingData, count: int) -> Batch:
     """Samples that are read as they are, since data looks at values; of them the shapes alone."""
     with _disable_current_modes():
         read = data.batch(torch.zeros(count, dtype=torch.long), torch.Generator())
-    return Batch(
-        latents=torch.empty_like(read.latents),
-        conditioning=tree_map_only(Tensor, torch.empty_like, read.conditioning),
-        shared=tree_map_only(Tensor, torch.empty_like, dict(read.shared)),
-    )
+    made = {n: getattr(read, n) for n in ("latents", "conditioning", "shared")}
+    return replace(read, **tree_map_only(Tensor, torch.empty_like, made))
 
 
 def told(needs: Needs, processes: int) -> str:

@@ -24,7 +24,6 @@ from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.features import BlockFeatures, record_blocks
 from shiva_dit.models.gating import GatedForward
-from shiva_dit.models.guidance import Pass
 from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.sharded import shard, sum_by_block
@@ -32,7 +31,7 @@ from shiva_dit.models.spec import grid_of
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
 from shiva_dit.training.guided import guided, passes_in_training
-from shiva_dit.training.making import made_adapter, made_reducer, placed
+from shiva_dit.training.making import made_adapter, made_reducer, placed, recompute
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
@@ -104,13 +103,13 @@ class Student:
             flags = [flag for _, flag in self._was[1]]
             self._was = self._was[0], list(zip(model.parameters(), flags, strict=True))
         if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute(model, sample)
         self.selector = self.reducer if isinstance(self.reducer, Selector) else None
         self.updates = None if self.selector is None else self.adapter.updates
         self.learns_scores = self.selector is not None and self.selector.learns_from_gates
         self.spec = model_spec(model)
         self._put_on()
-        passes = Pass.ALONE if config.guidance is None else passes_in_training(model, self.spec)
+        passes = passes_in_training(model, self.spec, config.guidance, sample)
         self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes)
         self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
         last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every

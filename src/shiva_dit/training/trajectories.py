@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -68,7 +68,7 @@ class Trajectories:
         """Seconds that drawing them took."""
         self._files: list[Path] = []
         self._times = torch.empty(0)
-        self._shared: Any = {}
+        self._like: Batch | None = None
 
     def draw(self, predict: Predict, device: torch.device, processes: Processes = ALONE) -> None:
         """Draw all of them, or find those that are there. Only the first call does anything.
@@ -103,7 +103,7 @@ class Trajectories:
         for file in files:
             self.cpu_s += float(self._read(file, ["cpu_s"])["cpu_s"])
         self._times = self._read(files[0], ["times"])["times"]
-        self._shared = self.data.batch(self.indices[:1], torch.Generator()).shared
+        self._like = self.data.batch(self.indices[:1], torch.Generator())
         self._files = files
 
     def batch(self, count: int, generator: torch.Generator) -> Batch:
@@ -113,6 +113,7 @@ class Trajectories:
 
     def take(self, chosen: Int[Tensor, " B"]) -> Batch:
         """Those with these numbers."""
+        assert self._like is not None
         picked = [
             self._read(self._files[i // self.at_once], None, i % self.at_once)
             for i in chosen.tolist()
@@ -125,9 +126,7 @@ class Trajectories:
             if name.startswith(CONDITIONING)
         }
         route = Route(states=states, times=self._times, guidance=scales)
-        return Batch(
-            latents=states[:, -1], conditioning=conditioning, shared=self._shared, route=route
-        )
+        return replace(self._like, latents=states[:, -1], conditioning=conditioning, route=route)
 
     @torch.no_grad()
     def _sampled(

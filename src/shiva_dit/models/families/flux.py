@@ -174,6 +174,7 @@ MODELS = (
         model_class="ChromaTransformer2DModel",
         name="Chroma",
         time_embedder=None,  # one network modulates all blocks
+        not_recomputed="attention_mask",  # of single blocks, in 0.42.1
         context=text_mean("attention_mask"),
     ),
     replace(

@@ -211,7 +211,7 @@ class Looks:
         shown = self.material.shown
         if not shown:
             return False
-        if shown[0].batch.latents.ndim != 4:
+        if shown[0].batch.pictured(shown[0].batch.latents).ndim != 4:
             self._say("pictures are drawn of images alone, (B, C, H, W): looks have none.")
             return False
         if sampler.bounds != (0.0, math.inf):

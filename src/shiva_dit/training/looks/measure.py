@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ class Measure:
             if out.shape[1] != x.shape[1]:  # with the variance's channels
                 out = out.chunk(2, dim=1)[0]
             x = step(out, x)
-        return Pictures(latents=x.cpu(), kept=None if kept is None else kept.shares())
+        made = batch.pictured(x.cpu())
+        return Pictures(latents=made, kept=None if kept is None else kept.shares())
 
     def steps(
         self, batch: Batch, steps: int
@@ -219,10 +221,14 @@ class _Kept:
 
     def __init__(self, student: Student, batch: Batch, steps: int) -> None:
         self.student, self.count, self.steps = student, len(batch.latents), steps
-        self.grid = None
-        if batch.latents.ndim == 4:
-            self.grid = grid_of(student.model, batch.latents)
         self.tokens = student.spec.tokens(student.model, batch.latents)
+        self.grid = None
+        if batch.picture is not None:
+            high, wide = batch.picture(batch.latents).shape[2:]
+            side = math.isqrt(high * wide // self.tokens)
+            self.grid = high // side, wide // side
+        elif batch.latents.ndim == 4:
+            self.grid = grid_of(student.model, batch.latents)
         self.blocks = student.adapter.schedule.prunable_blocks
         parts = min(PARTS, steps)
         self.sums = torch.zeros(parts, self.count, self.tokens)

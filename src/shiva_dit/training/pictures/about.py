@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shiva_dit.provenance import read_as, read_json, write_atomically
+from shiva_dit.training.pictures.pipelines import SD3
 
 ABOUT = "data.json"
 FORMAT = 2
@@ -41,6 +42,8 @@ class About:
     empty: str
     """Key of the empty caption."""
     size: int
+    pipeline: str
+    """Its class."""
     model: str
     source: str
     """Where the pictures are."""
@@ -97,4 +100,5 @@ class About:
             name: found[name]
             for name in ("empty", "size", "model", "source", "files", "saved_as", "summary")
         }
-        return cls(samples=samples, encoders=encoders, **rest)
+        pipeline = str(found.get("pipeline", SD3))  # at first there was no other
+        return cls(samples=samples, encoders=encoders, pipeline=pipeline, **rest)

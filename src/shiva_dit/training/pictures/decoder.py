@@ -10,16 +10,20 @@ from diffusers import AutoModel, DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from shiva_dit.training.pictures.pipelines import Served, served
+
 
 class Decoder:
     """A VAE that is on the device only while it decodes.
 
     Args:
+        how: What is known of its pipeline.
         vae: As it was loaded.
         device: Where it runs.
     """
 
-    def __init__(self, vae: Any, device: torch.device) -> None:
+    def __init__(self, how: Served, vae: Any, device: torch.device) -> None:
+        self.how = how
         self.vae, self.device = vae.eval().requires_grad_(False), device
 
     @classmethod
@@ -33,16 +37,15 @@ class Decoder:
         index: Any = DiffusionPipeline.load_config(pipeline)
         if (index.get("vae") or [None])[0] is None:
             return None
-        return cls(AutoModel.from_pretrained(str(pipeline), subfolder="vae"), device)
+        how = served(str(index.get("_class_name")))
+        return cls(how, AutoModel.from_pretrained(str(pipeline), subfolder="vae"), device)
 
     @torch.no_grad()
     def __call__(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
         """Pictures in [-1, 1]."""
-        config = self.vae.config
-        shift = config.get("shift_factor") or 0.0
         self.vae.to(self.device)
         try:
-            scaled = latents.to(self.device, self.vae.dtype) / config.scaling_factor + shift
-            return self.vae.decode(scaled, return_dict=False)[0].float().cpu()
+            there = latents.to(self.device, self.vae.dtype)
+            return self.how.to_pixels(self.vae, there).float().cpu()
         finally:
             self.vae.to("cpu")

@@ -21,6 +21,7 @@ from shiva_dit.training.pictures.encoders import (
     encode_captions,
     encode_pictures,
     fitted,
+    kind_of,
     signature,
 )
 from shiva_dit.training.pictures.entry import Entry
@@ -60,7 +61,7 @@ def encode_folder(
     """Encode pictures and captions by a pipeline that is loaded (`encode`).
 
     Args:
-        pipe: A `StableDiffusion3Pipeline` with its VAE and text encoders, on its device.
+        pipe: One of `PIPELINES`, with all its parts, on its device.
         images: Folder of captioned pictures, or a tar or parquet file.
         out: Folder to fill, or to go on in.
         size: Side in pixels.
@@ -120,7 +121,7 @@ def encode(
             return out
         pipe = load()
         keys = digests(pipe)
-        about = _about(found, keys, how, str(pipe.name_or_path), images)
+        about = _about(found, keys, how, pipe, images)
         latents, texts = (Shards(about.folder(out, kind)) for kind in (LATENTS, TEXT))
         about.write(out)
         with _written(latents, texts):
@@ -200,7 +201,8 @@ def _tell_cost(
         )
 
 
-def _about(found: Scan, keys: dict[str, str], how: Encoding, model: str, images: Path) -> About:
+def _about(found: Scan, keys: dict[str, str], how: Encoding, pipe: Any, images: Path) -> About:
+    model = str(pipe.name_or_path)
     return About(
         samples=[
             Sample(
@@ -215,6 +217,7 @@ def _about(found: Scan, keys: dict[str, str], how: Encoding, model: str, images:
         encoders=keys,
         empty=caption_key(""),
         size=how.size,
+        pipeline=kind_of(pipe),
         model=model,
         source=str(images.absolute()),
         files=found.signature,

@@ -17,6 +17,7 @@ from shiva_dit.training.data import Batch
 from shiva_dit.training.looks.material import Decode
 from shiva_dit.training.pictures.about import ABOUT, AGAIN, LATENTS, TEXT, About, Sample
 from shiva_dit.training.pictures.encoders import signature
+from shiva_dit.training.pictures.pipelines import Sides, served
 from shiva_dit.training.pictures.shards import Shards
 from shiva_dit.training.pictures.sources import find
 
@@ -28,6 +29,7 @@ class Read:
     """What a batch is made of."""
 
     latents: Tensor
+    sides: Sides
     texts: dict[str, Tensor]
     """Of all captions of all samples, in order."""
 
@@ -52,6 +54,7 @@ class FolderData:
             )
         self.name = str(folder)
         self.about = about = About.read(folder)
+        self.how = served(about.pipeline)
         self.latents, self.texts = (Shards(about.folder(folder, kind)) for kind in (LATENTS, TEXT))
         texts = {about.empty, *(key for sample in about.samples for key in sample.texts)}
         pictures = {sample.key for sample in about.samples}
@@ -120,7 +123,7 @@ class FolderData:
         self._expected.clear()
 
     def batch(self, indices: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-        """The samples with these indices: latents in float32, captions in the 16 bits they have.
+        """The samples with these indices, latents in float32, captions in the 16 bits they have.
 
         Where pictures have several captions, one of each is drawn.
 
@@ -138,7 +141,13 @@ class FolderData:
                 rows.append(start + int(u * count))
                 start += count
             texts = {name: value[rows] for name, value in texts.items()}
-        return Batch(latents=read.latents, conditioning=texts)
+        how, sides = self.how, read.sides
+        return Batch(
+            latents=read.latents,
+            conditioning=texts,
+            arguments=lambda kept: how.arguments(kept, sides),
+            picture=lambda latents: how.layout.picture(latents, *sides.latents),
+        )
 
     def unconditional(self) -> dict[str, Tensor]:
         """The empty caption."""
@@ -155,10 +164,13 @@ class FolderData:
         keys = [key for sample in samples for key in sample.texts]
         texts = self.texts.read(keys, pinned=self._pinned)
         kept = self.latents.read([s.key for s in samples], pinned=self._pinned)[LATENTS]
-        if kept.dtype == torch.float32:
-            return Read(kept, texts)
-        latents = torch.empty(kept.shape, dtype=torch.float32, pin_memory=self._pinned)
-        return Read(latents.copy_(kept), texts)
+        wide, high = samples[0].shape
+        sides = Sides(pixels=(high, wide), latents=(kept.shape[2], kept.shape[3]))
+        laid = self.how.layout.laid(kept)
+        if laid.dtype == torch.float32 and laid.is_pinned() == self._pinned:
+            return Read(laid, sides, texts)
+        latents = torch.empty(laid.shape, dtype=torch.float32, pin_memory=self._pinned)
+        return Read(latents.copy_(laid), sides, texts)
 
     def _sample(self, index: int) -> Sample:
         return self.about.samples[self._rows[index]]
