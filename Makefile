@@ -12,7 +12,7 @@ SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=
 # Tests start processes by the dozen: what these import is compiled once, whatever the user's shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test check matrix fix report results-estimators install clean
+.PHONY: quickstart test check matrix fix report results-estimators release install clean
 
 quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)
 	$(BIN)/shiva-dit quickstart
@@ -53,6 +53,22 @@ results-estimators: $(STAMP)  ## What docs/results/ says of tokens and ratios, i
 report: $(STAMP)  ## Write the tables of the documents from the records
 	$(BIN)/shiva-dit report README.md docs/*.md docs/results/*.md
 
+# A release, in this order: (1) the version in pyproject.toml and src/shiva_dit/__init__.py, and the changelog's
+# heading with the day; (2) `make check` and `make matrix` pass on a clean clone, and `make report` changes nothing;
+# (3) `make release`; (4) a commit and a tag "v" and the version; (5) `twine upload dist/*`, with a token that may
+# upload this project alone; (6) `pip install shiva-dit` in an empty folder, and the README's first example.
+release: $(STAMP)  ## Build what goes to PyPI, check it, and serve with it in an environment without extras
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet build==1.6.1 twine==7.0.0
+	build/release/bin/python -m build --outdir dist .
+	build/release/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear build/release
+	build/release/bin/python -m pip install --quiet torch==2.13.0
+	build/release/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && release/bin/python -m pip list && release/bin/shiva-dit doctor && \
+		release/bin/python ../tests/serving.py $(abspath $(BIN))/python
+
 install: $(STAMP)  ## Make .venv
 
 # torch first and pinned: left to the resolver, another build of several GB may be taken.
@@ -65,4 +81,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## Remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

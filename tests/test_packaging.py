@@ -13,29 +13,14 @@ import pytest
 from packaging.requirements import Requirement
 
 import shiva_dit
-from tests import tiny
+from tests import serving
 
 DISTRIBUTION = "shiva-dit"
 SOURCES = Path(shiva_dit.__file__).parents[1]
 SERVE = """
-import importlib.util, sys, torch
-from diffusers import SD3Transformer2DModel
-import shiva_dit
-
-assert not any(importlib.util.find_spec(name) for name in {absent})
-model = SD3Transformer2DModel.from_pretrained({model!r}).eval()
-for adapter in {adapters}:
-    shiva_dit.apply(model, adapter)
-    given = dict(
-        hidden_states=torch.ones(1, 4, 16, 16),
-        encoder_hidden_states=torch.ones(1, 5, 24),
-        pooled_projections=torch.ones(1, 20),
-        timestep=torch.tensor([500.0]),
-    )
-    with torch.no_grad():
-        assert torch.isfinite(model(**given).sample).all()
-    print(shiva_dit.summary(model, text_tokens=5))
-    shiva_dit.remove(model)
+from pathlib import Path
+from tests.serving import serve
+serve(Path({folder!r}))
 """
 IMPORTS = """
 import resource, sys
@@ -88,7 +73,7 @@ def run(code: str, site: Path) -> str:
     """Output of a process that knows no other packages."""
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
-        env={"PYTHONPATH": f"{SOURCES}:{site}", "HOME": str(site)},
+        env={"PYTHONPATH": f"{SOURCES}:{SOURCES.parent}:{site}", "HOME": str(site)},
         capture_output=True,
         text=True,
         check=False,
@@ -105,18 +90,9 @@ def test_what_training_needs_is_not_needed_for_serving() -> None:
 def test_adapters_serve_where_nothing_but_torch_and_diffusers_is(
     poor: Path, tmp_path: Path
 ) -> None:
-    model = tiny.sd3()
-    model.save_pretrained(tmp_path / "model")
-    folders = []
-    for method in ("frozen", "full", "lora", "dora"):
-        weights = None if method == "frozen" else tiny.tuned(method)[0]
-        adapter = tiny.adapter(model, backbone=method, lora_rank=3)
-        adapter.backbone_weights = weights
-        adapter.save_pretrained(tmp_path / method)
-        folders.append(str(tmp_path / method))
-    absent = ("peft", "accelerate", "transformers", "matplotlib", "sklearn")
-    said = run(SERVE.format(absent=absent, model=str(tmp_path / "model"), adapters=folders), poor)
-    assert said.count("SD3Transformer2DModel: ") == 4
+    serving.make(tmp_path)
+    said = run(SERVE.format(folder=str(tmp_path)), poor)
+    assert said.count("SD3Transformer2DModel: ") == len(serving.METHODS)
 
 
 def test_a_command_that_needs_an_extra_says_which(poor: Path) -> None:
