@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
     from shiva_dit.training.interrupt import TrainingInterrupted
-    from shiva_dit.training.processes import joined
+    from shiva_dit.training.processes import joined, one_of_several_asked
     from shiva_dit.training.recipe import TrainConfig
     from shiva_dit.training.run import check_installed, train
 
@@ -94,6 +95,9 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError(
             "--processes is for --plan: several are started by torchrun or accelerate launch."
         )
+    if one_of_several_asked(os.environ):
+        say = "accelerate started this process alone: for several on one machine say --multi_gpu"
+        print(f"shiva-dit: {say} (on CPUs, too), or take torchrun.", file=sys.stderr)
     with joined(options.device) as (processes, own):
         device = usable_device(own)
         check_folder(recipe.out)
