@@ -10,14 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from shiva_dit.training.interrupt import TrainingInterrupted
+from shiva_dit.training.looks.measure import Measure
 from shiva_dit.training.processes import joined
 from shiva_dit.training.run import train
 from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig, WatchConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
 from tests.test_training import TinyData, WatchedData, recipe
+
+
+def full_in_the_second_look(error: Any) -> Any:
+    """As `Measure._error`, of which a look has two in each of two processes."""
+    calls: list[int] = []
+
+    def found(self: Measure, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3 and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return error(self, *given)
+
+    return found
 
 
 def main() -> None:
@@ -33,14 +48,17 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int, help="step after which rank 1 is killed")
     parser.add_argument("--bad-at", type=int, help="step in which rank 1 has a loss that is none")
     parser.add_argument("--patience", type=int, help="looks without a better error, of any")
+    parser.add_argument("--look", action="store_true", help="at every second step")
+    parser.add_argument("--no-memory", action="store_true", help="of rank 1 in the second look")
     options = parser.parse_args()
     torch.set_num_threads(1)
     changes: dict[str, Any] = {}
     if options.guided:
         changes = {"guidance": (1.0, 7.0), "trajectories": TrajectoryConfig(count=3, steps=2)}
-    if options.patience is not None:
+    looks = options.look or options.patience is not None
+    if looks:
         watch = WatchConfig(every=2, held_out=3, times=3, steps=2)
-        changes["watch"] = replace(watch, patience=options.patience)
+        changes["watch"] = replace(watch, patience=options.patience or 0)
     config = recipe(
         options.out,
         backbone=options.backbone,
@@ -69,9 +87,11 @@ def main() -> None:
         return found
 
     Trainer.train_step = stepped  # type: ignore[method-assign]
+    if options.no_memory:
+        Measure._error = full_in_the_second_look(Measure._error)  # type: ignore[method-assign]
     with joined("cpu") as (processes, _):
         try:
-            data = TinyData() if options.patience is None else WatchedData()
+            data = WatchedData() if looks else TinyData()
             train(config, tiny.sd3(), data, resume=True, processes=processes)
         except TrainingInterrupted as stop:
             print(f"rank {processes.rank} stopped: {stop.checkpoint.name}", flush=True)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import image as images
 from torch import Tensor, nn
 
 import shiva_dit
 from shiva_dit.models.sharded import norm_of, sum_by_block
-from shiva_dit.training.log import LOG_FILE
+from shiva_dit.training.log import LOG_FILE, read_log
 from shiva_dit.training.optimization import PARTS, Optimization
 from shiva_dit.training.processes import ALONE, Processes, joined
 from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig
@@ -37,6 +38,10 @@ def launched(count: int, out: Path, *options: str, fails: bool = False) -> str:
 def learned(out: Path) -> dict[str, Tensor]:
     adapter = shiva_dit.ShivaAdapter.from_pretrained(out / "adapter")
     return {**adapter.state_dict(), **adapter.backbone_weights}
+
+
+def looks(out: Path) -> list[dict[str, Any]]:
+    return [line for line in read_log(out / LOG_FILE) if "ratios" in line]
 
 
 def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -221,12 +226,20 @@ def test_a_loss_that_is_none_in_one_ends_all_of_them(tmp_path: Path) -> None:
         assert f"not finite at step 4 (stage 'joint'); the last good checkpoint: {tmp_path}" in said
 
 
-def test_all_look_together_and_stop_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--guided",),
+        pytest.param(("--backbone", "full", "--shard"), marks=pytest.mark.slow),
+    ],
+    ids=["whole", "shared"],
+)
+def test_all_look_together_and_stop_together(words: tuple[str, ...], tmp_path: Path) -> None:
     """Two processes share three forwards of a look; what they decide is one decision."""
     found = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        launched(count, out, "--guided", "--patience", "1", "--steps", "60")
+        launched(count, out, *words, "--patience", "1", "--steps", "60")
         found.append(json.loads((out / "result.json").read_text(encoding="utf-8")))
         assert {path.name for path in out.iterdir()} >= {"best", "curves.png", "watch"}
     one, many = found
@@ -235,6 +248,41 @@ def test_all_look_together_and_stop_together(tmp_path: Path) -> None:
     assert one["steps"] < 60
     assert many["best"]["error"] == pytest.approx(one["best"]["error"], rel=1e-5)
     assert farthest(learned(tmp_path / "1"), learned(tmp_path / "2")) <= 1e-6
+
+
+def test_looks_change_nothing_where_processes_share_weights(whole: Path, tmp_path: Path) -> None:
+    """They measure what one process does that holds all weights, and leave every bit."""
+    words = "--backbone", "full", "--look"
+    launched(1, tmp_path / "one", *words)
+    launched(2, tmp_path / "two", *words, "--shard")
+    assert farthest(learned(tmp_path / "one"), learned(whole)) == 0.0
+    assert farthest(learned(tmp_path / "two"), learned(whole)) <= 1e-7  # measured: 0
+    one, two = (looks(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in two] == [2, 4, 6, 8]
+    for line, other in zip(one, two, strict=True):
+        assert other["held_out"] == pytest.approx(line["held_out"], rel=1e-5)
+        assert other["ratios"] == line["ratios"]
+    drawn = {"step-000002.png", "step-000004.png", "step-000006.png", "step-000008.png"}
+    assert {path.name for path in (tmp_path / "two" / "watch").iterdir()} == drawn
+    for name in drawn:
+        pictures = [images.imread(tmp_path / run / "watch" / name) for run in ("one", "two")]
+        assert pictures[0].shape == pictures[1].shape
+        assert abs(pictures[0] - pictures[1]).mean() < 1e-3
+
+
+def test_a_look_that_fails_in_one_ends_those_that_share_weights(tmp_path: Path) -> None:
+    """The other would wait for it in the middle of a forward; what was saved is there."""
+    words = "--backbone", "full", "--shard", "--look", "--no-memory"
+    said = launched(2, tmp_path, *words, fails=True)
+    assert "OutOfMemoryError: CUDA out of memory" in said
+    assert "training goes on" not in said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_look_that_fails_in_one_of_several_that_hold_all_ends_nothing(tmp_path: Path) -> None:
+    said = launched(2, tmp_path, "--look", "--no-memory")
+    assert "the held-out error failed (OutOfMemoryError: CUDA out of memory)" in said
+    assert [("held_out" in line) for line in looks(tmp_path)] == [True, False, True, True]
 
 
 def test_a_folder_with_another_run_is_refused_once(alone: Path) -> None:

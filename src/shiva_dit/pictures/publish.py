@@ -31,7 +31,7 @@ from shiva_dit.saved_folder import CARD_FILE, CONFIG_FILE, check_place, weights_
 from shiva_dit.training.log import LOG_FILE, read_log
 from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look
 from shiva_dit.training.looks.looks import CURVES
-from shiva_dit.training.looks.looks import FOLDER as LOOKS
+from shiva_dit.training.looks.pictures import FOLDER as LOOKS
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.recipe_file import RECIPE_FILE, write_recipe
 from shiva_dit.training.result import RESULT_FILE

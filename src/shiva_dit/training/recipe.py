@@ -241,11 +241,6 @@ class TrainConfig:
                 "optimizer.eight_bit has blocks of 256 values, which shard would cut otherwise for "
                 "every number of processes: set one of them to false."
             )
-        if self.shard and self.watch.every:
-            raise ValueError(
-                "watch wasn't tried on weights that processes share: set shard = false or "
-                "watch.every = 0."
-            )
         if self.shard and self.trajectories.count:
             raise ValueError(
                 "processes that share weights run alike, and each draws its own number of "
