@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib import image as images
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import shiva_dit
@@ -18,7 +19,7 @@ from shiva_dit.models.sharded import norm_of, sum_by_block
 from shiva_dit.training.log import LOG_FILE, read_log
 from shiva_dit.training.optimization import PARTS, Optimization
 from shiva_dit.training.processes import ALONE, Processes, joined
-from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig
+from shiva_dit.training.settings import OptimizerConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
 from tests.test_training import TinyData, recipe
@@ -106,6 +107,28 @@ def test_processes_that_share_weights_train_the_same_and_another_number_goes_on(
     given = dict(tiny.sd3().named_parameters())
     changes = (v - given[n] for n, v in learned(tmp_path).items() if n in given)
     assert max(float(change.abs().max()) for change in changes) > 1e-4
+
+
+def test_processes_that_share_weights_draw_the_same_trajectories(tmp_path: Path) -> None:
+    """Three of them: in the second turn one process has none to draw, and runs all the same.
+
+    The second is killed, and of the trajectories one is gone: another number draws it again.
+    """
+    words = "--backbone", "full", "--guided", "--steps", "6"
+    launched(1, tmp_path / "one", *words)
+    launched(2, tmp_path / "two", *words, "--shard", "--kill-at", "5", fails=True)
+    files = sorted((tmp_path / "two" / "trajectories").iterdir())
+    assert [path.stem[-5:] for path in files] == ["00000", "00001", "00002"]
+    files[1].unlink()
+    launched(2, tmp_path / "two", *words, "--shard")
+    for path in files:
+        ours, theirs = (
+            load_file(tmp_path / name / "trajectories" / path.name) for name in ("one", "two")
+        )
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"cpu_s"}:
+            assert torch.equal(ours[name], theirs[name])
+    assert farthest(learned(tmp_path / "one"), learned(tmp_path / "two")) <= 1e-7  # measured: 0
 
 
 def test_a_share_of_a_tensor_is_updated_as_in_the_whole() -> None:
@@ -196,8 +219,6 @@ def test_processes_that_share_weights_need_as_many_parts_each(tmp_path: Path) ->
         recipe(tmp_path, backbone="lora", shard=True)
     with pytest.raises(ValueError, match="blocks of 256 values, which shard would cut"):
         recipe(tmp_path, shard=True, optimizer=OptimizerConfig(eight_bit=True))
-    with pytest.raises(ValueError, match="each draws its own number of trajectories"):
-        recipe(tmp_path, shard=True, trajectories=TrajectoryConfig(count=3))
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step_and_another_number_goes_on(

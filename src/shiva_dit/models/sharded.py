@@ -85,6 +85,11 @@ def is_shared(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes share a model's weights: then they all run its forward, or none."""
+    return any(is_shared(parameter) for parameter in model.parameters())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; all processes must ask for it where they share it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -133,7 +138,7 @@ def refuse_shared(model: nn.Module) -> None:
     Raises:
         ValueError: Says what to do.
     """
-    if any(is_shared(parameter) for parameter in model.parameters()):
+    if is_sharded(model):
         raise ValueError(
             "the model is sharded already: give it whole, on the host if need be, and set shard = "
             "true in the recipe."

@@ -16,7 +16,7 @@ from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.config import to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.sampling import Sampler
-from shiva_dit.models.sharded import is_shared
+from shiva_dit.models.sharded import is_sharded
 from shiva_dit.provenance import data_digest
 from shiva_dit.training.log import LOG_FILE, Log
 from shiva_dit.training.looks.best import Best
@@ -78,7 +78,7 @@ class Looks:
         self._tracker: Tracker | None = None
         self.drawing = Drawing(self.config, material, self.measure, sampler, self._say)
         # What one of these couldn't do, others would wait for.
-        self._run_alike = is_shared(next(student.model.parameters()))
+        self._run_alike = is_sharded(student.model)
 
     @property
     def enough(self) -> bool:
