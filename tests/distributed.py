@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--eight-bit", action="store_true")
     parser.add_argument("--guided", action="store_true")
     parser.add_argument("--signal-at", type=int, help="step after which rank 1 gets a SIGTERM")
     parser.add_argument("--kill-at", type=int, help="step after which rank 1 is killed")
@@ -69,7 +70,9 @@ def main() -> None:
         micro_batches=options.micro_batches,
         checkpoint_every=3,
         shard=options.shard,
-        optimizer=OptimizerConfig(router=1e-3, policy=1e-3, backbone=1e-3, warmup_steps=2),
+        optimizer=OptimizerConfig(
+            router=1e-3, policy=1e-3, backbone=1e-3, warmup_steps=2, eight_bit=options.eight_bit
+        ),
         **changes,
     )
     step = Trainer.train_step

@@ -99,6 +99,11 @@ def test_checkpointing_and_narrow_bases_and_moments_take_less(tmp_path: Path) ->
     few = counted(recipe(tmp_path, optimizer=narrow))
     backbone = sum(p.numel() for p in tiny.sd3(num_layers=2).parameters())
     assert plain.moments - few.moments > 0.5 * 6 * backbone  # small tensors stay as they are
+    one, two = (
+        counted(recipe(tmp_path, optimizer=narrow, shard=True), processes=count) for count in (1, 2)
+    )
+    routers = 8 * (plain.trained - backbone)  # each has all of these
+    assert two.moments - routers == pytest.approx((one.moments - routers) / 2, abs=1)
 
 
 def test_data_may_look_at_what_it_reads(tmp_path: Path) -> None:

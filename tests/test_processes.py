@@ -217,8 +217,6 @@ def test_processes_that_share_weights_need_as_many_parts_each(tmp_path: Path) ->
         Trainer(config, tiny.sd3(), TinyData(), processes=Processes(0, 3))
     with pytest.raises(ValueError, match='shard is for backbone = "full"'):
         recipe(tmp_path, backbone="lora", shard=True)
-    with pytest.raises(ValueError, match="blocks of 256 values, which shard would cut"):
-        recipe(tmp_path, shard=True, optimizer=OptimizerConfig(eight_bit=True))
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step_and_another_number_goes_on(

@@ -118,7 +118,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace, recipe: Any) -> int:
     """Say what a run will need; a pipeline's weights are not loaded."""
-    from shiva_dit.training.memory import Shapes, needs, shapes_of, told
+    from shiva_dit.training.memory import Shapes, needs, shapes_of
+    from shiva_dit.training.memory_told import told
     from shiva_dit.training.processes import check_parts
 
     check_parts(options.processes, recipe.micro_batches, shard=recipe.shard)

@@ -128,8 +128,23 @@ def shared_as(value: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor, where another is shared; or the tensor itself."""
     if not isinstance(like, DTensor):
         return value
-    there = value.to(like.device, like.dtype)
+    there = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """What this process has of a shared tensor."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def as_share(own: Tensor, like: Tensor) -> Tensor:
+    """A shared tensor, of which this process has the rows that it has of another."""
+    assert isinstance(like, DTensor)
+    shape = torch.Size([like.shape[0], *own.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    how = like.device_mesh, like.placements
+    return DTensor.from_local(own, *how, run_check=False, shape=shape, stride=stride)
 
 
 def refuse_shared(model: nn.Module) -> None:
