@@ -35,8 +35,29 @@ def full_in_the_second_look(error: Any) -> Any:
     return found
 
 
-def main() -> None:
-    """Train, and stop or die where that is asked for."""
+def as_it_came(model: torch.nn.Module) -> None:
+    """Raise unless a model is what `tiny.sd3` makes: in every tensor, flag, class and hook."""
+    given = tiny.sd3()
+    for (name, one), (_, other) in zip(
+        model.named_parameters(), given.named_parameters(), strict=True
+    ):
+        assert type(one) is type(other)
+        assert torch.equal(one, other), name
+        assert one.requires_grad == other.requires_grad
+        assert one.grad is None
+    for one, other in zip(model.buffers(), given.buffers(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(model.modules(), given.modules(), strict=True):
+        assert type(one) is type(other)
+        assert one.training == other.training
+        assert vars(one).keys() == vars(other).keys()
+        assert all(len(vars(one)[n]) == len(vars(other)[n]) for n in vars(one) if "_hooks" in n)
+    assert list(model.state_dict()) == list(given.state_dict())
+    assert torch.equal(tiny.run(model, tiny.inputs()), tiny.run(given, tiny.inputs()))
+
+
+def said() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbone", default="lora")
@@ -51,7 +72,13 @@ def main() -> None:
     parser.add_argument("--patience", type=int, help="looks without a better error, of any")
     parser.add_argument("--look", action="store_true", help="at every second step")
     parser.add_argument("--no-memory", action="store_true", help="of rank 1 in the second look")
-    options = parser.parse_args()
+    parser.add_argument("--twice", action="store_true", help="the same model once more")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, and stop or die where that is asked for."""
+    options = said()
     torch.set_num_threads(1)
     changes: dict[str, Any] = {}
     if options.guided:
@@ -95,7 +122,11 @@ def main() -> None:
     with joined("cpu") as (processes, _):
         try:
             data = WatchedData() if looks else TinyData()
-            train(config, tiny.sd3(), data, resume=True, processes=processes)
+            model = tiny.sd3()
+            for out in [config.out, config.out / "again"][: 1 + options.twice]:
+                again = replace(config, out=out)
+                train(again, model, data, resume=True, processes=processes)
+                as_it_came(model)
         except TrainingInterrupted as stop:
             print(f"rank {processes.rank} stopped: {stop.checkpoint.name}", flush=True)
         except FloatingPointError as error:

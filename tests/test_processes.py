@@ -109,6 +109,12 @@ def test_processes_that_share_weights_train_the_same_and_another_number_goes_on(
     assert max(float(change.abs().max()) for change in changes) > 1e-4
 
 
+def test_after_training_a_model_is_whole_again_and_can_be_trained_again(tmp_path: Path) -> None:
+    """`distributed.as_it_came` looks at it in each process, here and in all other runs."""
+    launched(2, tmp_path, "--backbone", "full", "--shard", "--twice")
+    assert farthest(learned(tmp_path), learned(tmp_path / "again")) == 0.0
+
+
 def test_processes_that_share_weights_draw_the_same_trajectories(tmp_path: Path) -> None:
     """Three of them: in the second turn one process has none to draw, and runs all the same.
 

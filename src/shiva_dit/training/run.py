@@ -60,7 +60,8 @@ def train(
         device: Where the model is trained; where it is by default.
 
     Returns:
-        The adapter's folder, for `shiva_dit.apply`.
+        The adapter's folder, for `shiva_dit.apply`. The model is as it came then; after an error it
+        stays sharded where it was (`shard`), and has to be loaded anew.
 
     Raises:
         ValueError: If another process trains into the folder, or it holds another run, or a damaged
@@ -104,6 +105,7 @@ def train(
             processes.from_first(lambda: finish(trainer, trained, folder))
         finally:
             trainer.close()
+        trainer.student.unshard()  # after a failure of one, the others wouldn't join in
     return folder
 
 
