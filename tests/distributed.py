@@ -76,6 +76,27 @@ def said() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def misbehave(options: argparse.Namespace) -> None:
+    """Let rank 1 do what is asked for."""
+    step = Trainer.train_step
+
+    def stepped(self: Trainer) -> dict[str, float]:
+        second = self.processes.rank == 1
+        if second and self.step == options.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if second and self.step == options.bad_at:
+            with torch.no_grad():
+                next(iter(self.student.adapter.router.parameters())).fill_(float("nan"))
+        found = step(self)
+        if second and self.step == options.signal_at:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    Trainer.train_step = stepped  # type: ignore[method-assign]
+    if options.no_memory:
+        Measure._error = full_in_the_second_look(Measure._error)  # type: ignore[method-assign]
+
+
 def main() -> None:
     """Train, and stop or die where that is asked for."""
     options = said()
@@ -102,23 +123,7 @@ def main() -> None:
         ),
         **changes,
     )
-    step = Trainer.train_step
-
-    def stepped(self: Trainer) -> dict[str, float]:
-        second = self.processes.rank == 1
-        if second and self.step == options.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if second and self.step == options.bad_at:
-            with torch.no_grad():
-                next(iter(self.student.adapter.router.parameters())).fill_(float("nan"))
-        found = step(self)
-        if second and self.step == options.signal_at:
-            signal.raise_signal(signal.SIGTERM)
-        return found
-
-    Trainer.train_step = stepped  # type: ignore[method-assign]
-    if options.no_memory:
-        Measure._error = full_in_the_second_look(Measure._error)  # type: ignore[method-assign]
+    misbehave(options)
     with joined("cpu") as (processes, _):
         try:
             data = WatchedData() if looks else TinyData()
