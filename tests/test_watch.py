@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.image as images
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -536,6 +537,7 @@ def test_tensorboard_gets_scalars_and_pictures_also_after_a_kill(tmp_path: Path)
 
 @pytest.mark.usefixtures("no_curves")
 def test_wandb_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState._reset_state()  # as in a process of its own
     told: list[tuple[int, dict[str, Any]]] = []
     settings: dict[str, Any] = {}
     begun: dict[str, Any] = {}
@@ -609,7 +611,9 @@ def test_time_left_is_by_steps_and_looks_not_by_pauses() -> None:
     for _ in range(9):
         next(passes(2.0))
         pace.step()
-    next(passes(5.0))
+    next(passes(4.0))
+    assert pace.left(100, 4) == 100 * 2.0 + 4 * 4.0  # within the first look
+    next(passes(1.0))
     pace.look()
     next(passes(3.0))
     pace.rest()  # a save
