@@ -40,6 +40,8 @@ from shiva_dit.training.run import RUN_FILE
 ADAPTER, PICTURES = "adapter", "pictures"
 LOOK, EXAMPLES = "look.png", "examples.png"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+"""How the Hub names licences; huggingface_hub has no list of them."""
 
 
 def publish(
@@ -70,9 +72,15 @@ def publish(
         The folder.
 
     Raises:
-        ValueError: If the run holds no adapter, the folder something else, or something is damaged.
+        ValueError: If the run holds no adapter, the folder something else, or something is damaged;
+            if no licence can have that name.
     """
     run, out = Path(run), Path(out)
+    if license is not None and not LICENSE.fullmatch(license):
+        raise ValueError(
+            f"{license!r} is no licence's name on the Hub: take one, such as apache-2.0, mit or "
+            "other, of https://huggingface.co/docs/hub/repositories-licenses."
+        )
     folder = _adapter_of(run)
     check_folder(out)
     whole = out.resolve()
