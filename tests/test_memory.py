@@ -116,6 +116,24 @@ def test_data_may_look_at_what_it_reads(tmp_path: Path) -> None:
     assert needs(config, shapes_of(model, Looking(), None)) == counted(config)
 
 
+class Mixed(TinyData):
+    """Pictures of two shapes; the larger ones come last."""
+
+    def groups(self) -> list[int]:
+        return [0] * 10 + [1] * (len(self) - 10)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        side = tiny.LATENT if int(indices[0]) >= 10 else tiny.LATENT // 2
+        found = super().batch(indices, generator)
+        return replace(found, latents=found.latents[..., :side, :side])
+
+
+def test_a_run_is_counted_by_its_largest_pictures(tmp_path: Path) -> None:
+    config, model = recipe(tmp_path), tiny.sd3(num_layers=2)
+    mixed = needs(config, shapes_of(model, Mixed(), None))
+    assert mixed.activations == counted(config).activations
+
+
 def test_weights_that_are_shared_are_counted_by_shares(tmp_path: Path) -> None:
     config = recipe(tmp_path, micro_batches=4)
     whole, apart = counted(config), counted(replace(config, shard=True), processes=4)
@@ -137,6 +155,8 @@ def test_the_command_says_it_and_starts_nothing(
     assert "the model's weights               13.2 MiB (float32 13.2 MiB)" in said
     assert "at most at once" in said
     assert not out.exists()
+    assert main([*words, "method=random"]) == 2
+    assert "method 'random' is a control and gives no adapter" in capsys.readouterr().err
     assert main([*words, "--processes", "8"]) == 2
     assert "micro_batches must be at least 8, their number, got 4" in capsys.readouterr().err
     assert main([*words, "shard=true", "--processes", "3"]) == 2

@@ -75,7 +75,7 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.training.interrupt import TrainingInterrupted
     from shiva_dit.training.processes import joined, one_of_several_asked
     from shiva_dit.training.recipe import TrainConfig
-    from shiva_dit.training.run import check_installed, train
+    from shiva_dit.training.run import check_possible, train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
     words = [program(), "train", str(options.recipe), *options.overrides, "--resume"]
@@ -88,7 +88,7 @@ def _train(options: argparse.Namespace) -> int:
     again = shlex.join(words)
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
-    check_installed(recipe)
+    check_possible(recipe)
     if options.plan:
         return _plan(options, recipe)
     if options.processes != 1:
@@ -127,14 +127,15 @@ def _plan(options: argparse.Namespace, recipe: Any) -> int:
         shapes = shapes_of(*_demo(recipe, options.base))
     else:
         import diffusers
-        from diffusers import AutoModel
 
         from shiva_dit.models.sampling import Sampler
         from shiva_dit.training.folder import FolderData
 
         data = FolderData(options.data)
         data.check_pipeline(options.pipeline)
-        found = loaded(options.pipeline, AutoModel.load_config, subfolder="transformer")
+        # Not AutoModel's: once it has loaded a model, it reads another file.
+        read = diffusers.SD3Transformer2DModel.load_config
+        found: dict[str, Any] = loaded(options.pipeline, read, subfolder="transformer")
         cls = getattr(diffusers, str(found.get("_class_name")), None)
         if cls is None:
             raise ValueError(f"{options.pipeline} has no transformer that diffusers knows.")
@@ -224,7 +225,9 @@ def _encode(options: argparse.Namespace) -> int:
         return pipe.to(device)
 
     try:
-        print(encode(facts, load, options.images, options.out, how, only_look=options.look))
+        made = encode(facts, load, options.images, options.out, how, only_look=options.look)
+        if not options.look:
+            print(made)
     except BadPicturesError as error:
         for line in error.lines():
             print(line, file=sys.stderr)

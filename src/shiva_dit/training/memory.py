@@ -49,7 +49,7 @@ class Shapes:
     config: Mapping[str, Any]
     """What the class is built with."""
     batch: Callable[[int], Batch]
-    """So many samples."""
+    """So many samples, of the largest shape."""
     empty: Mapping[str, Tensor]
     """Conditioning of "no caption", without a batch dimension."""
     scheduler: Any = None
@@ -68,7 +68,7 @@ class Shapes:
         return cls(
             model_class=model_class,
             config={name: value for name, value in config.items() if name in known},
-            batch=partial(_batch_of, data),
+            batch=partial(_batch_of, data, _largest(data)),
             empty=data.unconditional(),
             scheduler=scheduler,
         )
@@ -307,10 +307,23 @@ def shapes_of(model: Any, data: TrainingData, scheduler: Any) -> Shapes:
     return Shapes.of(cls, json.loads(config), data, scheduler)
 
 
-def _batch_of(data: TrainingData, count: int) -> Batch:
-    """Samples that are read as they are, since data looks at values; of them the shapes alone."""
+def _largest(data: TrainingData) -> int:
+    """A sample of the shape that has most values."""
+    groups = getattr(data, "groups", lambda: None)() or [0]
+    firsts = {group: row for row, group in reversed([*enumerate(groups)])}
+    if len(firsts) == 1:
+        return 0
+
+    def size(row: int) -> int:
+        return data.batch(torch.tensor([row]), torch.Generator()).latents.numel()
+
+    return max(sorted(firsts.values()), key=size)
+
+
+def _batch_of(data: TrainingData, row: int, count: int) -> Batch:
+    """A sample so often, read as it is, since data looks at values; of it the shapes alone."""
     with _disable_current_modes():
-        read = data.batch(torch.zeros(count, dtype=torch.long), torch.Generator())
+        read = data.batch(torch.full((count,), row), torch.Generator())
     return Batch(
         latents=torch.empty_like(read.latents),
         conditioning=tree_map_only(Tensor, torch.empty_like, read.conditioning),
