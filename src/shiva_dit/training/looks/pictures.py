@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.core.schedule import Schedule
@@ -20,6 +21,8 @@ from shiva_dit.training.recipe import TrainConfig
 
 FOLDER = "watch"
 """Within a run's folder."""
+FRAMES = 3
+"""Of a video, that a picture shows."""
 
 
 class Drawing:
@@ -58,8 +61,8 @@ class Drawing:
         shown = self.material.shown
         if not shown:
             return False
-        if shown[0].batch.latents.ndim != 4:
-            self._say("pictures are drawn of images alone, (B, C, H, W): looks have none.")
+        if shown[0].batch.latents.ndim not in (4, 5):
+            self._say("pictures are drawn of images, (B, C, H, W), and videos: looks have none.")
             return False
         if sampler.bounds != (0.0, math.inf):
             self._say("the transformer makes a part of the steps alone: looks have no pictures.")
@@ -114,5 +117,20 @@ class Drawing:
         """Pictures as pixels; latents in the range of the unpruned model's."""
         decode = self.material.decode
         if decode is None:
-            return latent_pictures([dense.latents, pictures.latents])[1]
-        return torch.cat([decode(one) for one in pictures.latents.split(1)]).cpu()
+            axis = self.measure.student.spec.frame_axis
+            both = [strip(one.latents, axis) for one in (dense, pictures)]
+            return latent_pictures(both)[1]
+        return torch.cat([strip(decode(one), 2) for one in pictures.latents.split(1)]).cpu()
+
+
+def strip(values: Float[Tensor, "B ..."], axis: int) -> Float[Tensor, "B C H W"]:
+    """Some frames of videos side by side, from the first to the last; images as they are.
+
+    >>> strip(torch.arange(5.0).view(1, 1, 5, 1, 1), 2)
+    tensor([[[[0., 2., 4.]]]])
+    """
+    if values.ndim == 4:
+        return values
+    frames = values.unbind(axis)
+    places = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().int().tolist()
+    return torch.cat([frames[place] for place in places], dim=-1)
