@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,24 @@ def test_settings_that_miss_a_part_say_so(changes: dict[str, Any], message: str)
     given: dict[str, Any] = {"pipeline": "p", "data": Path("d"), "prompts": Path("t"), "count": 2}
     with pytest.raises(ValueError, match=message):
         Settings(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((SIDE + 1, SIDE), f"divisible by .*{SIDE + 1} x {SIDE}"),
+        ((0, SIDE), "size must be at least"),
+    ],
+)
+def test_a_size_that_the_pipeline_has_not_is_refused_at_the_start(
+    size: tuple[int, int], message: str, comparison: Comparison, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(comparison.settings, size=size)
+    with pytest.raises(ValueError, match=message):
+        run_comparison(
+            dataclasses.replace(comparison, settings=settings), tmp_path / "out", workers=1
+        )
+    assert not (tmp_path / "out" / "trained").exists()
 
 
 def test_pictures_of_another_pipeline_are_refused(

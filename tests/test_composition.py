@@ -56,11 +56,11 @@ When = Literal["before", "after", "beside"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 NOT_FUSING = [
     *("cogview3-plus", "hunyuan-image", "hunyuan-video", "prx", "qwen-image"),
-    *("stable-audio", "stable-audio-3"),
-    *("kandinsky6", "ltx2", "motif-video"),
+    *("stable-audio", "stable-audio-3", "joyimage", "joyimage-plus"),
+    *("ace-step", "consisid", "hunyuan-video-1.5", "kandinsky6", "ltx2", "motif-video"),
 ]
-"""Whose attention has queries, keys and values apart (or fused, PRX and Stable Audio 3) whatever it
-is told; and those that diffusers fails to fuse."""
+"""Whose attention has queries, keys and values apart (or fused: PRX, Stable Audio 3, JoyImage)
+whatever it is told; and those that diffusers fails to fuse."""
 
 
 NOT_RECOMPUTING = [name for name, each in families.FAMILIES.items() if not each.recomputes]

@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 import shiva_dit
 from shiva_dit.models import base_dtype
 from shiva_dit.models.base_dtype import Narrowed
 from shiva_dit.training import eight_bit
+from shiva_dit.training.checkpoint import TENSORS_FILE
 from shiva_dit.training.live import held_bytes
 from shiva_dit.training.run import train
 from shiva_dit.training.settings import OptimizerConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
+from tests.test_processes import farthest, launched, learned
 from tests.test_training import TinyData, recipe
 
 pytestmark = pytest.mark.bits
@@ -189,6 +193,63 @@ def test_a_run_with_eight_bit_moments_goes_on_to_the_bit(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"other values of optimizer\.eight_bit"):
         other.resume()
     other.close()
+
+
+@pytest.mark.parametrize("last", [(1, "--shard"), (4, "--shard"), (1,)], ids=str)
+def test_processes_share_eight_bit_moments_and_another_number_goes_on(
+    last: tuple[Any, ...], shared_eight_bits: Path, tmp_path: Path
+) -> None:
+    """Killed in the fifth step, they go on from the checkpoint of the third."""
+    words = "--backbone", "full", "--eight-bit"
+    launched(2, tmp_path, *words, "--shard", "--kill-at", "6", fails=True)
+    launched(last[0], tmp_path, *words, *last[1:])
+    assert farthest(learned(shared_eight_bits), learned(tmp_path)) <= 1e-7  # measured: 0
+    ours, theirs = (
+        load_file(out / "checkpoints" / "step-00000008" / TENSORS_FILE)
+        for out in (shared_eight_bits, tmp_path)
+    )
+    assert ours.keys() == theirs.keys()
+    codes = [name for name in ours if name.endswith("exp_avg.codes")]
+    assert len(codes) > 10
+    assert all(torch.equal(ours[name], theirs[name]) for name in codes)
+
+
+@pytest.fixture(scope="module")
+def shared_eight_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By one process, whose blocks are such as several could share."""
+    out = tmp_path_factory.mktemp("shared")
+    launched(1, out, "--backbone", "full", "--eight-bit", "--shard")
+    return out
+
+
+def test_blocks_by_rows_are_those_that_a_share_of_the_rows_has() -> None:
+    """Torchao's own reach across: 4,608 values in rows of 144 are blocks of 256, or of 144."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(64, 144, generator=generator)
+    gradients = torch.randn(3, 64, 144, generator=generator)
+
+    def moved(rows: slice, **how: Any) -> tuple[nn.Parameter, eight_bit.EightBitAdam]:
+        parameter = nn.Parameter(value[rows].clone())
+        adam = eight_bit.EightBitAdam([parameter], **how)
+        adam.rate = 1e-2
+        for gradient in gradients:
+            parameter.grad = gradient[rows].clone()
+            adam.step()
+        return parameter, adam
+
+    both, adam = moved(slice(None), by_rows=True)
+    halves = [moved(rows, by_rows=True)[0] for rows in (slice(32), slice(32, None))]
+    assert torch.equal(torch.cat(halves), both)
+    assert adam.tensors()["eight_bit.0.exp_avg.scale"].shape == (64,)
+    across, other = moved(slice(None))
+    assert other.tensors()["eight_bit.0.exp_avg.scale"].shape == (36,)
+    assert not torch.equal(across, both)
+    # Moments that lie across rows go on as the same values in float32.
+    adam.load(other.tensors())
+    held = adam.tensors()
+    assert held["eight_bit.0.exp_avg"].dtype == torch.float32
+    expected = other.adamw.state[across]["exp_avg"].dequantize()
+    assert torch.equal(held["eight_bit.0.exp_avg"], expected)
 
 
 def test_eight_bit_moments_are_the_backbones(tmp_path: Path) -> None:

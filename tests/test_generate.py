@@ -519,3 +519,13 @@ def test_two_processes_of_a_launcher_make_all_pictures(pipeline: Path, tmp_path:
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert (record["pictures"], record["processes"]) == (6, 2)
     assert len(pictures(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("word", ["--height", "--width=512"])
+def test_sides_are_set_by_one_option(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*words(tmp_path, tmp_path), word, "512"])
+    assert f"unrecognized arguments: {word}" in (said := capsys.readouterr().err)
+    assert said.rstrip().endswith("(pixels are set by --size WxH)")

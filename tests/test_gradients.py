@@ -40,7 +40,7 @@ def gradients(
     A block that keeps all its tokens is gathered and scattered in both.
     """
     model, spec = attachment.model, attachment.spec
-    num_tokens = spec.tokens(model, arguments[spec.sample])
+    num_tokens = families.TOKENS
     width = model_widths(model).width
     batch = len(arguments[spec.sample])
     counts = [

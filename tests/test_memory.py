@@ -99,6 +99,11 @@ def test_checkpointing_and_narrow_bases_and_moments_take_less(tmp_path: Path) ->
     few = counted(recipe(tmp_path, optimizer=narrow))
     backbone = sum(p.numel() for p in tiny.sd3(num_layers=2).parameters())
     assert plain.moments - few.moments > 0.5 * 6 * backbone  # small tensors stay as they are
+    one, two = (
+        counted(recipe(tmp_path, optimizer=narrow, shard=True), processes=count) for count in (1, 2)
+    )
+    routers = 8 * (plain.trained - backbone)  # each has all of these
+    assert two.moments - routers == pytest.approx((one.moments - routers) / 2, abs=1)
 
 
 def test_data_may_look_at_what_it_reads(tmp_path: Path) -> None:
@@ -109,6 +114,24 @@ def test_data_may_look_at_what_it_reads(tmp_path: Path) -> None:
 
     config, model = recipe(tmp_path), tiny.sd3(num_layers=2)
     assert needs(config, shapes_of(model, Looking(), None)) == counted(config)
+
+
+class Mixed(TinyData):
+    """Pictures of two shapes; the larger ones come last."""
+
+    def groups(self) -> list[int]:
+        return [0] * 10 + [1] * (len(self) - 10)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        side = tiny.LATENT if int(indices[0]) >= 10 else tiny.LATENT // 2
+        found = super().batch(indices, generator)
+        return replace(found, latents=found.latents[..., :side, :side])
+
+
+def test_a_run_is_counted_by_its_largest_pictures(tmp_path: Path) -> None:
+    config, model = recipe(tmp_path), tiny.sd3(num_layers=2)
+    mixed = needs(config, shapes_of(model, Mixed(), None))
+    assert mixed.activations == counted(config).activations
 
 
 def test_weights_that_are_shared_are_counted_by_shares(tmp_path: Path) -> None:
@@ -132,6 +155,8 @@ def test_the_command_says_it_and_starts_nothing(
     assert "the model's weights               13.2 MiB (float32 13.2 MiB)" in said
     assert "at most at once" in said
     assert not out.exists()
+    assert main([*words, "method=random"]) == 2
+    assert "method 'random' is a control and gives no adapter" in capsys.readouterr().err
     assert main([*words, "--processes", "8"]) == 2
     assert "micro_batches must be at least 8, their number, got 4" in capsys.readouterr().err
     assert main([*words, "shard=true", "--processes", "3"]) == 2

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import image as images
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import shiva_dit
 from shiva_dit.models.sharded import norm_of, sum_by_block
-from shiva_dit.training.log import LOG_FILE
+from shiva_dit.training.log import LOG_FILE, read_log
 from shiva_dit.training.optimization import PARTS, Optimization
 from shiva_dit.training.processes import ALONE, Processes, joined
-from shiva_dit.training.settings import OptimizerConfig, TrajectoryConfig
+from shiva_dit.training.settings import OptimizerConfig
 from shiva_dit.training.trainer import Trainer
 from tests import tiny
 from tests.test_training import TinyData, recipe
@@ -37,6 +39,10 @@ def launched(count: int, out: Path, *options: str, fails: bool = False) -> str:
 def learned(out: Path) -> dict[str, Tensor]:
     adapter = shiva_dit.ShivaAdapter.from_pretrained(out / "adapter")
     return {**adapter.state_dict(), **adapter.backbone_weights}
+
+
+def looks(out: Path) -> list[dict[str, Any]]:
+    return [line for line in read_log(out / LOG_FILE) if "ratios" in line]
 
 
 def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -101,6 +107,34 @@ def test_processes_that_share_weights_train_the_same_and_another_number_goes_on(
     given = dict(tiny.sd3().named_parameters())
     changes = (v - given[n] for n, v in learned(tmp_path).items() if n in given)
     assert max(float(change.abs().max()) for change in changes) > 1e-4
+
+
+def test_after_training_a_model_is_whole_again_and_can_be_trained_again(tmp_path: Path) -> None:
+    """`distributed.as_it_came` looks at it in each process, here and in all other runs."""
+    launched(2, tmp_path, "--backbone", "full", "--shard", "--twice")
+    assert farthest(learned(tmp_path), learned(tmp_path / "again")) == 0.0
+
+
+def test_processes_that_share_weights_draw_the_same_trajectories(tmp_path: Path) -> None:
+    """Three of them: in the second turn one process has none to draw, and runs all the same.
+
+    The second is killed, and of the trajectories one is gone: another number draws it again.
+    """
+    words = "--backbone", "full", "--guided", "--steps", "6"
+    launched(1, tmp_path / "one", *words)
+    launched(2, tmp_path / "two", *words, "--shard", "--kill-at", "5", fails=True)
+    files = sorted((tmp_path / "two" / "trajectories").iterdir())
+    assert [path.stem[-5:] for path in files] == ["00000", "00001", "00002"]
+    files[1].unlink()
+    launched(2, tmp_path / "two", *words, "--shard")
+    for path in files:
+        ours, theirs = (
+            load_file(tmp_path / name / "trajectories" / path.name) for name in ("one", "two")
+        )
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"cpu_s"}:
+            assert torch.equal(ours[name], theirs[name])
+    assert farthest(learned(tmp_path / "one"), learned(tmp_path / "two")) <= 1e-7  # measured: 0
 
 
 def test_a_share_of_a_tensor_is_updated_as_in_the_whole() -> None:
@@ -189,10 +223,6 @@ def test_processes_that_share_weights_need_as_many_parts_each(tmp_path: Path) ->
         Trainer(config, tiny.sd3(), TinyData(), processes=Processes(0, 3))
     with pytest.raises(ValueError, match='shard is for backbone = "full"'):
         recipe(tmp_path, backbone="lora", shard=True)
-    with pytest.raises(ValueError, match="blocks of 256 values, which shard would cut"):
-        recipe(tmp_path, shard=True, optimizer=OptimizerConfig(eight_bit=True))
-    with pytest.raises(ValueError, match="each draws its own number of trajectories"):
-        recipe(tmp_path, shard=True, trajectories=TrajectoryConfig(count=3))
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step_and_another_number_goes_on(
@@ -221,12 +251,20 @@ def test_a_loss_that_is_none_in_one_ends_all_of_them(tmp_path: Path) -> None:
         assert f"not finite at step 4 (stage 'joint'); the last good checkpoint: {tmp_path}" in said
 
 
-def test_all_look_together_and_stop_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--guided",),
+        pytest.param(("--backbone", "full", "--shard"), marks=pytest.mark.slow),
+    ],
+    ids=["whole", "shared"],
+)
+def test_all_look_together_and_stop_together(words: tuple[str, ...], tmp_path: Path) -> None:
     """Two processes share three forwards of a look; what they decide is one decision."""
     found = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        launched(count, out, "--guided", "--patience", "1", "--steps", "60")
+        launched(count, out, *words, "--patience", "1", "--steps", "60")
         found.append(json.loads((out / "result.json").read_text(encoding="utf-8")))
         assert {path.name for path in out.iterdir()} >= {"best", "curves.png", "watch"}
     one, many = found
@@ -235,6 +273,41 @@ def test_all_look_together_and_stop_together(tmp_path: Path) -> None:
     assert one["steps"] < 60
     assert many["best"]["error"] == pytest.approx(one["best"]["error"], rel=1e-5)
     assert farthest(learned(tmp_path / "1"), learned(tmp_path / "2")) <= 1e-6
+
+
+def test_looks_change_nothing_where_processes_share_weights(whole: Path, tmp_path: Path) -> None:
+    """They measure what one process does that holds all weights, and leave every bit."""
+    words = "--backbone", "full", "--look"
+    launched(1, tmp_path / "one", *words)
+    launched(2, tmp_path / "two", *words, "--shard")
+    assert farthest(learned(tmp_path / "one"), learned(whole)) == 0.0
+    assert farthest(learned(tmp_path / "two"), learned(whole)) <= 1e-7  # measured: 0
+    one, two = (looks(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in two] == [2, 4, 6, 8]
+    for line, other in zip(one, two, strict=True):
+        assert other["held_out"] == pytest.approx(line["held_out"], rel=1e-5)
+        assert other["ratios"] == line["ratios"]
+    drawn = {"step-000002.png", "step-000004.png", "step-000006.png", "step-000008.png"}
+    assert {path.name for path in (tmp_path / "two" / "watch").iterdir()} == drawn
+    for name in drawn:
+        pictures = [images.imread(tmp_path / run / "watch" / name) for run in ("one", "two")]
+        assert pictures[0].shape == pictures[1].shape
+        assert abs(pictures[0] - pictures[1]).mean() < 1e-3
+
+
+def test_a_look_that_fails_in_one_ends_those_that_share_weights(tmp_path: Path) -> None:
+    """The other would wait for it in the middle of a forward; what was saved is there."""
+    words = "--backbone", "full", "--shard", "--look", "--no-memory"
+    said = launched(2, tmp_path, *words, fails=True)
+    assert "OutOfMemoryError: CUDA out of memory" in said
+    assert "training goes on" not in said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_look_that_fails_in_one_of_several_that_hold_all_ends_nothing(tmp_path: Path) -> None:
+    said = launched(2, tmp_path, "--look", "--no-memory")
+    assert "the held-out error failed (OutOfMemoryError: CUDA out of memory)" in said
+    assert [("held_out" in line) for line in looks(tmp_path)] == [True, False, True, True]
 
 
 def test_a_folder_with_another_run_is_refused_once(alone: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from transformers import (
 
 from shiva_dit.cli import main
 from shiva_dit.metrics import frechet_distance, kernel_distance, psnr, ssim
+from shiva_dit.pictures import evaluate as evaluation
 from shiva_dit.pictures.evaluate import evaluate
 from shiva_dit.pictures.libraries import ALEXNET, INCEPTION, need, published
 from shiva_dit.pictures.measured import Measured, load, measure, save
@@ -111,8 +115,7 @@ def test_clip_says_what_transformers_own_model_says(place: Path) -> None:
 def test_prompts_that_clip_reads_in_part_are_counted(place: Path) -> None:
     scorer = Clip(str(place / "clip"), "cpu")
     long = "abcdefghijklmnopqrstuvwxyz"  # one token a letter
-    scorer.measure(images(place, 2), [long, "a"])
-    assert scorer.notes == [f"1 prompts cut to {seeing.LONGEST} tokens"]
+    assert scorer.notes([long, "a"]) == [f"1 prompts cut to {seeing.LONGEST} tokens"]
     same = scorer.measure(images(place, 1), [long[:10]])["clip_score"]
     torch.testing.assert_close(scorer.measure(images(place, 1), [long])["clip_score"], same)
 
@@ -164,7 +167,7 @@ def test_image_reward_reads_the_published_weights_by_their_names(place: Path) ->
         x = x @ held[f"mlp.layers.{layer}.weight"].T + held[f"mlp.layers.{layer}.bias"]
     torch.testing.assert_close(found.float(), (x[:, 0] - MEAN) / STD, atol=1e-5, rtol=1e-4)
     assert found.std() > 1e-3
-    assert scorer.notes == ["ImageReward: not validated against the published weights"]
+    assert scorer.notes(None) == ["ImageReward: not validated against the published weights"]
     assert scorer.measure(images(place), None) == {}
     alike = scorer.measure(images(place), ["disc"] * 5)["image_reward"]
     assert alike.std() > 1e-3  # what it sees counts, not what it reads alone
@@ -373,6 +376,86 @@ def test_all_scores_stand_in_one_record(
     table = render(document, tmp_path)
     assert "| PSNR to dense, dB |" in table
     assert scores["fd_clip"]["weights"][:12] in table
+
+
+def test_an_evaluation_that_was_killed_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 and 24 pictures, 4 at a time; what has changed since is scored again."""
+    shutil.copytree(place / "ours", tmp_path / "ours")
+    asked: list[int] = []
+    limit = [5]
+    measured, compared = Clip.measure, evaluation._pair
+
+    def measure(self: Clip, *given: Any) -> Any:
+        if len(asked) == limit[0]:
+            raise KeyboardInterrupt
+        asked.append(len(given[0]))
+        return measured(self, *given)
+
+    def compare(*given: Any) -> Any:
+        asked.append(1)
+        return compared(*given)
+
+    monkeypatch.setattr(Clip, "measure", measure)
+    monkeypatch.setattr(evaluation, "_pair", compare)
+    call = ["evaluate", str(tmp_path / "ours"), "--prompts", str(place / "prompts.txt")]
+    call += ["--clip", str(place / "clip"), "--reference", str(place / "real"), "--batch", "4"]
+    call += ["--dense", str(place / "dense"), "--threads", "1", "--resamples", "5"]
+    out, kept = tmp_path / "scores.json", tmp_path / ".scores.json.answers"
+    assert main([*call, "--out", str(out)]) == 130
+    assert len(list(kept.glob("*.safetensors"))) == 5
+    damaged = sorted(kept.glob("*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    asked.clear()
+    limit[0] = 100
+    assert main([*call, "--out", str(out)]) == 0
+    # Four parts that are new, one that was damaged, 12 pairs and their floors.
+    assert len([count for count in asked if count == 4]) == 5
+    assert len(asked) == 5 + 24
+    assert not kept.exists()
+    whole = tmp_path / "whole.json"
+    assert main([*call, "--out", str(whole)]) == 0
+    ours, theirs = (json.loads(path.read_text()) for path in (out, whole))
+    for record in (ours, theirs):
+        del record["provenance"]
+    assert ours == theirs
+    # Another picture under a name that was there.
+    limit[0] = len(asked) + 4
+    assert main([*call, "--out", str(out)]) == 130
+    name = sorted((tmp_path / "ours").glob("*.png"))[0]
+    Image.new("RGB", Image.open(name).size, "red").save(name)
+    asked.clear()
+    limit[0] = 100
+    assert main([*call, "--out", str(out)]) == 0
+    assert len([count for count in asked if count == 4]) == 5 + 1
+    assert json.loads(out.read_text())["pictures"]["sha256"] != ours["pictures"]["sha256"]
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_scores(place: Path, tmp_path: Path) -> None:
+    models = ["--clip", str(place / "clip"), "--dinov2", str(place / "dino"), "--batch", "5"]
+    call = words(
+        place, *models, "--reference", str(place / "real"), "--dense", str(place / "dense")
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+        command = [sys.executable, "-m", *launcher, "shiva_dit.cli", *call, "--out", str(out)]
+        done = subprocess.run(
+            [*command, "--resamples", "5"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+        assert done.stdout.count("Record: ") == 1
+        found.append(json.loads(out.read_text()))
+        del found[-1]["provenance"]
+    assert found[0] == found[1]
 
 
 def test_statistics_stand_for_the_folder(place: Path, tmp_path: Path) -> None:

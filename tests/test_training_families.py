@@ -16,9 +16,12 @@ from shiva_dit.models.families import MODELS, model_spec
 from shiva_dit.models.spec import BESIDE, ModelSpec
 from shiva_dit.training.data import Batch, ShuffledIndices
 from shiva_dit.training.fit import NUM_BATCHES, fit_updates
+from shiva_dit.training.looks import pictures as module
+from shiva_dit.training.looks.drawn import Row
+from shiva_dit.training.looks.material import Material, Shown
 from shiva_dit.training.paths import Diffusion, FlowMatching, path_of
 from shiva_dit.training.recipe import TrainConfig
-from shiva_dit.training.settings import OptimizerConfig, PolicyConfig
+from shiva_dit.training.settings import OptimizerConfig, PolicyConfig, WatchConfig
 from shiva_dit.training.trainer import Trainer
 from tests import families
 from tests.matrix import sampled
@@ -189,3 +192,58 @@ def test_updates_are_fitted_on_the_path_of_the_model(name: str, tmp_path: Path) 
         assert torch.equal(found, path.noisy(batch.latents, noise, t))
     assert len(seen) == NUM_BATCHES
     assert isinstance(path, Diffusion) == (spec.learned_by == "diffusion schedule")
+
+
+class WatchedVideos(FamilyData):
+    """Is looked at by its own samples."""
+
+    decode: Any = None
+
+    def watched(self, config: WatchConfig) -> Material:
+        del config
+        both = self.batch(torch.arange(2), torch.Generator())
+        shown = Shown(titles=("one", "other"), batch=both)
+        return Material(training=self, held_out=(both,), shown=(shown,), decode=self.decode)
+
+
+@pytest.mark.parametrize(("name", "decodes"), [("wan", False), ("cogvideox", False), ("wan", True)])
+def test_a_look_at_videos_shows_frames_side_by_side(
+    name: str, decodes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Row] = []
+    monkeypatch.setattr(module, "draw_look", lambda path, rows, title: drawn.extend(rows))
+    model = families.made(name)
+    spec = model_spec(model)
+    data = WatchedVideos(name, spec)
+    if decodes:
+        data.decode = lambda latents: latents[:, :3].repeat_interleave(2, dim=-2)
+    config = TrainConfig(
+        out=tmp_path,
+        keep_ratio=0.5,
+        backbone="frozen",
+        warmup_steps=1,
+        policy_steps=0,
+        joint_steps=0,
+        batch_size=2,
+        micro_batches=1,
+        watch=WatchConfig(every=1, held_out=2, times=2, steps=2),
+    )
+    trainer = Trainer(
+        config, model, data, DDPMScheduler() if spec.learned_by == "diffusion schedule" else None
+    )
+    trainer.run(show_progress=False)
+    latents = trainer.looks.drawing._dense[0].latents
+    trainer.close()
+    assert [row.title for row in drawn] == ["one", "other"]
+    frames = latents.movedim(spec.frame_axis, 1)  # (B, F, C, H, W)
+    assert frames.shape[2] == model.config.in_channels
+    count, high, wide = frames.shape[1], frames.shape[3], frames.shape[4]
+    for row, video in zip(drawn, frames, strict=True):
+        assert row.dense.shape == (3, high * (1 + decodes), min(count, 3) * wide)
+        assert not torch.equal(row.dense, row.pruned)
+        last = row.dense[..., -wide:]
+        if decodes:
+            assert torch.equal(last, video[-1, :3].repeat_interleave(2, dim=-2))
+        else:  # scaled channel by channel
+            pairs = torch.stack([last[1].flatten(), video[-1, 1].flatten()])
+            assert float(torch.corrcoef(pairs)[0, 1]) == pytest.approx(1.0, abs=1e-4)

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.image as images
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ from shiva_dit.training.looks.looks import Looks, by_time
 from shiva_dit.training.looks.material import Remaining, held_back, place_of
 from shiva_dit.training.looks.measure import Measure, _Kept
 from shiva_dit.training.looks.pace import Pace
+from shiva_dit.training.looks.pictures import Drawing
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.recipe_file import to_toml, write_recipe
 from shiva_dit.training.run import train
@@ -141,7 +143,7 @@ def test_pictures_show_what_the_models_make_and_which_tokens_are_kept(
         found[:] = rows
         draw(path, rows, title)
 
-    monkeypatch.setattr("shiva_dit.training.looks.looks.draw_look", remember)
+    monkeypatch.setattr("shiva_dit.training.looks.pictures.draw_look", remember)
     config = recipe(tmp_path, watch=FAST, backbone="frozen")
     trainer = Trainer(config, tiny.sd3(), WatchedData())
     trainer.material.shown[0].batch.latents.zero_()
@@ -169,7 +171,7 @@ def test_pictures_show_what_the_models_make_and_which_tokens_are_kept(
         given = {"timestep": torch.full((1,), 1000.0 * t), "return_dict": False, **own}
         with torch.no_grad():
             x = x - model(hidden_states=x, **given)[0] / 3
-    dense = trainer.looks._dense[0][0].latents[:1]
+    dense = trainer.looks.drawing._dense[0].latents[:1]
     assert float((dense - x).abs().max()) <= 1e-4 * float(x.abs().max())
 
 
@@ -290,7 +292,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], No
 
     monkeypatch.setattr(Looks, "after", noted)
     monkeypatch.setattr(Looks, "_show", lambda *_: None)
-    monkeypatch.setattr(Looks, "_showable", lambda *_: False)
+    monkeypatch.setattr(Drawing, "_showable", lambda *_: False)
     monkeypatch.setattr(Measure, "errors", lambda *_: torch.tensor([errors[step[0]], 0.0]).double())
     return errors.update
 
@@ -427,7 +429,7 @@ def test_a_look_that_fails_ends_no_training(
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("shiva_dit.training.looks.looks.draw_look", full)
+    monkeypatch.setattr("shiva_dit.training.looks.pictures.draw_look", full)
     monkeypatch.setattr("shiva_dit.training.looks.looks.draw_curves", full)
     monkeypatch.setattr(Measure, "_error", no_memory)
     config = recipe(tmp_path, watch=dataclasses.replace(FAST, patience=1))
@@ -535,6 +537,7 @@ def test_tensorboard_gets_scalars_and_pictures_also_after_a_kill(tmp_path: Path)
 
 @pytest.mark.usefixtures("no_curves")
 def test_wandb_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState._reset_state()  # as in a process of its own
     told: list[tuple[int, dict[str, Any]]] = []
     settings: dict[str, Any] = {}
     begun: dict[str, Any] = {}
@@ -608,7 +611,9 @@ def test_time_left_is_by_steps_and_looks_not_by_pauses() -> None:
     for _ in range(9):
         next(passes(2.0))
         pace.step()
-    next(passes(5.0))
+    next(passes(4.0))
+    assert pace.left(100, 4) == 100 * 2.0 + 4 * 4.0  # within the first look
+    next(passes(1.0))
     pace.look()
     next(passes(3.0))
     pace.rest()  # a save

@@ -59,7 +59,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     wrong = [word for word in rest if "=" not in word or word.startswith("-")]
     if rest and (wrong or not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+        sides = any(word.startswith(("--height", "--width")) for word in wrong)
+        hint = " (pixels are set by --size WxH)" if sides and hasattr(options, "size") else ""
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}{hint}")
     if rest:
         options.overrides += rest
     return options

@@ -37,7 +37,7 @@ def add_commands(command: Command) -> None:
     add("--threads", type=positive, help="threads; all cores by default")
     add("overrides", nargs="*", default=[], metavar="key=value", help="more arguments of the call")
 
-    add = command("evaluate", _evaluate, "score a folder of pictures")
+    add = command("evaluate", _evaluate, "score a folder of pictures", goes_on=True)
     add("folder", type=path, help="pictures, such as `shiva-dit generate` made")
     add("--reference", type=path, help="folder of real pictures, or statistics of them")
     add("--dense", type=path, help="the unpruned model's pictures, for PSNR, SSIM and LPIPS")
@@ -101,16 +101,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
     from shiva_dit.pictures.evaluate import evaluate, evaluate_pairs, record_of
+    from shiva_dit.pictures.kept import kept_answers
     from shiva_dit.pictures.measured import Measured, check_same, measure, save
     from shiva_dit.pictures.prompts import read_prompts
     from shiva_dit.pictures.reading import Pictures, find_pictures, paired
     from shiva_dit.provenance import write_json
     from shiva_dit.report.layout import plain_rows
     from shiva_dit.report.scores import score_note, score_rows
+    from shiva_dit.training.processes import joined
 
     _check(options)
     out = options.out or options.folder / "scores.json"
-    device = usable_device(options.device)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     pictures = find_pictures(options.folder, prompts)
     for file in (out, options.save_stats or out):
@@ -121,22 +122,30 @@ def _evaluate(options: argparse.Namespace) -> int:
     if dense is not None:
         paired(pictures, dense)
     known = None if options.reference is None else _known(options.reference)
-    scorers, lpips = _scorers(options, device, prompts=bool(pictures.prompts))
-    if isinstance(known, Measured):
-        check_same(scorers, known, str(options.reference))
-    ours = measure(pictures, scorers, batch=options.batch)
-    notes = [note for scorer in scorers for note in scorer.notes]  # not the reference's
-    reference = known
-    if isinstance(known, Pictures):
-        reference = measure(known, scorers, batch=options.batch)
-    if options.save_stats is not None and reference is not None:
-        save(reference, options.save_stats)
-    scores = evaluate(ours, reference, resamples=options.resamples, device=device)
-    if dense is not None:
-        scores |= evaluate_pairs(pictures, dense, lpips, resamples=options.resamples)
-    kept = {"resamples": options.resamples, "batch": options.batch, "device": options.device}
-    record = record_of(scores, ours, reference, dense, notes=notes, options=kept)
-    write_json(out, record)
+    kept = out.with_name(f".{out.name}.answers")
+    with joined(options.device) as (processes, own):
+        device = usable_device(own)
+        scorers, lpips = _scorers(options, device, prompts=bool(pictures.prompts))
+        if isinstance(known, Measured):
+            check_same(scorers, known, str(options.reference))
+        with kept_answers(kept, processes) as answers:
+            ours = measure(pictures, scorers, batch=options.batch, answers=answers)
+            reference = known
+            if isinstance(known, Pictures):
+                reference = measure(known, scorers, batch=options.batch, answers=answers)
+            given = {"resamples": options.resamples, "answers": answers}
+            pairs = {} if dense is None else evaluate_pairs(pictures, dense, lpips, **given)
+            if ours is None or pairs is None:
+                return 0  # the first process goes on
+            texts = pictures.texts(pictures.names)
+            notes = [note for scorer in scorers for note in scorer.notes(texts)]
+            if options.save_stats is not None and reference is not None:
+                save(reference, options.save_stats)
+            scores = evaluate(ours, reference, resamples=options.resamples, device=device) | pairs
+            said = {name: getattr(options, name) for name in ("resamples", "batch", "device")}
+            record = record_of(scores, ours, reference, dense, notes=notes, options=said)
+            write_json(out, record)
+            answers.remove()
     print(f"\n{plain_rows(score_rows(record))}\n\n{score_note(record)}\n\nRecord: {out}")
     return 0
 

@@ -16,7 +16,7 @@ def add_commands(command: Command) -> None:
     add("--out", type=path, required=True, help="folder to fill, or to renew")
     add("--prompts", type=path, help="named by the card; text, a prompt in a line, or .jsonl")
     add("--pipeline", help="folder or Hub id of the pipeline that makes pictures of the prompts")
-    add("--steps", type=positive, default=28, help="its sampler steps")
+    add("--steps", type=positive, help="its sampler steps; 28 by default")
     add("--guidance", type=float, help="its guidance scale; its own by default")
     add("--device", default="cpu", help="where it runs, such as cuda")
     add("--license", help="of the adapter, as the Hub names it, such as apache-2.0")
@@ -36,6 +36,11 @@ def _publish(options: argparse.Namespace) -> int:
     prompts = () if options.prompts is None else read_prompts(options.prompts)
     if options.pipeline is not None and not prompts:
         raise ValueError("--pipeline makes pictures of prompts: name a file by --prompts.")
+    for name in ("steps", "guidance"):
+        if options.pipeline is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for pictures: name what makes them by --pipeline.")
+    if options.private and options.push is None:
+        raise ValueError("--private is for a repository of the Hub: name it by --push.")
     folder = publish(
         options.folder,
         options.out,
@@ -63,5 +68,5 @@ def _examples(options: argparse.Namespace) -> tuple[Any, Any]:
     from shiva_dit.pictures.generate import Generation
 
     usable_device(options.device)
-    generation = Generation(steps=options.steps, guidance=options.guidance)
+    generation = Generation(steps=options.steps or 28, guidance=options.guidance)
     return loaded(options.pipeline, DiffusionPipeline.from_pretrained), generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -72,9 +73,9 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.demo.base import usable_device
     from shiva_dit.ownership import check_folder
     from shiva_dit.training.interrupt import TrainingInterrupted
-    from shiva_dit.training.processes import joined
+    from shiva_dit.training.processes import joined, one_of_several_asked
     from shiva_dit.training.recipe import TrainConfig
-    from shiva_dit.training.run import check_installed, train
+    from shiva_dit.training.run import check_possible, train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
     words = [program(), "train", str(options.recipe), *options.overrides, "--resume"]
@@ -87,13 +88,16 @@ def _train(options: argparse.Namespace) -> int:
     again = shlex.join(words)
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
-    check_installed(recipe)
+    check_possible(recipe)
     if options.plan:
         return _plan(options, recipe)
     if options.processes != 1:
         raise ValueError(
             "--processes is for --plan: several are started by torchrun or accelerate launch."
         )
+    if one_of_several_asked(os.environ):
+        say = "accelerate started this process alone: for several on one machine say --multi_gpu"
+        print(f"shiva-dit: {say} (on CPUs, too), or take torchrun.", file=sys.stderr)
     with joined(options.device) as (processes, own):
         device = usable_device(own)
         check_folder(recipe.out)
@@ -119,7 +123,8 @@ def _plan(options: argparse.Namespace, recipe: Any) -> int:
         DynamicOutputShapeException,
     )
 
-    from shiva_dit.training.memory import Shapes, needs, shapes_of, told
+    from shiva_dit.training.memory import Shapes, needs, shapes_of
+    from shiva_dit.training.memory_told import told
     from shiva_dit.training.processes import check_parts
 
     check_parts(options.processes, recipe.micro_batches, shard=recipe.shard)
@@ -230,7 +235,9 @@ def _encode(options: argparse.Namespace) -> int:
         return pipe.to(device)
 
     try:
-        print(encode(facts, load, options.images, options.out, how, only_look=options.look))
+        made = encode(facts, load, options.images, options.out, how, only_look=options.look)
+        if not options.look:
+            print(made)
     except BadPicturesError as error:
         for line in error.lines():
             print(line, file=sys.stderr)

@@ -43,13 +43,17 @@ class Polynomial:
         return cls(tuple(int(c * denominator) for c in total), denominator)
 
     def at(self, tokens: int) -> int:
-        """The value."""
+        """The value; the nearest whole number at sizes that a model can't have.
+
+        Wan Animate's are multiples of its frames, of which one is counted otherwise.
+
+        >>> Polynomial.through({0: 0, 3: 5}).at(1)  # 5/3
+        2
+        """
         value = 0
         for numerator in reversed(self.numerators):
             value = value * tokens + numerator
-        count, rest = divmod(value, self.denominator)
-        assert not rest, f"{value}/{self.denominator} is no count"
-        return count
+        return round(Fraction(value, self.denominator))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shiva_dit.config import whole_number
 from shiva_dit.demo.base import usable_device
 from shiva_dit.experiments.scoring import following
 from shiva_dit.pictures.generate import Wanted
@@ -52,6 +54,7 @@ class OwnPipeline:
         self._size = {}
         if size is not None:
             self._size = dict(zip(("height", "width"), size, strict=True))
+            check_size(self._pipe, size)
 
     @cached_property
     def identity(self) -> str:
@@ -105,6 +108,28 @@ class OwnPipeline:
                 **steps_by(sampler, num_steps),
             ).images
         return 2.0 * images.float().cpu() - 1.0
+
+
+def check_size(pipe: Any, size: tuple[int, int]) -> None:
+    """Raise where a pipeline says by itself that it makes no pictures of a size.
+
+    Raises:
+        ValueError: Says which it makes.
+    """
+    for side in size:
+        whole_number("size", side, least=1)
+    check = getattr(pipe, "check_inputs", None)
+    if check is None:
+        return
+    known = [*inspect.signature(check).parameters.values()]
+    given = {p.name: None for p in known if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    sides = {"prompt": "a picture", "height": size[0], "width": size[1]}
+    given |= {name: value for name, value in sides.items() if name in {p.name for p in known}}
+    try:
+        check(**given)
+    except (ValueError, TypeError, AttributeError) as error:  # it may miss what it isn't given
+        if "height" in str(error):
+            raise ValueError(f"size: {error} (got {size[0]} x {size[1]})") from error
 
 
 def with_lora(pipe: Any, lora: Path | None) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import linear_weight
 from shiva_dit.models.places import is_tuner, refuse_projections
-from shiva_dit.models.sharded import whole
+from shiva_dit.models.sharded import is_shared, whole
 
 PEFT_NAME = "shiva_dit"
 LORA_PREFIX = "transformer."
@@ -227,10 +227,15 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
 def backbone_weights(model: nn.Module, kind: str) -> dict[str, Tensor]:
     """What an adapter must hold of a tuned backbone ("frozen": nothing)."""
     if kind == "full":
-        return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+        return {name: _copied(p.detach()) for name, p in model.named_parameters()}
     if kind in ("lora", "dora"):
         return {name: value.detach().clone() for name, value in lora_weights(model).items()}
     return {}
+
+
+def _copied(value: Tensor) -> Tensor:
+    """On its device; of a shared one the whole, which may not fit there beside all others."""
+    return whole(value).to("cpu") if is_shared(value) else value.clone()
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

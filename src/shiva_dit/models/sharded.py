@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,12 +17,19 @@ from torch.utils._pytree import tree_map
 from shiva_dit.models.families import model_spec
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device) -> Callable[[], None]:
     """Leave each process of the group its share of a model's weights, on a device.
 
     A block's are gathered when it runs, and let go. Gradients are averaged over processes in
     float64 and left so, that their order changes nothing that float32 shows.
+
+    Returns:
+        What all processes call together to have a plain model again, with all weights where they
+        were; torch itself has no way back.
     """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    where = {name: tensor.device for name, tensor in named}
+    before = [(module, type(module), _contents(module)) for module in model.modules()]
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     how: dict[str, Any] = {
         "mesh": mesh,
@@ -42,6 +50,49 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for parameter, flag in zip(model.parameters(), flags, strict=True):
         parameter.grad_dtype = None
         parameter.requires_grad_(flag)
+    put_on = [(module, kind, *_more(module, had)) for module, kind, had in before]
+
+    def undo() -> None:
+        for module, kind, names, hooks in put_on:
+            module.__class__ = kind
+            for name in names:
+                module.__dict__.pop(name, None)
+            for held, key in hooks:
+                module.__dict__[held].pop(key, None)
+            _module_state_mapping.pop(module, None)
+        _make_whole(model, where)
+
+    return undo
+
+
+def _contents(module: nn.Module) -> dict[str, set[Any]]:
+    """The names of what a module holds, and the keys of its hooks."""
+    return {
+        name: set(value) if "_hooks" in name and isinstance(value, dict) else set()
+        for name, value in module.__dict__.items()
+    }
+
+
+def _more(module: nn.Module, had: Mapping[str, set[Any]]) -> tuple[list[str], list[Any]]:
+    """What a module holds by now beside what it had: names, and hooks by holder and key."""
+    has = _contents(module)
+    hooks = [(name, key) for name in had for key in has[name] - had[name]]
+    return [name for name in has if name not in had], hooks
+
+
+@torch.no_grad()
+def _make_whole(model: nn.Module, where: Mapping[str, torch.device]) -> None:
+    """Plain parameters for shared ones, one after the other; those that are one stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            value = whole(parameter.detach()).to(where[name])
+            made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, made[id(parameter)])
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(where[name]))
 
 
 def _groups(module: Any) -> list[Any]:
@@ -85,6 +136,11 @@ def is_shared(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes share a model's weights: then they all run its forward, or none."""
+    return any(is_shared(parameter) for parameter in model.parameters())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; all processes must ask for it where they share it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -123,8 +179,23 @@ def shared_as(value: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor, where another is shared; or the tensor itself."""
     if not isinstance(like, DTensor):
         return value
-    there = value.to(like.device, like.dtype)
+    there = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """What this process has of a shared tensor."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def as_share(own: Tensor, like: Tensor) -> Tensor:
+    """A shared tensor, of which this process has the rows that it has of another."""
+    assert isinstance(like, DTensor)
+    shape = torch.Size([like.shape[0], *own.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    how = like.device_mesh, like.placements
+    return DTensor.from_local(own, *how, run_check=False, shape=shape, stride=stride)
 
 
 def refuse_shared(model: nn.Module) -> None:
@@ -133,7 +204,7 @@ def refuse_shared(model: nn.Module) -> None:
     Raises:
         ValueError: Says what to do.
     """
-    if any(is_shared(parameter) for parameter in model.parameters()):
+    if is_sharded(model):
         raise ValueError(
             "the model is sharded already: give it whole, on the host if need be, and set shard = "
             "true in the recipe."

@@ -120,6 +120,8 @@ class ModelSpec:
     """Blocks that can't be pruned, since they change tokens that they aren't given."""
     least_tokens: int = 1
     """Fewest image tokens that a block can run on."""
+    frame_axis: int = 2
+    """Of a video's latents, (B, C, F, H, W) by default."""
     tokens: Callable[[nn.Module, Any], int] = lambda model, sample: count_tokens(model, sample)
     """Number of image tokens N for latents, as the model takes them."""
     called_tokens: Callable[[Mapping[str, Any]], int] | None = None

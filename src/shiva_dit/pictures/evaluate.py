@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from shiva_dit.metrics import decibels, squared_errors, ssim
 from shiva_dit.pictures.generate import RECORD
+from shiva_dit.pictures.kept import Answers, Part
 from shiva_dit.pictures.libraries import Lpips
 from shiva_dit.pictures.measured import Measured
 from shiva_dit.pictures.reading import Pictures, paired
@@ -27,6 +28,10 @@ SLOW = 256
 """Numbers of a feature above which Frechet's distance takes a second or more: then `FEWER` sets are
 drawn for its interval."""
 FEWER = 20
+PAIRS = 16
+"""Pictures that are compared with their twins before what was found is kept."""
+AHEAD, FLOOR = "ahead", "floor"
+"""Stand before scores: of a picture to its twin, and of the twin to another."""
 LEAST = 4
 """Pictures of a reference: its halves have two."""
 
@@ -116,8 +121,9 @@ def evaluate_pairs(
     lpips: Lpips | None = None,
     *,
     resamples: int = 200,
+    answers: Answers | None = None,
     show_progress: bool = True,
-) -> dict[str, Row]:
+) -> dict[str, Row] | None:
     """PSNR, SSIM and LPIPS of pictures to those of the same names by the unpruned model.
 
     The floor is what pictures of the unpruned model have between them that began from other noise:
@@ -128,24 +134,30 @@ def evaluate_pairs(
         dense: The unpruned model's.
         lpips: Leaves LPIPS out if None.
         resamples: Sets of pictures drawn for an interval.
+        answers: Who finds a share of it, and what is kept; in memory by default.
         show_progress: Whether a bar counts pictures.
+
+    Returns:
+        All of it in the first process, None in others.
 
     Raises:
         ValueError: If a picture has no twin, or one of another size.
     """
     names = paired(ours, dense)
     others = _others(dense)
+    answers = answers or Answers()
     found: dict[str, list[Tensor]] = {}
     floors: dict[str, list[Tensor]] = {}
-    for name in tqdm(names, desc="pairs", disable=not show_progress):
-        truth = dense.read(name)
-        ahead = _pair(ours.read(name), truth, lpips, f"{ours.folder / name}", f"{dense.folder}")
-        for key, value in ahead.items():
-            found.setdefault(key, []).append(value)
-        other = dense.read(others[name])
-        if others[name] != name and other.shape == truth.shape:
-            for key, value in _pair(other, truth, lpips, others[name], name).items():
-                floors.setdefault(key, []).append(value)
+    parts = [
+        _pairs(ours, dense, lpips, [(name, others[name]) for name in names[at : at + PAIRS]])
+        for at in range(0, len(names), PAIRS)
+    ]
+    if not answers.find(parts, "pairs", show_progress=show_progress):
+        return None
+    for part in parts:
+        for key, rows in answers.read(part)[1].items():
+            kind, _, score = key.partition(".")
+            (found if kind == AHEAD else floors).setdefault(score, []).append(rows)
     weights = drawn(len(names), resamples)
     scores: dict[str, Row] = {}
     for key, better in (("psnr", "higher"), ("ssim", "higher"), ("lpips", "lower")):
@@ -244,6 +256,39 @@ def _mean(values: Sequence[float]) -> float:
 
 def _decibels(error: float) -> float:
     return decibels(torch.tensor([max(0.0, error)], dtype=torch.float64))  # an interval's end
+
+
+def _pairs(
+    ours: Pictures, dense: Pictures, lpips: Lpips | None, names: Sequence[tuple[str, str]]
+) -> Part:
+    """Errors of some pictures, and floors; names with those of other pictures of the same model."""
+
+    def files() -> list[str]:
+        return [
+            digest
+            for name, other in names
+            for digest in (
+                ours.file_digest(name),
+                dense.file_digest(name),
+                dense.file_digest(other),
+            )
+        ]
+
+    def found() -> dict[str, Tensor]:
+        rows: dict[str, list[Tensor]] = {}
+        for name, other in names:
+            truth = dense.read(name)
+            where = f"{ours.folder / name}", f"{dense.folder}"
+            for key, value in _pair(ours.read(name), truth, lpips, *where).items():
+                rows.setdefault(f"{AHEAD}.{key}", []).append(value)
+            beside = dense.read(other)
+            if other != name and beside.shape == truth.shape:
+                for key, value in _pair(beside, truth, lpips, other, name).items():
+                    rows.setdefault(f"{FLOOR}.{key}", []).append(value)
+        return {key: torch.cat(values).cpu() for key, values in rows.items()}
+
+    weights = None if lpips is None else lpips.sha256
+    return Part(asked=["pairs", weights, [list(pair) for pair in names]], files=files, found=found)
 
 
 def _pair(

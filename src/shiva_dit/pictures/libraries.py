@@ -66,7 +66,11 @@ class Inception:
         self._model.to(device).eval()
         self._device = device
         self.about: dict[str, Any] = {"source": source or "fetched", "layer": "2048"}
-        self.notes: list[str] = []
+
+    def notes(self, texts: Sequence[str] | None) -> list[str]:
+        """None."""
+        del texts
+        return []
 
     @torch.no_grad()
     def measure(self, images: Sequence[Tensor], texts: Sequence[str] | None) -> Columns:

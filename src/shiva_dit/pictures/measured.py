@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from shiva_dit.pictures.kept import Answers, Part
 from shiva_dit.pictures.reading import Pictures
 from shiva_dit.pictures.scorers import Columns, Scorer
 from shiva_dit.provenance import provenance, read_as, write_atomically
@@ -43,35 +43,68 @@ def measure(
     scorers: Sequence[Scorer],
     *,
     batch: int = 16,
+    answers: Answers | None = None,
     show_progress: bool = True,
-) -> Measured:
+) -> Measured | None:
     """What scorers say of each picture of a folder.
+
+    Args:
+        pictures: Of the folder.
+        scorers: Who is asked.
+        batch: Pictures at a time.
+        answers: Who finds a share of it, and what is kept; in memory by default.
+        show_progress: Whether a bar counts pictures.
+
+    Returns:
+        All of it in the first process, None in others.
 
     Raises:
         ValueError: If one can't be read.
         FloatingPointError: If a scorer's answer isn't finite.
     """
-    parts: dict[str, list[Tensor]] = {}
-    bar = tqdm(total=len(pictures), desc=pictures.folder.name, disable=not show_progress)
-    with bar:
-        for start in range(0, len(pictures) if scorers else 0, batch):
-            names = pictures.names[start : start + batch]
-            images = [pictures.read(name) for name in names]
-            for scorer in scorers:
-                for column, rows in scorer.measure(images, pictures.texts(names)).items():
-                    if not rows.isfinite().all():
-                        raise FloatingPointError(
-                            f"{column} of {', '.join(names)} isn't finite: the weights of "
-                            f"{scorer.name} are damaged."
-                        )
-                    parts.setdefault(column, []).append(rows.cpu())
-            bar.update(len(names))
+    answers = answers or Answers()
+    starts = range(0, len(pictures) if scorers else 0, batch)
+    batches = [pictures.names[start : start + batch] for start in starts]
+    parts = [_part(pictures, scorers, names) for names in batches]
+    if not answers.find(parts, pictures.folder.name, show_progress=show_progress):
+        return None
+    columns: dict[str, list[Tensor]] = {}
+    digests: dict[str, str] = {}
+    for names, part in zip(batches, parts, strict=True):
+        files, found = answers.read(part)
+        digests |= zip(names, files, strict=True)
+        for name, rows in found.items():
+            columns.setdefault(name, []).append(rows)
     return Measured(
-        columns={name: torch.cat(rows) for name, rows in parts.items()},
+        columns={name: torch.cat(rows) for name, rows in columns.items()},
         scorers=_said(scorers),
-        pictures=pictures.digest(),
+        pictures=pictures.digest(digests),
         count=len(pictures),
         where=str(pictures.folder),
+    )
+
+
+def _part(pictures: Pictures, scorers: Sequence[Scorer], names: Sequence[str]) -> Part:
+    """What is said of some pictures."""
+    texts = pictures.texts(names)
+
+    def found() -> Columns:
+        images = [pictures.read(name) for name in names]
+        columns: Columns = {}
+        for scorer in scorers:
+            for column, rows in scorer.measure(images, texts).items():
+                if not rows.isfinite().all():
+                    raise FloatingPointError(
+                        f"{column} of {', '.join(names)} isn't finite: the weights of "
+                        f"{scorer.name} are damaged."
+                    )
+                columns[column] = rows.cpu()
+        return columns
+
+    return Part(
+        asked=["scores", _said(scorers), [*names], texts],
+        files=lambda: [pictures.file_digest(name) for name in names],
+        found=found,
     )
 
 

@@ -31,7 +31,7 @@ from shiva_dit.saved_folder import CARD_FILE, CONFIG_FILE, check_place, weights_
 from shiva_dit.training.log import LOG_FILE, read_log
 from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look
 from shiva_dit.training.looks.looks import CURVES
-from shiva_dit.training.looks.looks import FOLDER as LOOKS
+from shiva_dit.training.looks.pictures import FOLDER as LOOKS
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.recipe_file import RECIPE_FILE, write_recipe
 from shiva_dit.training.result import RESULT_FILE
@@ -40,6 +40,8 @@ from shiva_dit.training.run import RUN_FILE
 ADAPTER, PICTURES = "adapter", "pictures"
 LOOK, EXAMPLES = "look.png", "examples.png"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+"""How the Hub names licences; huggingface_hub has no list of them."""
 
 
 def publish(
@@ -70,9 +72,15 @@ def publish(
         The folder.
 
     Raises:
-        ValueError: If the run holds no adapter, the folder something else, or something is damaged.
+        ValueError: If the run holds no adapter, the folder something else, or something is damaged;
+            if no licence can have that name.
     """
     run, out = Path(run), Path(out)
+    if license is not None and not LICENSE.fullmatch(license):
+        raise ValueError(
+            f"{license!r} is no licence's name on the Hub: take one, such as apache-2.0, mit or "
+            "other, of https://huggingface.co/docs/hub/repositories-licenses."
+        )
     folder = _adapter_of(run)
     check_folder(out)
     whole = out.resolve()

@@ -49,10 +49,30 @@ class Pictures:
         """The prompts of some; None if nobody says."""
         return [self.prompts[name].text for name in names] if self.prompts else None
 
-    def digest(self) -> str:
-        """SHA-256 of the names and contents of all, and of their prompts."""
+    def file_digest(self, name: str) -> str:
+        """SHA-256 of the file of one of them.
+
+        Raises:
+            ValueError: If it can't be read.
+        """
+        try:
+            return file_digest(self.folder / name)
+        except OSError as error:
+            raise ValueError(f"{self.folder / name} can't be read: {error}") from error
+
+    def digest(self, known: Mapping[str, str] | None = None) -> str:
+        """SHA-256 of the names and contents of all, and of their prompts.
+
+        Args:
+            known: SHA-256 of files, by name.
+        """
+        given = known or {}
         said = [
-            [name, file_digest(self.folder / name), self.prompts[name].text if self.prompts else ""]
+            [
+                name,
+                given.get(name) or self.file_digest(name),
+                self.prompts[name].text if self.prompts else "",
+            ]
             for name in self.names
         ]
         return data_digest(said)

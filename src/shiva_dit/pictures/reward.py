@@ -98,7 +98,11 @@ class ImageReward:
         self._device = device
         self.sha256 = file_digest(folder / WEIGHTS)
         self.about: dict[str, Any] = {"source": source}
-        self.notes = ["ImageReward: not validated against the published weights"]
+
+    def notes(self, texts: Sequence[str] | None) -> list[str]:
+        """That nobody compared it."""
+        del texts
+        return ["ImageReward: not validated against the published weights"]
 
     @torch.no_grad()
     def measure(self, images: Sequence[Tensor], texts: Sequence[str] | None) -> Columns:

@@ -37,8 +37,10 @@ class Scorer(Protocol):
     """Of its weights."""
     about: dict[str, Any]
     """What else decides what it says."""
-    notes: list[str]
-    """What to know of its scores."""
+
+    def notes(self, texts: Sequence[str] | None) -> list[str]:
+        """What to know of its scores of pictures with these prompts."""
+        ...
 
     def measure(self, images: Sequence[Tensor], texts: Sequence[str] | None) -> Columns:
         """What it says of some pictures.
@@ -73,13 +75,12 @@ class Clip:
         self.sha256 = weights_digest(folder)
         self._longest = self._model.config.text_config.max_position_embeddings
         self._poles = self._text(IQA_PROMPTS)
-        self._cut = 0
         self.about = {"source": source, "preprocessing": file_digest(folder / PREPROCESSING)}
 
-    @property
-    def notes(self) -> list[str]:
-        """How many prompts were longer than it reads."""
-        return [f"{self._cut} prompts cut to {self._longest} tokens"] if self._cut else []
+    def notes(self, texts: Sequence[str] | None) -> list[str]:
+        """How many prompts are longer than it reads."""
+        cut = sum(len(self._tokenizer(text).input_ids) > self._longest for text in texts or ())
+        return [f"{cut} prompts cut to {self._longest} tokens"] if cut else []
 
     @torch.no_grad()
     def measure(self, images: Sequence[Tensor], texts: Sequence[str] | None) -> Columns:
@@ -93,7 +94,6 @@ class Clip:
             "clip_iqa": (scale * features @ self._poles.T).softmax(-1)[:, 0],
         }
         if texts is not None:
-            self._cut += sum(len(self._tokenizer(text).input_ids) > self._longest for text in texts)
             alike = (features * self._text(texts)).sum(-1)
             found["clip_score"] = 100.0 * alike.clamp_min(0.0)
         return found
@@ -134,7 +134,11 @@ class Dino:
         self._device = device
         self.sha256 = weights_digest(folder)
         self.about = {"source": source, "preprocessing": file_digest(folder / PREPROCESSING)}
-        self.notes: list[str] = []
+
+    def notes(self, texts: Sequence[str] | None) -> list[str]:
+        """None."""
+        del texts
+        return []
 
     @torch.no_grad()
     def measure(self, images: Sequence[Tensor], texts: Sequence[str] | None) -> Columns:

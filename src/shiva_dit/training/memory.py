@@ -49,7 +49,7 @@ class Shapes:
     config: Mapping[str, Any]
     """What the class is built with."""
     batch: Callable[[int], Batch]
-    """So many samples."""
+    """So many samples, of the largest shape."""
     empty: Mapping[str, Tensor]
     """Conditioning of "no caption", without a batch dimension."""
     scheduler: Any = None
@@ -68,7 +68,7 @@ class Shapes:
         return cls(
             model_class=model_class,
             config={name: value for name, value in config.items() if name in known},
-            batch=partial(_batch_of, data),
+            batch=partial(_batch_of, data, _largest(data)),
             empty=data.unconditional(),
             scheduler=scheduler,
         )
@@ -157,7 +157,7 @@ class _Counting:
         self.student = student = Student(config, model, shapes.batch(1), torch.Generator(), path)
         parts = parts_of(student)
         given = untuned(student.model, config.backbone, student.teacher)
-        self.optimization = Optimization(parts, config.optimizer, given)
+        self.optimization = Optimization(parts, config.optimizer, given, by_rows=config.shard)
         self.trained = [p for part in parts.values() for p in part.values()]
         student.model.train()
 
@@ -211,9 +211,10 @@ class _Counting:
         # backward its gradient, which is summed over processes in float64.
         gathered = held_bytes(model.parameters()) - sum(blocks) + 5 * max(blocks)
         tuned = sum(p.numel() for p in self.optimization.parts["backbone"].values())
+        others = sum(p.numel() for p in self.trained) - tuned
         per_weight = {
             "gradients": 12 * tuned,
-            "moments": 8 * tuned,
+            "moments": whole.moments - 8 * others,
             "averages": 4 * tuned,
             "teacher": whole.teacher,
         }
@@ -306,47 +307,22 @@ def shapes_of(model: Any, data: TrainingData, scheduler: Any) -> Shapes:
     return Shapes.of(cls, json.loads(config), data, scheduler)
 
 
-def _batch_of(data: TrainingData, count: int) -> Batch:
-    """Samples that are read as they are, since data looks at values; of them the shapes alone."""
+def _largest(data: TrainingData) -> int:
+    """A sample of the shape that has most values."""
+    groups = getattr(data, "groups", lambda: None)() or [0]
+    firsts = {group: row for row, group in reversed([*enumerate(groups)])}
+    if len(firsts) == 1:
+        return 0
+
+    def size(row: int) -> int:
+        return data.batch(torch.tensor([row]), torch.Generator()).latents.numel()
+
+    return max(sorted(firsts.values()), key=size)
+
+
+def _batch_of(data: TrainingData, row: int, count: int) -> Batch:
+    """A sample so often, read as it is, since data looks at values; of it the shapes alone."""
     with _disable_current_modes():
-        read = data.batch(torch.zeros(count, dtype=torch.long), torch.Generator())
+        read = data.batch(torch.full((count,), row), torch.Generator())
     made = {n: getattr(read, n) for n in ("latents", "conditioning", "shared")}
     return replace(read, **tree_map_only(Tensor, torch.empty_like, made))
-
-
-def told(needs: Needs, processes: int) -> str:
-    """For people."""
-    weights = ", ".join(f"{name} {_size(held)}" for name, held in needs.weights.items())
-    rows = {
-        "the model's weights": f"{_size(sum(needs.weights.values()))} ({weights})",
-        "the teacher's": _size(needs.teacher) if needs.teacher else "0 (the model is its own)",
-        "routers and policy": _size(needs.adapter),
-        "moving average, weights as given": _size(needs.averages),
-        "Adam's moments": _size(needs.moments),
-        "gradients and their sums": _size(needs.gradients),
-        "weights gathered at once": _size(needs.gathered),
-        "activations of a part": f"{_size(needs.activations)} at the mean keep ratio, "
-        f"{_size(needs.activations_dense)} if it keeps all tokens",
-        "at most at once": _size(needs.total),
-    }
-    if not needs.gathered:
-        del rows["weights gathered at once"]
-    each = "" if processes == 1 else f", each of {processes} processes"
-    width = max(map(len, rows))
-    lines = [f"Memory{each}; {needs.trained:,} weights are trained:"]
-    lines += [f"  {name:<{width}}  {value}" for name, value in rows.items()]
-    lines.append(
-        f"On the disk {_size(needs.disk)} at most: checkpoints of {_size(needs.checkpoint)}, "
-        f"the adapter {_size(needs.adapter_file)}."
-    )
-    lines.append(
-        "Not counted: what a GPU's driver, its kernels and its allocator take (1 to 2 GiB)."
-    )
-    return "\n".join(lines)
-
-
-def _size(size: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 2**10:.1f} KiB"

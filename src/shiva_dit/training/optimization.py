@@ -52,6 +52,7 @@ class Optimization:
         config: Rates and decay.
         untuned: Of the backbone's, by name, the values to which weight decay pulls.
         shareable: Whether processes may share the backbone's weights.
+        by_rows: Whether blocks of its 8-bit moments are such as they could share.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Optimization:
         untuned: Mapping[str, Tensor],
         *,
         shareable: bool = False,
+        by_rows: bool = False,
     ) -> None:
         self.parts, self.config = parts, config
         self.untuned = [untuned[name] for name in parts["backbone"]]
@@ -75,7 +77,8 @@ class Optimization:
         held = {part: list(parts[part].values()) for part in PARTS}
         self.eight_bit: EightBitAdam | None = None
         if config.eight_bit:
-            self.eight_bit, held["backbone"] = EightBitAdam(held["backbone"]), []
+            self.eight_bit = EightBitAdam(held["backbone"], by_rows=by_rows)
+            held["backbone"] = []
         self.adamw = torch.optim.AdamW(
             [{"params": held[part], "name": part, **extra[part]} for part in PARTS],
             lr=0.0,

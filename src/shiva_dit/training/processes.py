@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import get_cpu_distributed_information
 from torch import Tensor
 
 T = TypeVar("T")
@@ -117,13 +118,31 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
 
     Returns:
         The processes, and this one's device. Started by no launcher it is alone.
+
+    Raises:
+        ValueError: If MPI started them for other devices than CPUs, which accelerate doesn't join.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if get_cpu_distributed_information().world_size == 1:
         yield ALONE, device
         return
+    if device != "cpu" and "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            "processes that MPI started train together on CPUs alone: start those of --device "
+            f"{device} by torchrun."
+        )
     state = PartialState(cpu=device == "cpu")
     own = str(state.device) if device in ("cuda", "xpu", "npu") else device
     try:
         yield Processes(state.process_index, state.num_processes), own
     finally:
         state.destroy_process_group()
+
+
+def one_of_several_asked(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` was asked for several processes, and this is all that it started.
+
+    It does so wherever it isn't told `--multi_gpu`, as with `--cpu`: then it names where they would
+    meet, and gives this one no number among them.
+    """
+    launched = {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= environment.keys()
+    return launched and get_cpu_distributed_information().world_size == 1

@@ -236,21 +236,6 @@ class TrainConfig:
                 f'shard is for backbone = "full": with "{self.backbone}" the model\'s own weights '
                 'take less by base_dtype = "bfloat16", "int8" or "nf4".'
             )
-        if self.shard and self.optimizer.eight_bit:
-            raise ValueError(
-                "optimizer.eight_bit has blocks of 256 values, which shard would cut otherwise for "
-                "every number of processes: set one of them to false."
-            )
-        if self.shard and self.watch.every:
-            raise ValueError(
-                "watch wasn't tried on weights that processes share: set shard = false or "
-                "watch.every = 0."
-            )
-        if self.shard and self.trajectories.count:
-            raise ValueError(
-                "processes that share weights run alike, and each draws its own number of "
-                "trajectories: set shard = false or trajectories.count = 0."
-            )
         if self.backbone == "frozen" and self.optimizer.eight_bit:
             raise ValueError(
                 'optimizer.eight_bit is about the backbone, and backbone = "frozen" trains none '

@@ -60,7 +60,8 @@ def train(
         device: Where the model is trained; where it is by default.
 
     Returns:
-        The adapter's folder, for `shiva_dit.apply`.
+        The adapter's folder, for `shiva_dit.apply`. The model is as it came then; after an error it
+        stays sharded where it was (`shard`), and has to be loaded anew.
 
     Raises:
         ValueError: If another process trains into the folder, or it holds another run, or a damaged
@@ -68,12 +69,7 @@ def train(
             needs isn't installed.
         TrainingInterrupted: After Ctrl-C or SIGTERM, when all was saved.
     """
-    if config.method != "shiva":
-        raise ValueError(
-            f"method {config.method!r} is a control and gives no adapter; "
-            "`shiva-dit quickstart --all-controls` trains and judges the controls."
-        )
-    check_installed(config)
+    check_possible(config)
     folder = config.out / "adapter"
 
     def prepared() -> bool:
@@ -104,15 +100,21 @@ def train(
             processes.from_first(lambda: finish(trainer, trained, folder))
         finally:
             trainer.close()
+        trainer.student.unshard()  # after a failure of one, the others wouldn't join in
     return folder
 
 
-def check_installed(config: TrainConfig) -> None:
-    """Raise unless the libraries that a recipe needs are there.
+def check_possible(config: TrainConfig) -> None:
+    """Raise unless a recipe gives an adapter, and the libraries that it needs are there.
 
     Raises:
-        ValueError: Says which isn't, and what to do.
+        ValueError: Says what is wrong, and what to do.
     """
+    if config.method != "shiva":
+        raise ValueError(
+            f"method {config.method!r} is a control and gives no adapter; "
+            "`shiva-dit quickstart --all-controls` trains and judges the controls."
+        )
     trackers.check_installed(config.watch)
     base_dtype.check_library(config.base_dtype)
     if config.optimizer.eight_bit:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.methods.fixed_map import FixedMapSelector
+from shiva_dit.models.sharded import is_sharded
 from shiva_dit.provenance import data_digest
 from shiva_dit.training.data import Batch, Feed, TrainingData, drop_captions
 from shiva_dit.training.guided import guided
@@ -89,7 +90,8 @@ class Samples:
     def draw(self) -> None:
         """Draw the trajectories now, which can be stopped at any time: what is drawn is kept."""
         if self.trajectories is not None:
-            self.trajectories.draw(self._unpruned, self.student.device, self.processes)
+            alike = is_sharded(self.student.teacher)
+            self.trajectories.draw(self._unpruned, self.student.device, self.processes, alike=alike)
 
     def _unpruned(self, batch: Batch, x: Tensor, t: Tensor, scales: Tensor | None) -> Tensor:
         """The unpruned model's prediction, guided as in sampling (`Predict`)."""

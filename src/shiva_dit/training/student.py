@@ -97,8 +97,9 @@ class Student:
             add_lora(model, lora_metadata(self.adapter.config), float32=True)
         self.started = None if start is None else start_from(start, self.adapter, model)
         """SHA-256 of the adapter that training starts from."""
+        self.unshard: Callable[[], object] = dict  # does nothing
         if shard_on is not None:
-            shard(model, shard_on)
+            self.unshard = shard(model, shard_on)
             shard(self.teacher, shard_on)
             flags = [flag for _, flag in self._was[1]]
             self._was = self._was[0], list(zip(model.parameters(), flags, strict=True))
@@ -113,8 +114,7 @@ class Student:
         self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes)
         self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
         last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every
-        every = range(each - 1, last, each)
-        self.distilled = (*every, last)
+        self.distilled = (*range(each - 1, last, each), last)
         whole = config.backbone == "full" and shard_on is None
         self._undo = sum_by_block(self.spec.blocks(model) if whole else [])
 
@@ -285,7 +285,7 @@ class Student:
         return features, prediction
 
     def close(self) -> None:
-        """Give the model back as it came: its own weights, no hooks, no LoRA."""
+        """Give the model back: its own weights, no hooks, no LoRA; whole by `unshard` after it."""
         self._undo()
         (self.reduction or self.attachment).detach()
         if self.config.backbone in ("lora", "dora"):

@@ -141,10 +141,10 @@ class Trainer:
             self.student.reducer,
         )
         given = untuned(self.student.model, config.backbone, self.student.teacher)
-        full = config.backbone == "full"
-        self.optimization = Optimization(parts_of(student), config.optimizer, given, shareable=full)
-        how = self.processes, self.result, self.optimization.averaged
-        self.looks = Looks(student, self.sampler, self.material, *how)
+        how = {"shareable": config.backbone == "full", "by_rows": config.shard}
+        self.optimization = Optimization(parts_of(student), config.optimizer, given, **how)
+        among = self.processes, self.result, self.optimization.averaged
+        self.looks = Looks(student, self.sampler, self.material, *among)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns loss, mean keep ratio, and error to the teacher if it ran.

@@ -70,13 +70,21 @@ class Trajectories:
         self._times = torch.empty(0)
         self._like: Batch | None = None
 
-    def draw(self, predict: Predict, device: torch.device, processes: Processes = ALONE) -> None:
+    def draw(
+        self,
+        predict: Predict,
+        device: torch.device,
+        processes: Processes = ALONE,
+        *,
+        alike: bool = False,
+    ) -> None:
         """Draw all of them, or find those that are there. Only the first call does anything.
 
         Args:
             predict: The unpruned model, guided as in sampling.
             device: Where it runs.
             processes: Each draws a share of the files.
+            alike: Whether all run as many forwards, as those that share weights must.
 
         Raises:
             ValueError: If a file is damaged.
@@ -85,18 +93,23 @@ class Trajectories:
             return
         parts = self.indices.split(self.at_once)
         files = [self.folder / f"{self._name}-{n:05d}.safetensors" for n in range(len(parts))]
+        # One process looks: others might see what a quicker one has drawn by then.
+        left = processes.from_first(lambda: [n for n, f in enumerate(files) if not f.is_file()])
         bar = tqdm(
-            processes.mine(len(parts)),
+            range(processes.rank, len(left) + (-len(left) % processes.count), processes.count),
             desc="trajectories",
             unit=f"{self.at_once}",
             disable=not processes.is_first,
         )
-        for number in bar:
-            if not files[number].is_file():
-                generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
-                began = time.process_time()
-                found = self._sampled(predict, device, parts[number], generator)
-                found["cpu_s"] = torch.tensor(time.process_time() - began)
+        for turn in bar:
+            if turn >= len(left) and not alike:
+                continue
+            number = left[min(turn, len(left) - 1)]
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
+            began = time.process_time()
+            found = self._sampled(predict, device, parts[number], generator)
+            found["cpu_s"] = torch.tensor(time.process_time() - began)
+            if turn < len(left):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(files[number], partial(save_file, found))
         processes.wait()

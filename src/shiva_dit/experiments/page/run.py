@@ -8,7 +8,8 @@ from typing import Any
 from shiva_dit.experiments.page.content import Page, Table, file_uri, origin
 from shiva_dit.provenance import read_as, read_json, read_text
 from shiva_dit.training.log import LOG_FILE, read_log
-from shiva_dit.training.looks.looks import CURVES, FOLDER
+from shiva_dit.training.looks.looks import CURVES
+from shiva_dit.training.looks.pictures import FOLDER
 from shiva_dit.training.recipe_file import RECIPE_FILE
 from shiva_dit.training.result import RESULT_FILE
 from shiva_dit.training.run import RUN_FILE

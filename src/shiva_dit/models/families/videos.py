@@ -193,6 +193,7 @@ _COGVIDEOX = ModelSpec(
     guidance="one batch",
     text_tokens=226,
     for_text=lambda config, text: {"max_text_seq_length": text},
+    frame_axis=1,
     tokens=_cogvideox_tokens,
     own_tokens=_cogvideox_own,
     sizes=_cogvideox_sizes,

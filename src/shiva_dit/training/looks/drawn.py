@@ -49,7 +49,7 @@ def draw_look(path: Path, rows: Sequence[Row], title: str) -> None:
     figure: Any = Figure(
         figsize=(1.9 * columns, 0.7 + sum(heights) + 0.32 * len(rows)), layout="constrained"
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 20 * columns), fontsize=10)
     axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     shades = None
     for line, row in zip(axes, rows, strict=True):

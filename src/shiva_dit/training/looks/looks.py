@@ -5,33 +5,32 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.config import to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.sampling import Sampler
+from shiva_dit.models.sharded import is_sharded
 from shiva_dit.provenance import data_digest
 from shiva_dit.training.log import LOG_FILE, Log
 from shiva_dit.training.looks.best import Best
-from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look, latent_pictures
+from shiva_dit.training.looks.drawn import draw_curves
 from shiva_dit.training.looks.material import Material
-from shiva_dit.training.looks.measure import EVEN_STEPS, Measure, Pictures
+from shiva_dit.training.looks.measure import Measure, Pictures
 from shiva_dit.training.looks.pace import Pace
+from shiva_dit.training.looks.pictures import Drawing
 from shiva_dit.training.looks.trackers import Tracker, flat
 from shiva_dit.training.processes import Processes
 from shiva_dit.training.student import Student
 from shiva_dit.training.trained import Trained, learned_schedule
 
-FOLDER, CURVES = "watch", "curves.png"
+CURVES = "curves.png"
 """Within a run's folder."""
 BINS = 8
 """Time bins by which ratios are told."""
@@ -77,8 +76,9 @@ class Looks:
         self.last: dict[str, float] = {}
         """What the last look has measured."""
         self._tracker: Tracker | None = None
-        self._dense: list[tuple[Pictures, Tensor]] = []
-        self._shows = bool(self.watch.every) and self._showable(sampler)
+        self.drawing = Drawing(self.config, material, self.measure, sampler, self._say)
+        # What one of these couldn't do, others would wait for.
+        self._run_alike = is_sharded(student.model)
 
     @property
     def enough(self) -> bool:
@@ -127,8 +127,12 @@ class Looks:
         with self._as_saved():
             schedule = learned_schedule(self.config, self.student.adapter)
             found: dict[str, Any] = self._errors(schedule)
+            made: list[Pictures] = []
+            with self._forgiven("pictures", together=True):
+                made = self.drawing.sample(schedule)
             with self._forgiven("pictures"):
-                self._draw(schedule, {**line, **found})
+                if self.processes.is_first:
+                    self.drawing.draw(made, {**line, **found})
         self.last = dict(found)
         if found:
             self._judge(step, found.get("held_out_guided", found["held_out"]), line["stage"])
@@ -155,7 +159,7 @@ class Looks:
     def _errors(self, schedule: Schedule) -> dict[str, float]:
         """The held-out errors; none where one of the processes failed to measure its share."""
         sums = torch.zeros(3, dtype=torch.float64)
-        with self._forgiven("the held-out error"):
+        with self._forgiven("the held-out error", together=True):
             held_out, times = self.material.held_out, self.watch.times
             sums[:2] = self.measure.errors(schedule, held_out, times, self.processes)
             sums[2] = 1.0
@@ -176,12 +180,13 @@ class Looks:
         """Keep the best adapter, where the run may be stopped for want of a better one."""
         wrote = True
         if self.best.is_better(error):
-            wrote = False
-            with self._forgiven("keeping the best adapter"):
+            wrote, what, adapter = False, "keeping the best adapter", None
+            with self._forgiven(what, together=True):
                 adapter = self.result().adapter
+            with self._forgiven(what):
                 if self.processes.is_first and adapter is not None:
                     adapter.save_pretrained(self.best.folder(step))
-                wrote = True
+                wrote = adapter is not None
         if not self.processes.any(not wrote, self.student.device):
             self.best.add(step, error, counts=stage == "joint")
 
@@ -200,81 +205,15 @@ class Looks:
         }
         return best
 
-    # --- pictures ---------------------------------------------------------------------------
-
-    def _showable(self, sampler: Sampler) -> bool:
-        """Whether there are pictures to draw; says why not.
-
-        Raises:
-            ValueError: If the sampler can't take so many steps.
-        """
-        shown = self.material.shown
-        if not shown:
-            return False
-        if shown[0].batch.pictured(shown[0].batch.latents).ndim != 4:
-            self._say("pictures are drawn of images alone, (B, C, H, W): looks have none.")
-            return False
-        if sampler.bounds != (0.0, math.inf):
-            self._say("the transformer makes a part of the steps alone: looks have no pictures.")
-            return False
-        for one in shown:
-            list(self.measure.steps(one.batch, self._num_steps))
-        if self.material.decode is None:
-            self._say("there is no VAE: looks show the first three channels of latents.")
-        return True
-
-    @property
-    def _num_steps(self) -> int:
-        return self.watch.steps or self.config.num_steps or EVEN_STEPS
-
-    def _draw(self, schedule: Schedule, told: Mapping[str, Any]) -> None:
-        """The look's picture."""
-        if not self._shows:
-            return
-        between = self.config.guidance or (1.0, 1.0)
-        guidance = self.watch.guidance or sum(between) / 2
-        sampled = partial(self.measure.pictures, steps=self._num_steps, guidance=guidance)
-        shown, start = self.material.shown, 0
-        rows: list[Row] = []
-        for place, one in enumerate(shown):
-            if place == len(self._dense):
-                dense = sampled(None, one, start=start)
-                pixels = self._pixels(dense, dense) if self.processes.is_first else dense.latents
-                self._dense.append((dense, pixels))
-            ours = sampled(schedule, one, start=start)
-            start += len(one.titles)
-            if self.processes.is_first:
-                dense, before = self._dense[place]
-                after = self._pixels(ours, dense)
-                for row, title in enumerate(one.titles):
-                    kept = None if ours.kept is None else ours.kept[row]
-                    rows.append(Row(title=title, dense=before[row], pruned=after[row], kept=kept))
-        if not rows:
-            return
-        error = told.get("held_out_guided", told.get("held_out"))
-        title = f"step {told['step']} ({told['stage']}), target {self.config.keep_ratio:.0%} kept"
-        title += "" if error is None else f", held-out error {error:.4g}"
-        title += "" if self.config.guidance is None else f", guidance {guidance:g}"
-        draw_look(self._file(told["step"]), rows, title)
-
-    def _pixels(self, pictures: Pictures, dense: Pictures) -> Tensor:
-        """Pictures as pixels; latents in the range of the unpruned model's."""
-        decode = self.material.decode
-        if decode is None:
-            return latent_pictures([dense.latents, pictures.latents])[1]
-        return torch.cat([decode(one) for one in pictures.latents.split(1)]).cpu()
-
-    def _file(self, step: int) -> Path:
-        return self.config.out / FOLDER / f"step-{step:06d}.png"
-
     def _show(self, step: int) -> None:
         """The curves, and what the tracker gets of pictures."""
         out = self.config.out
         with self._forgiven("the curves"):
             draw_curves(out / CURVES, out / LOG_FILE, self.config.keep_ratio)
         with self._forgiven("the tracker"):
-            if self._tracker is not None and self._shows and self._file(step).is_file():
-                self._tracker.picture(self._file(step), step)
+            picture = self.drawing.file(step)
+            if self._tracker is not None and self.drawing.shows and picture.is_file():
+                self._tracker.picture(picture, step)
 
     # --- state ------------------------------------------------------------------------------
 
@@ -307,11 +246,18 @@ class Looks:
         return data_digest([watch.held_out, watch.held_out_share, watch.times])
 
     @contextmanager
-    def _forgiven(self, what: str) -> Iterator[None]:
-        """Within: what fails is said, and training goes on."""
+    def _forgiven(self, what: str, *, together: bool = False) -> Iterator[None]:
+        """Within: what fails is said, and training goes on.
+
+        Args:
+            what: Is done.
+            together: By all processes: those that share weights end then.
+        """
         try:
             yield
         except FAILURES as error:
+            if together and self._run_alike:
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self._say(f"{what} failed ({reason}); training goes on.", always=True)
 

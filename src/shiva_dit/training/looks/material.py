@@ -18,8 +18,8 @@ from shiva_dit.provenance import data_digest
 from shiva_dit.training.data import Batch, TrainingData, data_name
 from shiva_dit.training.settings import WatchConfig
 
-Decode = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B c h w"]]
-"""Latents to pictures in [-1, 1]."""
+Decode = Callable[[Float[Tensor, "B ..."]], Float[Tensor, "B c ... h w"]]
+"""Latents to pictures in [-1, 1], (B, c, h, w), or to videos, (B, c, F, h, w)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

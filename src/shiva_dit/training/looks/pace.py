@@ -51,7 +51,9 @@ class Pace:
         return passed
 
     def left(self, steps: int, looks: int) -> float:
-        """Seconds that so many steps and looks will take.
+        """Seconds that so many steps and looks will take; asked for within a look.
+
+        The first is as long as it has taken until now.
 
         >>> clock = iter([0.0, 2.0, 4.0, 5.0])
         >>> pace = Pace(lambda: next(clock))
@@ -61,5 +63,5 @@ class Pace:
         23.0
         """
         each = statistics.median(self._steps) if self._steps else 0.0
-        look = statistics.median(self._looks) if self._looks else 0.0
+        look = statistics.median(self._looks) if self._looks else self.clock() - self._last
         return steps * each + looks * look

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from shiva_dit.training.settings import WatchConfig
@@ -53,6 +54,7 @@ class Tracker:
     def __init__(self, kind: str, folder: Path, step: int, settings: dict[str, Any]) -> None:
         self.kind = kind
         made: Any = LOGGER_TYPE_TO_CLASS[kind]
+        PartialState()  # which they log by; nothing new where processes have joined
         try:
             with self._calls():
                 if kind == "tensorboard":
