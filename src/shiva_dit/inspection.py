@@ -32,11 +32,9 @@ from shiva_dit.training.paths import path_of
 ESTIMATORS: dict[str, EstimatorConfig] = {
     "paper": EstimatorConfig(kind="paper"),
     **{
-        f"{rejected}{', KV' if kv_gate else ''}": EstimatorConfig(
-            rejected=rejected, kv_gate=kv_gate
-        )
+        f"{rejected}{', KV' if kv else ''}": EstimatorConfig(rejected=rejected, kv_gate=kv)
         for rejected in ("none", "mean", "ridge", "teacher")
-        for kv_gate in (False, True)
+        for kv in (False, True)
     },
 }
 """All estimators by name: "paper", and "residual" with each treatment of rejected tokens."""
