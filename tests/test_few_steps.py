@@ -36,7 +36,7 @@ def few(out: Path, **changes: Any) -> TrainConfig:
     plain: dict[str, Any] = {
         "time_sampling": "sampler",
         "num_steps": 4,
-        "policy": PolicyConfig(num_bins=5),
+        "policy": PolicyConfig(adaptive=True, num_bins=5),
         "batch_size": 8,
         "micro_batches": 4,
     }
@@ -194,7 +194,12 @@ def test_recipes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **changes)
     with pytest.raises(ValueError, match=r"num_bins = 4 puts two .* t = 0.25, 0.5, 0.75, 1 into"):
-        Trainer(few(tmp_path, policy=PolicyConfig(num_bins=4)), tiny.sd3(), TinyData(), EVENLY)
+        Trainer(
+            few(tmp_path, policy=PolicyConfig(adaptive=True, num_bins=4)),
+            tiny.sd3(),
+            TinyData(),
+            EVENLY,
+        )
     with pytest.raises(ValueError, match="pass scheduler="):
         Trainer(config, tiny.sd3(), TinyData())
 

@@ -79,7 +79,9 @@ def test_logit_noise_is_on_in_the_policy_stage_alone(tmp_path: Path) -> None:
     config = recipe(tmp_path, micro_batches=2, batch_size=4)
 
     def spread(stage: Any, noise: float) -> float:
-        plans = planner(dataclasses.replace(config, policy=PolicyConfig(logit_noise=noise)))
+        plans = planner(
+            dataclasses.replace(config, policy=PolicyConfig(adaptive=True, logit_noise=noise))
+        )
         generator = torch.Generator().manual_seed(0)
         found = [
             torch.logit(torch.as_tensor(part.soft_k[block]).detach() / 64)
@@ -395,9 +397,9 @@ def test_a_router_does_not_see_what_it_is_not_given(tmp_path: Path, left_out: st
 
 def test_what_does_not_fit_together_is_named() -> None:
     with pytest.raises(ValueError, match=r"set policy\.adaptive = false"):
-        PolicyConfig(shape=ShapeConfig(depth=1.0))
+        PolicyConfig(adaptive=True, shape=ShapeConfig(depth=1.0))
     with pytest.raises(ValueError, match=r"target_range must rise within \(0, 1\)"):
-        PolicyConfig(target_range=(0.9, 0.3))
+        PolicyConfig(adaptive=True, target_range=(0.9, 0.3))
     with pytest.raises(ValueError, match="target_range is for learned ratios"):
         PolicyConfig(adaptive=False, target_range=(0.3, 0.9))
     with pytest.raises(ValueError, match=r"depth and time must lie in \[-20, 20\]"):

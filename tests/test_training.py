@@ -126,7 +126,7 @@ def recipe(out: Path, **changes: Any) -> TrainConfig:
         batch_size=4,
         micro_batches=2,
         checkpoint_every=100,
-        policy=PolicyConfig(num_bins=8),
+        policy=PolicyConfig(adaptive=True, num_bins=8),
         sparsedit=SparseDiTConfig(groups=(1, 0, 1, 1)),  # four blocks
         optimizer=OptimizerConfig(router=1e-2, policy=1e-2, backbone=1e-3, warmup_steps=1),
     )

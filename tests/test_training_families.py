@@ -85,7 +85,7 @@ def trainer_for(name: str, out: Path, **changes: Any) -> Trainer:
         batch_size=2,
         micro_batches=1,
         checkpoint_every=100,
-        policy=PolicyConfig(num_bins=8),
+        policy=PolicyConfig(adaptive=True, num_bins=8),
         optimizer=OptimizerConfig(router=1e-2, policy=1e-2, backbone=1e-3, warmup_steps=1),
         **changes,
     )

@@ -97,7 +97,7 @@ def test_a_run_that_is_looked_at_ends_with_the_same_bits(tmp_path: Path, backbon
 
 @pytest.mark.usefixtures("no_curves")
 def test_the_held_out_error_is_that_of_the_adapter_that_is_saved(tmp_path: Path) -> None:
-    config = recipe(tmp_path, watch=FAST, policy=PolicyConfig(num_bins=4))
+    config = recipe(tmp_path, watch=FAST, policy=PolicyConfig(adaptive=True, num_bins=4))
     sampler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     train(config, tiny.sd3(), WatchedData(), resume=False, scheduler=sampler)
     said = looks_of(tmp_path)[-1]["held_out"]
