@@ -241,6 +241,10 @@ def test_a_look_at_videos_shows_frames_side_by_side(
     for row, video in zip(drawn, frames, strict=True):
         assert row.dense.shape == (3, high * (1 + decodes), min(count, 3) * wide)
         assert not torch.equal(row.dense, row.pruned)
+        assert row.kept is not None
+        assert row.kept.shape == (2, high // 2, min(count, 3) * wide // 2)  # patches of 2 x 2
+        assert float(row.kept.mean()) == pytest.approx(0.5, abs=0.1)
+        assert len(row.kept.unique()) > 1
         last = row.dense[..., -wide:]
         if decodes:
             assert torch.equal(last, video[-1, :3].repeat_interleave(2, dim=-2))

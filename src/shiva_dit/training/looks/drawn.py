@@ -24,6 +24,8 @@ KEPT = (
     ("kept at the start", "kept in the middle", "kept at the end"),
 )
 """Titles of as many parts of a sampling."""
+FRAMES = 3
+"""Of a video, that a picture shows."""
 SMOOTHED = 50
 """Points that a thick line shows of a curve."""
 
@@ -81,6 +83,19 @@ def latent_pictures(
     values = chosen[0].transpose(0, 1).flatten(1).float()
     low, high = (values.quantile(q, dim=1).view(1, -1, 1, 1) for q in (0.01, 0.99))
     return [2 * (one - low) / (high - low).clamp(min=1e-6) - 1 for one in chosen]
+
+
+def strip(values: Float[Tensor, "B ..."], axis: int) -> Float[Tensor, "B C H W"]:
+    """Some frames of videos side by side, from the first to the last; images as they are.
+
+    >>> strip(torch.arange(5.0).view(1, 1, 5, 1, 1), 2)
+    tensor([[[[0., 2., 4.]]]])
+    """
+    if values.ndim == 4:
+        return values
+    frames = values.unbind(axis)
+    places = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().int().tolist()
+    return torch.cat([frames[place] for place in places], dim=-1)
 
 
 def draw_curves(path: Path, log: Path, target: float | None = None) -> bool:

@@ -19,6 +19,7 @@ from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.spec import grid_of
 from shiva_dit.training.data import Batch, reseed
 from shiva_dit.training.guided import guided
+from shiva_dit.training.looks.drawn import strip
 from shiva_dit.training.looks.material import Shown
 from shiva_dit.training.objective import squared_error
 from shiva_dit.training.paths import FlowMatching
@@ -222,13 +223,15 @@ class _Kept:
     def __init__(self, student: Student, batch: Batch, steps: int) -> None:
         self.student, self.count, self.steps = student, len(batch.latents), steps
         self.tokens = student.spec.tokens(student.model, batch.latents)
-        self.grid = None
+        self.grid: tuple[int, ...] | None = None  # rows and columns, of videos frames before
         if batch.picture is not None:
             high, wide = batch.picture(batch.latents).shape[2:]
             side = math.isqrt(high * wide // self.tokens)
             self.grid = high // side, wide // side
         elif batch.latents.ndim == 4:
             self.grid = grid_of(student.model, batch.latents)
+        elif batch.latents.ndim == 5:
+            self.grid = self._grid_of_video(batch.latents)
         self.blocks = student.adapter.schedule.prunable_blocks
         parts = min(PARTS, steps)
         self.sums = torch.zeros(parts, self.count, self.tokens)
@@ -258,13 +261,19 @@ class _Kept:
         self.forwards[part] += 1
         self.sums[part] += len({*self.blocks} - pruned)
 
+    def _grid_of_video(self, latents: Float[Tensor, "B ..."]) -> tuple[int, ...]:
+        """Of tokens that are each of one frame."""
+        frames, high, wide = latents.movedim(self.student.spec.frame_axis, 1).select(2, 0).shape[1:]
+        side = math.isqrt(high * wide * frames // self.tokens)
+        return (frames, high // side, wide // side) if side else (0,)
+
     def shares(self) -> Float[Tensor, "B parts h w"] | None:
-        """Of the prunable blocks, in each part."""
-        if self.grid is None or self.grid[0] * self.grid[1] != self.tokens:
+        """Of the prunable blocks, in each part; of videos frames side by side."""
+        if self.grid is None or math.prod(self.grid) != self.tokens:
             return None
         made = torch.tensor(self.forwards) * len(self.blocks)
         shares = self.sums / made.view(-1, 1, 1)
-        return shares.transpose(0, 1).reshape(self.count, len(made), *self.grid)
+        return strip(shares.transpose(0, 1).reshape(self.count, len(made), *self.grid), 2)
 
 
 def _at_quantiles(schedule: Schedule, strata: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

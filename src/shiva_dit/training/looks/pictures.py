@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.sampling import Sampler
-from shiva_dit.training.looks.drawn import Row, draw_look, latent_pictures
+from shiva_dit.training.looks.drawn import Row, draw_look, latent_pictures, strip
 from shiva_dit.training.looks.material import Material
 from shiva_dit.training.looks.measure import EVEN_STEPS, Measure, Pictures
 from shiva_dit.training.recipe import TrainConfig
 
 FOLDER = "watch"
 """Within a run's folder."""
-FRAMES = 3
-"""Of a video, that a picture shows."""
 
 
 class Drawing:
@@ -121,16 +118,3 @@ class Drawing:
             both = [strip(one.latents, axis) for one in (dense, pictures)]
             return latent_pictures(both)[1]
         return torch.cat([strip(decode(one), 2) for one in pictures.latents.split(1)]).cpu()
-
-
-def strip(values: Float[Tensor, "B ..."], axis: int) -> Float[Tensor, "B C H W"]:
-    """Some frames of videos side by side, from the first to the last; images as they are.
-
-    >>> strip(torch.arange(5.0).view(1, 1, 5, 1, 1), 2)
-    tensor([[[[0., 2., 4.]]]])
-    """
-    if values.ndim == 4:
-        return values
-    frames = values.unbind(axis)
-    places = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().int().tolist()
-    return torch.cat([frames[place] for place in places], dim=-1)
