@@ -186,6 +186,7 @@ num_steps = 8
 backbone = "full"
 batch_size = 4
 micro_batches = 2
+policy = { adaptive = true }
 [arms.ours]
 name = "ours"
 [arms.moved]

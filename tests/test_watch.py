@@ -678,7 +678,8 @@ configs = st.builds(
     start=st.none() | st.just(Path('runs/"a\tb\x7f')),
     keep_ratio=st.floats(0.01, 0.99),
     guidance=st.none() | st.tuples(st.floats(1, 3), st.floats(3, 100)),
-    policy=st.builds(PolicyConfig, target_range=st.none() | st.just((0.3, 0.9))),
+    policy=st.builds(PolicyConfig)
+    | st.builds(PolicyConfig, adaptive=st.just(True), target_range=st.none() | st.just((0.3, 0.9))),
     optimizer=st.builds(OptimizerConfig, router=st.floats(0, 1000), ema=st.floats(0, 0.999)),
     watch=st.builds(
         WatchConfig,
