@@ -12,6 +12,8 @@ def model_card(adapter: AdapterModule) -> str:
     base = f"base_model: {config.base_model}\n" if config.base_model else ""
     scales = adapter.trained_for_guidance
     guidance = "" if scales is None else f" and guidance {scales[0]:g} to {scales[1]:g}"
+    kept = config.reference_keep_ratio
+    references = "" if kept is None else f" Of the references' tokens {kept:.0%} are kept beside."
     return f"""{CARD_START}{base}tags:
 - shiva-dit
 - token-pruning
@@ -21,7 +23,7 @@ def model_card(adapter: AdapterModule) -> str:
 
 Each block of the transformer runs on a learned part of the image tokens: {config.keep_ratio:.0%}
 on average over the sampler's steps and the blocks that are pruned. Trained for the density of
-{adapter.schedule.law.name} steps{guidance}. Backbone in training: {config.backbone}.
+{adapter.schedule.law.name} steps{guidance}. Backbone in training: {config.backbone}.{references}
 
 ```python
 import shiva_dit

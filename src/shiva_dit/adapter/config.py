@@ -10,6 +10,7 @@ from torch import nn
 from shiva_dit.config import check_types, whole_number
 from shiva_dit.models.counted import model_widths
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.references import check_has_references, check_reference_ratio
 from shiva_dit.modules.context import CONTEXT_INPUTS
 
 MOST_BINS, MOST_BLOCKS, LARGEST_SIZE = 10_000, 10_000, 2**40
@@ -46,6 +47,10 @@ class ShivaConfig:
     target_range: tuple[float, float] | None = None
     """Mean keep ratios, lowest and highest in (0, 1), that it is trained for, if more than one: its
     policy then has a shape of its own for each."""
+    reference_keep_ratio: float | None = None
+    """Share kept of the tokens of references (pictures to go by) in every prunable block, in
+    (0, 1]: they then have a budget of their own, the router reads which role a token has, and all
+    that is said of tokens elsewhere is of the target's. None: all share one budget."""
     multiple: int | None = None
     """The number of tokens kept is a multiple of this, or all; as `Schedule.for_tokens` sees fit by
     default."""
@@ -86,11 +91,18 @@ class ShivaConfig:
         low, high = self.target_range or (0.1, 0.9)
         if not 0.0 < low < high < 1.0:
             raise ValueError(f"target_range must rise within (0, 1), got {self.target_range}.")
+        if self.reference_keep_ratio is not None:
+            check_reference_ratio(self.reference_keep_ratio)
         if self.multiple is not None:
             whole_number("multiple", self.multiple, least=1)
         for block in self.full_blocks:
             if not 0 <= block < self.num_blocks:
                 raise ValueError(f"full_blocks: there is no block {block} among {self.num_blocks}.")
+
+    @property
+    def num_roles(self) -> int:
+        """Roles of tokens that the router tells apart."""
+        return 1 if self.reference_keep_ratio is None else 2
 
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> ShivaConfig:
@@ -99,8 +111,14 @@ class ShivaConfig:
         Args:
             model: A supported transformer.
             **options: Any other field.
+
+        Raises:
+            ValueError: If a field lies outside its range, or the model has no references to give a
+                budget to.
         """
         spec = model_spec(model)
+        if options.get("reference_keep_ratio") is not None:
+            check_has_references(model, spec)
         widths = model_widths(model)
         pairs = (widths.num_blocks + 1) // 2  # the last block is alone where L is odd
         return cls(

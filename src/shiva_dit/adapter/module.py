@@ -45,6 +45,7 @@ class AdapterModule(nn.Module):
             config.hidden,
             config.normalize_inputs,
             config.router_inputs,
+            config.num_roles,
         )
         self.policy = AdaptiveRatioPolicy(
             config.num_blocks,

@@ -37,6 +37,7 @@ def apply(
     multiple: int | None = None,
     segments: int | None = None,
     select_every: int | None = None,
+    reference_keep_ratio: float | None = None,
     timesteps: Sequence[float] | None = None,
     merge: bool = True,
     transformer_2: ShivaAdapter | str | Path | None = None,
@@ -70,6 +71,11 @@ def apply(
             (`Schedule.for_tokens`): few shapes, for CUDA graphs. As many as time bins by default.
         select_every: So many prunable blocks in a row share the scores of their first: 2 halves
             what choosing costs. The adapter's by default.
+        reference_keep_ratio: Share kept of the tokens of references (the pictures that Flux
+            Kontext, Qwen-Image-Edit and others go by) in every prunable block, in (0, 1]: a budget
+            of their own beside the schedule, which is then the target's. The adapter's by default;
+            where that has none, all tokens share one budget. A call without references is as if
+            it weren't there.
         timesteps: What the model will be called with, one entry per call, in its own units; then
             from the start again. The mean keep ratio is met over this list, and on a GPU calls
             need not wait for the device to say what time it is. A pipeline needs none: its
@@ -86,8 +92,9 @@ def apply(
         `target`.
 
     Raises:
-        ValueError: If the model is not supported, the adapter is another model's or damaged, or a
-            ratio lies outside its range. Nothing has changed then: an earlier adapter stays on.
+        ValueError: If the model is not supported, the adapter is another model's or damaged, a
+            ratio lies outside its range, or references get one on a model that has none. Nothing
+            has changed then: an earlier adapter stays on.
         RuntimeError: If an earlier adapter can't be taken off (see `remove`).
     """
     models = transformers_of(target)
@@ -110,6 +117,11 @@ def apply(
             multiple=source.config.multiple if multiple is None else multiple,
             segments=segments,
             select_every=source.config.select_every if select_every is None else select_every,
+            reference_keep_ratio=(
+                source.config.reference_keep_ratio
+                if reference_keep_ratio is None
+                else reference_keep_ratio
+            ),
             backbone=_backbone(model, source, merge),
             freeze=True,
             clock=_clock(model, target, timesteps),

@@ -161,6 +161,11 @@ class Selector(Reducer):
         del time, context
         return None
 
+    def of_role(self, terms: Sequence[Any], role: int) -> Sequence[Any]:
+        """What `terms` gave, for tokens of a role (`core.roles`); alike for all by default."""
+        del role
+        return terms
+
     def freeze(self, dtype: torch.dtype) -> None:
         """Prepare for forwards without gradients; weights don't change any more.
 

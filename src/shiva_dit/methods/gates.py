@@ -82,8 +82,19 @@ class SelectionGates:
         Kept until then: the rejected tokens, and the chosen ones, which the block keeps as well.
         """
         assert self.order is not None
-        rest = gather_tokens(x.detach(), self.order[:, before.shape[1] :])
-        parts = self.order, before.detach(), rest
+        return self._recomputed(score, terms, scores, self.order, x, before)
+
+    @staticmethod
+    def _recomputed(
+        score: Callable[[Tensor, Any], Tensor],
+        terms: tuple[Tensor, ...],
+        scores: Float[Tensor, "B N"],
+        order: Int[Tensor, "B N"],
+        x: Float[Tensor, "B N D"],
+        before: Float[Tensor, "B k D"],
+    ) -> Float[Tensor, "B N"]:
+        rest = gather_tokens(x.detach(), order[:, before.shape[1] :])
+        parts = order, before.detach(), rest
         return _Recomputed.apply(score, type(terms), scores, *parts, *terms)
 
     def _draw(self, scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -31,6 +31,10 @@ class ShivaSelector(Selector):
     ) -> list[ScoreTerms]:
         """The context term h of Eq. 8, and weights."""
         return self.router.terms(time, context)
+
+    def of_role(self, terms: Sequence[ScoreTerms], role: int) -> Sequence[ScoreTerms]:
+        """With the role's vector, where the router has one."""
+        return self.router.of_role(terms, role)
 
     def freeze(self, dtype: torch.dtype) -> None:
         """Stack and cast the weights."""

@@ -41,6 +41,7 @@ def attach(
     multiple: int | None = None,
     segments: int | None = None,
     select_every: int = 1,
+    reference_keep_ratio: float | None = None,
     gate_values: bool = False,
     freeze: bool = False,
 ) -> Attachment:
@@ -54,6 +55,7 @@ def attach(
         multiple: k is a multiple of this.
         segments: At most so many different rows over time.
         select_every: So many prunable blocks in a row share their first one's scores.
+        reference_keep_ratio: Share kept of the tokens of references, a budget of their own.
         gate_values: Whether value projections pass through the gates (training with the KV gate).
         freeze: Whether weights of the selector and the updates are the attachment's own and never
             change.
@@ -69,6 +71,7 @@ def attach(
         multiple=multiple,
         segments=segments,
         select_every=select_every,
+        reference_keep_ratio=reference_keep_ratio,
         gate_values=gate_values,
         freeze=freeze,
     )

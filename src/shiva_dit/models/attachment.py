@@ -63,6 +63,7 @@ class Attachment(Uncopied):
         multiple: int | None = None,
         segments: int | None = None,
         select_every: int = 1,
+        reference_keep_ratio: float | None = None,
         gate_values: bool = False,
         backbone: TunedBackbone | None = None,
         freeze: bool = False,
@@ -94,6 +95,7 @@ class Attachment(Uncopied):
             multiple=multiple,
             segments=segments,
             select_every=select_every,
+            reference_keep_ratio=reference_keep_ratio,
             clock=clock,
         )
         self.passes = Passes()

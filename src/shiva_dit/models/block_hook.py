@@ -11,6 +11,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
+from shiva_dit.core.roles import REFERENCE, Group, best_by_group
 from shiva_dit.core.selection import Share, best_tokens, share_between_halves
 from shiva_dit.methods.base import Mixture, Selector
 from shiva_dit.methods.gates import SelectionGates
@@ -38,8 +39,10 @@ class BlockState:
     """N."""
     share: Share | None = None
     """Which half of the batch decides, where both keep the same tokens."""
+    groups: tuple[Group, ...] = ()
+    """Tokens that have a budget of their own, with k each; empty: all have one."""
     terms: Any = None
-    """What its scores need beside its tokens (`Selector.terms`)."""
+    """What its scores need beside its tokens (`Selector.terms`); with groups, of each of them."""
     update_condition: Tensor | None = None
     """That of the rejected tokens' update."""
     gates: SelectionGates | None = None
@@ -124,6 +127,8 @@ class BlockHook(Uncopied, ModelHook):
         self.spec: BlockSpec = block_spec(module)
         self.place = argument_place(module, self.spec.hidden)
         self.rows = [(n, argument_place(module, n), take) for n, take in self.spec.rows.items()]
+        options = self.spec.counts_references
+        self.options = None if options is None else (options, argument_place(module, options))
         self.slot = Slot()
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +176,9 @@ class BlockHook(Uncopied, ModelHook):
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
         new = self.spec.turned(together(text, before, where))
-        args, kwargs = self._for_rows(new, *self._rows_chosen(chosen, x, text), args, kwargs)
+        args, kwargs = self._for_rows(
+            new, *self._rows_chosen(chosen, x, text), state.groups, args, kwargs
+        )
         weights = None
         if self.weights is not None:
             weights = self.weights(before)[..., None].to(before.dtype)  # (B, k, 1)
@@ -205,11 +212,18 @@ class BlockHook(Uncopied, ModelHook):
         tokens: Tensor,
         chosen: Tensor,
         num_tokens: int,
+        groups: Sequence[Group],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block's arguments with its chosen tokens, and what lies beside these."""
-        changed = {self.spec.hidden: (self.place, tokens)}
+        changed: dict[str, tuple[int, Any]] = {self.spec.hidden: (self.place, tokens)}
+        if self.options is not None and groups:
+            name, place = self.options
+            told = kwargs.get(name) if place >= len(args) else args[place]
+            if told is not None and "num_ref_tokens" in told:
+                kept = sum(group.k for group in groups if group.role == REFERENCE)
+                changed[name] = place, {**told, "num_ref_tokens": kept}
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
             if value is not None:
@@ -231,7 +245,8 @@ class BlockHook(Uncopied, ModelHook):
                 state.scores = self._score(x, state)
             return GatherPlan(state.gates.choose(state.scores, k))
         scores = self._score(x, state)
-        plan = GatherPlan(best_tokens(scores, k))
+        groups = state.groups
+        plan = GatherPlan(best_by_group(scores, groups) if groups else best_tokens(scores, k))
         if state.leads:
             state.chosen = plan.chosen
         return plan
@@ -257,7 +272,13 @@ class BlockHook(Uncopied, ModelHook):
         shared = None if state.follows is None else state.follows.scores
         if shared is not None:
             return shared
-        scores = self._scored(x.detach(), state.terms, state.share)
+        x, groups = x.detach(), state.groups
+        if groups and state.terms is not None:
+            parts = zip(groups, state.terms, strict=True)
+            found = [self._scored(x[:, g.start : g.stop], own, state.share) for g, own in parts]
+            scores = torch.cat(found, dim=1)
+        else:
+            scores = self._scored(x, state.terms, state.share)
         if state.is_followed:
             state.scores = scores
         return scores

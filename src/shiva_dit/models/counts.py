@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shiva_dit.core.keep_table import KeepTable
+from shiva_dit.core.roles import REFERENCE, TARGET, Span, grouped, num_of
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.clock import Clock, Run
 from shiva_dit.models.families import model_spec
-from shiva_dit.models.plan import ForwardPlan, make_plan
+from shiva_dit.models.plan import ForwardPlan, Grouping, make_plan
+from shiva_dit.models.references import References
 
 logger = logging.getLogger("shiva_dit")
 
@@ -33,6 +36,8 @@ class Counts:
         multiple: k is a multiple of this; see `Schedule.for_tokens`.
         segments: At most so many different rows over time.
         select_every: So many prunable blocks in a row share their first one's scores.
+        reference_keep_ratio: Share kept of the tokens of references in every prunable block, in
+            (0, 1]; the schedule is then the target's alone. None: all tokens share one budget.
         clock: Knows times without reading them, and the steps of a run.
 
     Raises:
@@ -47,6 +52,7 @@ class Counts:
         multiple: int | None = None,
         segments: int | None = None,
         select_every: int = 1,
+        reference_keep_ratio: float | None = None,
         clock: Clock | None = None,
     ) -> None:
         if multiple is not None and multiple < 1:
@@ -57,6 +63,12 @@ class Counts:
             raise ValueError(f"segments must be at least 1, got {segments}.")
         self.model, self.spec = model, model_spec(model)
         self.multiple, self.segments, self.select_every = multiple, segments, select_every
+        self.references = (
+            None
+            if reference_keep_ratio is None
+            else References(model, self.spec, reference_keep_ratio)
+        )
+        """Which tokens are those of references, and how many of them are kept."""
         self.clock = clock
         self.use(schedule)
 
@@ -76,7 +88,8 @@ class Counts:
             )
         self.schedule = schedule
         self._tables: dict[tuple[int, Run | None], KeepTable] = {}
-        self._plans: dict[tuple[tuple[int, ...], int, tuple[bool, ...]], ForwardPlan] = {}
+        self._plans: dict[tuple[Any, ...], ForwardPlan] = {}
+        self._reference_rows: dict[int, tuple[int, ...]] = {}
         self._told = False
         prunable = schedule.prunable_blocks
         self.prunable = [block in prunable for block in range(num_blocks)]
@@ -155,8 +168,47 @@ class Counts:
                 self.schedule.law.name,
             )
 
+    def reference_row(self, num_tokens: int) -> tuple[int, ...]:
+        """Every block's k of references that have so many tokens together, whatever the time.
+
+        Rounded as the schedule is; over blocks their mean is the ratio. None is left without any.
+        """
+        assert self.references is not None
+        known = self._reference_rows.get(num_tokens)
+        if known is None:
+            flat = Schedule.uniform(
+                self.references.keep_ratio,
+                num_blocks=self.schedule.num_blocks,
+                full_blocks=self.schedule.full_blocks,
+            )
+            table = flat.for_tokens(num_tokens, multiple=self.multiple, segments=1)
+            known = self._reference_rows[num_tokens] = table.counts[0]
+        return known
+
+    def by_role(
+        self, counts: Sequence[int], spans: Sequence[Span]
+    ) -> tuple[tuple[int, ...], Grouping]:
+        """Every block's k of all tokens together, and of each group.
+
+        Args:
+            counts: Every block's k of the target's tokens.
+            spans: Of all tokens; empty where they share one budget.
+        """
+        if not spans:
+            return tuple(counts), ()
+        rows = {TARGET: tuple(counts), REFERENCE: self.reference_row(num_of(spans, REFERENCE))}
+        groups = tuple(
+            grouped(spans, [rows[span.role][block] for span in spans])
+            for block in range(self.schedule.num_blocks)
+        )
+        return tuple(sum(group.k for group in own) for own in groups), groups
+
     def plan(
-        self, counts: Sequence[int], num_tokens: int, selecting: Sequence[bool]
+        self,
+        counts: Sequence[int],
+        num_tokens: int,
+        selecting: Sequence[bool],
+        groups: Grouping = (),
     ) -> ForwardPlan:
         """What every block does in a forward; made once for each row.
 
@@ -164,13 +216,14 @@ class Counts:
             counts: k of every block.
             num_tokens: N.
             selecting: Of every block, whether it chooses tokens also where it keeps all of them.
+            groups: Of every block, where tokens are in groups (`by_role`).
         """
-        key = row, _, selects = tuple(counts), num_tokens, tuple(selecting)
+        key = row, _, selects, _ = tuple(counts), num_tokens, tuple(selecting), groups
         if key not in self._plans:
             if len(self._plans) >= PLANS:
                 self._plans.clear()
             self._plans[key] = make_plan(
-                row, num_tokens, selects, lambda block: self.leader(block, row, num_tokens)
+                row, num_tokens, selects, lambda block: self.leader(block, row, num_tokens), groups
             )
         return self._plans[key]
 

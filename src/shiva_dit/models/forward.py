@@ -7,7 +7,7 @@ forwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shiva_dit.core.roles import REFERENCE, num_of
 from shiva_dit.methods.base import Selector
 from shiva_dit.models.block_hook import DENSE, IDLE, BlockHook, BlockState, Uncopied
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
@@ -24,6 +25,7 @@ from shiva_dit.models.gating import GatedForward
 from shiva_dit.models.graphs import GraphRunner
 from shiva_dit.models.guidance import Pass, Passes
 from shiva_dit.models.plan import ForwardPlan
+from shiva_dit.models.references import Spans
 from shiva_dit.models.spec import bind, given
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo
@@ -74,6 +76,8 @@ class Forwards(Uncopied):
         """Replays forwards, and then calls `read_context`."""
         self.num_tokens: int | None = None
         """N of the last forward."""
+        self.num_references = 0
+        """How many of these were references' with a budget of their own."""
         self._is_pruned, self._undo = is_pruned, undo
         self._freezes = freeze
         self._frozen_for: torch.dtype | None = None
@@ -133,9 +137,11 @@ class Forwards(Uncopied):
         num_tokens = self.num_tokens = self.spec.tokens_of(model, arguments)
         timestep = given(model, arguments, self.spec.timestep)
         timestep = self._one_time(timestep, len(sample))
-        gated = self._gated
+        spans = self._spans(arguments)
+        self.num_references = num_of(spans, REFERENCE)
+        targets, gated = num_tokens - self.num_references, self._gated
         if gated is None:
-            counts = self.counts.row(num_tokens, timestep)
+            counts = self.counts.row(targets, timestep)
             if min(counts) < self.spec.least_tokens:
                 raise ValueError(
                     f"blocks of {type(model).__name__} run on {self.spec.least_tokens} tokens at "
@@ -145,24 +151,40 @@ class Forwards(Uncopied):
             which = self.passes.of_call(len(sample))
         else:
             counts, which = gated.counts, gated.which
-            self.counts.check(counts, num_tokens)
+            self.counts.check(counts, targets)
         self._settle(sample[0].dtype, sample[0].device)
-        self._begin(counts, num_tokens, which, len(sample))
+        self._begin(counts, num_tokens, which, len(sample), spans)
         if self.graphs is None:
             self.read_context(args, kwargs)
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             self._snapshot_checkpoints(model)
 
-    def _begin(self, counts: Sequence[int], num_tokens: int, which: Pass, batch: int) -> None:
+    def _spans(self, arguments: Mapping[str, Any]) -> Spans:
+        """The call's tokens by role, where references have a budget of their own."""
+        references, cached = self.counts.references, self.spec.caches_references
+        if references is not None:
+            return references.spans(arguments)
+        if cached is not None and arguments.get(cached) is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} keeps keys of pictures to go by ({cached}), as many "
+                "in every step: give their tokens a budget of their own, apply(..., "
+                "reference_keep_ratio=), or use a pipeline that runs them along."
+            )
+        return ()
+
+    def _begin(
+        self, counts: Sequence[int], num_tokens: int, which: Pass, batch: int, spans: Spans
+    ) -> None:
         """Give every block its state for this forward."""
         prunable = self.counts.prunable
-        gates = {} if self._gated is None else self._gated.made(prunable)
+        counts, groups = self.counts.by_role(counts, spans)
+        gates = {} if self._gated is None else self._gated.made(prunable, groups)
         self._which = which
         mixtures = {} if self._gated is None else self._gated.mixtures
         selecting = [b in gates or b in mixtures for b in range(len(prunable))]
         selecting = prunable if self.always_select else selecting
-        plan = self._plan = self.counts.plan(counts, num_tokens, selecting)
-        led = self.passes.led(which, batch, plan.counts)
+        plan = self._plan = self.counts.plan(counts, num_tokens, selecting, groups)
+        led = self.passes.led(which, batch, plan.key)
         states = plan.states(which, led, self.observer, gates)
         for hook, state in zip(self.hooks, states, strict=True):
             hook.slot.state = state
@@ -228,8 +250,10 @@ class Forwards(Uncopied):
         if choosing:  # what chooses reads the model and trains nothing in it
             terms = self.selector.terms(time.detach(), self._context.detach())
         if terms is not None:
+            own = {role: self.selector.of_role(terms, role) for role in self._plan.roles}
             for index, state in choosing.items():
-                state.terms = terms[index]
+                by_group = tuple(own[group.role][index] for group in state.groups)
+                state.terms = by_group or terms[index]
         if states and self.updates is not None:
             conditions = self.updates.condition(time, self._context)
             for index, state in states.items():
@@ -264,7 +288,7 @@ class Forwards(Uncopied):
         states = {index: self.hooks[index].slot.state for index in self._plan.pruned}
         chosen = {i: s.chosen for i, s in states.items() if s.leads and s.chosen is not None}
         if chosen:
-            self.passes.keep(self._plan.counts, chosen)
+            self.passes.keep(self._plan.key, chosen)
 
     def _forget(self, state: BlockState = IDLE) -> None:
         """Keep nothing between forwards, also after an exception."""

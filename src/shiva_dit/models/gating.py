@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from shiva_dit.core.roles import TARGET, Group
 from shiva_dit.methods.base import Mixture
 from shiva_dit.methods.gates import SelectionGates
+from shiva_dit.methods.role_gates import GroupGates
 from shiva_dit.models.block_hook import BlockHook
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.neighbours import unhook
+from shiva_dit.models.plan import Grouping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,16 +30,26 @@ class GatedForward:
     mixtures: Mapping[int, Mixture] = field(default_factory=dict)
     """Of blocks that run more than once."""
 
-    def made(self, prunable: Sequence[bool]) -> dict[int, SelectionGates]:
+    def made(self, prunable: Sequence[bool], groups: Grouping = ()) -> dict[int, SelectionGates]:
         """The gates of all blocks that have any.
 
         In training a block that happens to keep all its tokens is judged too (Eq. 24).
 
         Args:
             prunable: Of each block, whether it may be pruned.
+            groups: Of each block, where its tokens are in groups: of the target's the gates say k
+                before rounding, of others it is what they keep.
         """
         made = {block: self.gates(block) for block, may in enumerate(prunable) if may}
-        return {block: gate for block, gate in made.items() if gate is not None}
+        held = {block: gate for block, gate in made.items() if gate is not None}
+        if not groups:
+            return held
+        return {block: _by_group(gate, groups[block]) for block, gate in held.items()}
+
+
+def _by_group(gates: SelectionGates, groups: Sequence[Group]) -> GroupGates:
+    soft = [gates.soft_k if group.role == TARGET else float(group.k) for group in groups]
+    return GroupGates.of(gates, groups, soft)
 
 
 def gate_values(blocks: Sequence[nn.Module], hooks: Sequence[BlockHook]) -> None:

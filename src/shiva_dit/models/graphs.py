@@ -282,6 +282,7 @@ def _course(hook: BlockHook) -> Hashable:
         state.dense,
         state.share,
         state.num_tokens,
+        tuple((group.role, group.size, int(group.k)) for group in state.groups),
     )
 
 

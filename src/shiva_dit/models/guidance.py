@@ -62,8 +62,8 @@ class Lead:
     """What a conditional pass leaves for the unconditional one of the same step."""
 
     batch: int
-    counts: tuple[int, ...]
-    """k of every block."""
+    counts: tuple[Any, ...]
+    """k of every block, and of its groups (`ForwardPlan.key`)."""
     chosen: dict[int, Tensor]
     """Tokens by block, each (B, k)."""
     step: ref[Tensor] | None
@@ -273,13 +273,13 @@ class Passes(StateManager):
         return guided is not None and guided.times_are_equal
 
     @torch.compiler.disable()
-    def keep(self, counts: tuple[int, ...], chosen: dict[int, Tensor]) -> None:
+    def keep(self, counts: tuple[Any, ...], chosen: dict[int, Tensor]) -> None:
         """What a conditional pass has chosen, for the unconditional one that follows."""
         batch = len(next(iter(chosen.values())))
         self._here.lead = Lead(batch, counts, chosen, self._here.step)
 
     @torch.compiler.disable()
-    def led(self, which: Pass, batch: int, counts: tuple[int, ...]) -> dict[int, Tensor]:
+    def led(self, which: Pass, batch: int, counts: tuple[Any, ...]) -> dict[int, Tensor]:
         """Tokens that the running pass takes over, by block; none where it leads or is alone.
 
         A lead serves once, and only a pass of the same step, of as many samples and tokens.

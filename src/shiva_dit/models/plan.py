@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
+from shiva_dit.core.roles import Group
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.block_hook import DENSE, BlockState
 from shiva_dit.models.guidance import Pass
+
+Grouping = tuple[tuple[Group, ...], ...]
+"""Of every block its groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,8 @@ class BlockPlan:
     """The block whose scores it uses, if not its own."""
     is_followed: bool
     """Whether others use its scores."""
+    groups: tuple[Group, ...] = ()
+    """Those of its tokens that have a budget of their own, with k each; empty: one budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,18 @@ class ForwardPlan:
     blocks: tuple[BlockPlan, ...]
     pruned: tuple[int, ...]
     """Blocks that choose tokens."""
+    groups: Grouping = ()
+    """Of every block, where tokens are in groups."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for plans that keep as many of the same."""
+        return (self.counts, self.groups) if self.groups else self.counts
+
+    @property
+    def roles(self) -> set[int]:
+        """Roles of all groups."""
+        return {group.role for groups in self.groups for group in groups}
 
     def states(
         self,
@@ -66,6 +85,7 @@ class ForwardPlan:
                 observer=observer,
                 follows=None if block.leader is None else states[block.leader],
                 is_followed=block.is_followed,
+                groups=block.groups,
             )
         return states
 
@@ -75,6 +95,7 @@ def make_plan(
     num_tokens: int,
     selecting: tuple[bool, ...],
     leader: Callable[[int], int | None],
+    groups: Grouping = (),
 ) -> ForwardPlan:
     """What every block does.
 
@@ -83,6 +104,7 @@ def make_plan(
         num_tokens: N.
         selecting: Of every block, whether it chooses tokens also where it keeps all of them.
         leader: The block whose scores one uses, or None.
+        groups: Of every block, where tokens are in groups; their k are `counts` together.
     """
     pruned = tuple(
         index
@@ -92,7 +114,14 @@ def make_plan(
     leaders = {index: leader(index) for index in pruned}
     followed = set(leaders.values())
     blocks = tuple(
-        BlockPlan(DynamicInt(k), leaders.get(index), index in followed)
+        BlockPlan(
+            DynamicInt(k),
+            leaders.get(index),
+            index in followed,
+            tuple(replace(group, k=DynamicInt(group.k)) for group in groups[index])
+            if groups
+            else (),
+        )
         for index, k in enumerate(counts)
     )
-    return ForwardPlan(counts, num_tokens, blocks, pruned)
+    return ForwardPlan(counts, num_tokens, blocks, pruned, groups)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, cat, nn
 from torch.nn.functional import pad
 
+from shiva_dit.core.roles import Span
 from shiva_dit.methods.base import Site
 from shiva_dit.models.examples import Input, Size, patches
 from shiva_dit.models.rows import Text
@@ -59,6 +60,8 @@ class BlockSpec:
     rows_of_all: bool = False
     """Whether rows of its arguments count what lies last beside the image's tokens (`text`) as the
     image's."""
+    counts_references: str | None = None
+    """Argument with options, where "num_ref_tokens" is the number of its references' tokens."""
     rows: Mapping[str, TakeRows] = field(default_factory=dict)
     """Arguments that hold something per image token, and how the chosen rows are taken."""
     sites: Mapping[Site, tuple[SitePlace, ...]] = field(default_factory=dict)
@@ -126,6 +129,11 @@ class ModelSpec:
     """Number of image tokens N for latents, as the model takes them."""
     called_tokens: Callable[[Mapping[str, Any]], int] | None = None
     """N of a call, from its arguments, where its latents may hold other tokens as well."""
+    references: Callable[[nn.Module, Mapping[str, Any]], tuple[Span, ...]] | None = None
+    """A call's image tokens by role (`models.references`); None where all are the target's."""
+    caches_references: str | None = None
+    """Argument with which keys of references are kept over steps: by blocks that all have the same
+    number of them, so that these need a budget of their own."""
     returns_text: bool = False
     """Whether rows of the text come before the image's in what its forward returns."""
     own_tokens: Callable[[nn.Module], int | None] = lambda model: own_square(model)

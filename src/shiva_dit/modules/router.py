@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,7 @@ class TokenScorer(ContextModule):
         hidden: d'.
         normalize_inputs: Layer-normalise tokens, time and context first.
         inputs: Which of `CONTEXT_INPUTS` are read.
+        num_roles: Roles of tokens that it tells apart.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class TokenScorer(ContextModule):
         hidden: int,
         normalize_inputs: bool,
         inputs: Collection[str] = CONTEXT_INPUTS,
+        num_roles: int = 1,
     ) -> None:
         super().__init__(normalize_inputs)
         self.project_tokens = nn.Linear(width, hidden)
@@ -93,6 +95,10 @@ class TokenScorer(ContextModule):
         self.score_norm.bias.requires_grad_(False)
         # No bias: it would move all scores alike, and the selection not at all.
         self.score = nn.Linear(hidden, 1, bias=False)
+        self.roles: nn.Parameter | None = None
+        """What is added to h for tokens of each role but the usual one, (R - 1, H)."""
+        if num_roles > 1:
+            self.roles = nn.Parameter(torch.zeros(num_roles - 1, hidden))
 
     def bias(self) -> Float[Tensor, " H"]:
         """That of the token projection, the same for all tokens, is part of the context term."""
@@ -133,6 +139,8 @@ class ShivaRouter(DepthGroups):
         normalize_inputs: Layer-normalise x, t and c first (without parameters). Tokens of deep
             blocks differ in size by orders of magnitude; Eq. 9 has no such norm.
         inputs: Which of "time", "context" and "layer" are read beside the token; all in Eq. 8.
+        num_roles: Roles of tokens (`core.roles`) that it tells apart, at least 1: for those of any
+            but the usual one h has a term more, a learned vector that starts at 0.
 
     Raises:
         ValueError: If G lies outside that, or an input is unknown.
@@ -140,6 +148,7 @@ class ShivaRouter(DepthGroups):
 
     frozen_tokens: Float[Tensor, "G H D"] | None
     frozen_reads: Float[Tensor, "G H"] | None
+    frozen_roles: Float[Tensor, "R L 1 H"] | None
 
     def __init__(
         self,
@@ -151,19 +160,24 @@ class ShivaRouter(DepthGroups):
         hidden: int = 64,
         normalize_inputs: bool = True,
         inputs: Collection[str] = CONTEXT_INPUTS,
+        num_roles: int = 1,
     ) -> None:
         if not set(inputs) <= set(CONTEXT_INPUTS):
             raise ValueError(
                 f"router inputs must be among {', '.join(CONTEXT_INPUTS)}, got {', '.join(inputs)}."
             )
         super().__init__(
-            lambda: TokenScorer(width, time_dim, context_dim, hidden, normalize_inputs, inputs),
+            lambda: TokenScorer(
+                width, time_dim, context_dim, hidden, normalize_inputs, inputs, num_roles
+            ),
             num_blocks,
             num_groups,
         )
+        self.num_roles = num_roles
         self.normalize_inputs = normalize_inputs
         self.register_buffer("frozen_tokens", None, persistent=False)
         self.register_buffer("frozen_reads", None, persistent=False)
+        self.register_buffer("frozen_roles", None, persistent=False)
 
     def terms(
         self, time: Float[Tensor, "B Dt"], context: Float[Tensor, "B Dc"]
@@ -179,6 +193,22 @@ class ShivaRouter(DepthGroups):
             for shift, group in zip(shifts, self.group_of, strict=True)
         ]
 
+    def of_role(self, terms: Sequence[ScoreTerms], role: int) -> Sequence[ScoreTerms]:
+        """These terms of all blocks for tokens of a role; the same for one that it doesn't know."""
+        if not 0 < role < self.num_roles:
+            return terms
+        frozen = self.frozen_roles
+        own = self._role_vectors() if frozen is None or torch.is_grad_enabled() else frozen
+        shifts = torch.stack([each.shift for each in terms]) + own[role - 1]  # (L, B, H)
+        return [
+            each._replace(shift=shift) for each, shift in zip(terms, shifts.unbind(), strict=True)
+        ]
+
+    def _role_vectors(self) -> Float[Tensor, "R L 1 H"]:
+        """Those of every block, for each role but the usual one."""
+        vectors: list[Any] = [group.roles for group in self.groups]
+        return torch.stack([vectors[group] for group in self.group_of], dim=1)[:, :, None]
+
     @torch.no_grad()
     def freeze(self, dtype: torch.dtype) -> None:
         """Stack and cast the weights for good.
@@ -190,6 +220,7 @@ class ShivaRouter(DepthGroups):
         groups: list[TokenScorer] = list(self.groups)  # type: ignore[arg-type]
         self.frozen_tokens = torch.stack([g.project_tokens.weight for g in groups]).to(dtype)
         self.frozen_reads = torch.stack([g.score.weight[0] * g.score_norm.weight for g in groups])
+        self.frozen_roles = self._role_vectors() if self.num_roles > 1 else None
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B H"], block: int

@@ -7,22 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
+from shiva_dit.models.references import by_places
 from shiva_dit.models.rows import TABLE, Rows
 from shiva_dit.models.spec import BlockSpec, ModelSpec, pooled_text, text_mean
-
-
-def _uncached_text(model: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, "B Dc"]:
-    if arguments.get("kv_cache_mode") is not None:
-        raise ValueError(
-            "Flux.2 with cached keys of pictures to go by (kv_cache_mode) is not supported: the "
-            "cache expects these tokens first in every block. Use Flux2KleinPipeline, which runs "
-            "them along."
-        )
-    return text_mean()(model, arguments)
 
 
 def _mask_among(
@@ -61,8 +52,14 @@ BLOCKS = (
             "OvisImageSingleTransformerBlock",
             "BriaTransformerBlock",
             "BriaSingleTransformerBlock",
-            "Flux2TransformerBlock",
         )
+    ),
+    BlockSpec(
+        block_class="Flux2TransformerBlock",
+        output=1,
+        value_modules=("attn.to_v",),
+        counts_references="joint_attention_kwargs",
+        rows={"image_rotary_emb": TABLE, "temb_mod_img": Rows(dims=3)},
     ),
     BlockSpec(
         block_class="BriaFiboTransformerBlock",
@@ -81,7 +78,8 @@ BLOCKS = (
         text="first",
         value_modules=("attn.to_qkv_mlp_proj",),
         values_fused="third",
-        rows={"image_rotary_emb": TABLE},
+        counts_references="joint_attention_kwargs",
+        rows={"image_rotary_emb": TABLE, "temb_mod": Rows(dims=3, text="first")},
     ),
     BlockSpec(
         block_class="Flux3ModeTransformerBlock",
@@ -130,6 +128,7 @@ _FLUX = ModelSpec(
     time_embedder="time_text_embed.timestep_embedder",
     context=pooled_text,
     text_tokens=512,
+    references=by_places(),
     inputs={**_INPUTS, "pooled_projections": examples.vector("pooled_projection_dim")},
 )
 _LONGCAT = replace(
@@ -149,6 +148,7 @@ _BRIA = replace(
     context=text_mean("zeros"),
     guidance="one batch",
     text_tokens=128,
+    references=None,
 )
 MODELS = (
     _FLUX,
@@ -160,12 +160,14 @@ MODELS = (
         name="Ovis-Image",
         time_embedder="timestep_embedder",
         text_tokens=256,
+        references=None,
     ),
     replace(
         _BRIA,
         model_class="BriaFiboTransformer2DModel",
         name="Bria FIBO",
         text_tokens=3000,
+        references=by_places(),
         by_layer=("text_encoder_layers",),
         inputs={**_INPUTS, "text_encoder_layers": _text_by_layer},
     ),
@@ -176,13 +178,15 @@ MODELS = (
         time_embedder=None,  # one network modulates all blocks
         not_recomputed="attention_mask",  # of single blocks, in 0.42.1
         context=text_mean("attention_mask"),
+        references=None,
     ),
     replace(
         _LONGCAT,
         model_class="Flux2Transformer2DModel",
         name="Flux.2 (dev, klein)",
         time_embedder="time_guidance_embed.timestep_embedder",
-        context=_uncached_text,
+        references=by_places("kv_cache_mode"),
+        caches_references="kv_cache_mode",
         inputs={**_INPUTS, **_IDS_OF_FOUR},
     ),
     replace(
@@ -192,6 +196,7 @@ MODELS = (
         block_lists=("mode_blocks.image", "single_transformer_blocks"),
         time_embedder=None,  # it embeds the time 0 of text and pictures to go by as well
         text_tokens=512,
+        references=None,  # they are no image tokens of its blocks, and run whole
         inputs={
             "hidden_states": examples.packed,
             "encoder_hidden_states": examples.text("joint_attention_dim"),

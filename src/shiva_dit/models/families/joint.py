@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shiva_dit.models import examples
 from shiva_dit.models.examples import Size
+from shiva_dit.models.references import by_shapes
 from shiva_dit.models.rows import TABLE, Rows
 from shiva_dit.models.spec import BlockSpec, ModelSpec, SitePlace, given, pooled_text, text_mean
 
@@ -200,6 +201,7 @@ MODELS = (
         time_embedder="time_text_embed.timestep_embedder",
         context=text_mean("encoder_hidden_states_mask"),
         text_tokens=512,
+        references=by_shapes,
         inputs={
             "hidden_states": examples.packed,
             "encoder_hidden_states": examples.text("joint_attention_dim"),
