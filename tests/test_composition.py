@@ -28,8 +28,9 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     SD3ControlNetModel,
     TaylorSeerCacheConfig,
+    TensorParallelConfig,
 )
-from diffusers.hooks import FasterCacheConfig
+from diffusers.hooks import FasterCacheConfig, tensor_parallel
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
@@ -1027,6 +1028,72 @@ def test_fsdp2(first: bool, tmp_path: Path) -> None:
             else:
                 assert "can't be given back" in found["error"]
                 assert "merge=False" in found["error"]
+
+
+def split(model: Any, config: Any) -> None:
+    """diffusers' `enable_parallelism` on processors, where 0.42.1 refuses or fails to run it.
+
+    It divides by the number of accelerators, and has CPUs on no list for tensor parallelism.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "device_count", lambda: 1)
+        patch.setattr(tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",))
+        model.enable_parallelism(config=config)
+
+
+def _heads_apart(rank: int, folder: str, first: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    for kind in KINDS:
+        results: dict[str, Any] = {}
+        case = Case(kind, "flux")
+        try:
+            both(first, lambda: split(case.model, TensorParallelConfig(tp_degree=2)), case.apply)  # noqa: B023
+            results["chosen"] = selected(case.model, lambda: results.update(pruned=case.run()))  # noqa: B023
+            shiva_dit.remove(case.model)
+            results["bare"] = case.run()
+        except (RuntimeError, ValueError) as error:
+            results["error"] = f"{type(error).__name__}: {error}"
+        torch.save(results, f"{folder}/{kind}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@cells(
+    "Tensor parallelism (Flux), two processes",
+    {
+        "lora": "refused",
+        ("lora", "after"): "works; can't be removed",
+        "dora": "refused",
+        ("dora", "after"): "works; can't be removed",
+        "full": "refused",
+        ("full", "after"): "works; can't be removed",
+    },
+    "as one process, within 1e-6: the same tokens; or an error",
+    order=True,
+)
+def test_tensor_parallelism(first: bool, tmp_path: Path) -> None:
+    given = str(tmp_path), first, torch.get_num_threads()
+    in_two_processes(_heads_apart, *given)
+    for kind in KINDS:
+        case = Case(kind, "flux")
+        case.apply()
+        chosen = selected(case.model, case.run)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            if kind != "frozen" and first:
+                advice = "apply to the plain model first" if kind == "full" else "can't lie beside"
+                assert advice in found["error"]
+                continue
+            assert all(map(torch.equal, found["chosen"], chosen))
+            # Layers sum the halves of their inputs' channels apart: 6e-7 at most was measured.
+            assert near(found["pruned"], case.pruned, 1e-6)
+            if kind == "frozen":
+                assert near(found["bare"], case.bare, 1e-6)
+            else:
+                assert "can't be given back" in found["error"]
 
 
 SAMPLES = (0.5, -1.5)

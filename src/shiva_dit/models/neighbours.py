@@ -13,6 +13,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
 from torch import nn
 
+from shiva_dit.models.parallelism import context_parallel
+
 REFUSED = {
     "pyramid_attention_broadcast": "Pyramid Attention Broadcast",
     "taylorseer_cache": "TaylorSeer",
@@ -149,12 +151,11 @@ def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:
     Raises:
         ValueError: Names it, and says what to do.
     """
-    parallel = getattr(model, "_parallel_config", None)
-    if getattr(parallel, "context_parallel_config", None) is not None:
+    if context_parallel(model) is not None:
         raise ValueError(
             "context parallelism splits the tokens among devices, and a block would select among "
             "its part alone: this is not supported. Load the model without it, or use tensor "
-            "parallelism."
+            "parallelism where diffusers has it (Flux.1, Flux.2, Qwen-Image)."
         )
     for known in _found(_REFUSED, modules):
         if known == REDUCER:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from shiva_dit.models.low_rank import Beside, LowRank, low_ranks
+from shiva_dit.models.parallelism import is_part, why_not_beside
 from shiva_dit.models.places import PLAIN, Place, kept_copies, layer_at, own_parameters
 from shiva_dit.models.weights import Merged, Whole
 
@@ -42,6 +43,8 @@ def place_low_rank(
         if merge and is_plain and _is_mergeable(place):
             merged.append(Merged(place, change))
             continue
+        if is_part(model, layer):
+            raise ValueError(why_not_beside(path))
         if change.magnitude is not None and copies == "group offloading to disk":
             raise ValueError(
                 f"the weights of {path} are in files ({copies}), and a DoRA must read them: "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shiva_dit.models.low_rank import Beside, forward_with_low_rank
 from shiva_dit.models.neighbours import reaches
 from shiva_dit.models.own_weights import OwnWeights
+from shiva_dit.models.parallelism import is_part, why_not_beside
 from shiva_dit.models.placement import place_low_rank, place_whole
 from shiva_dit.models.places import (
     Place,
@@ -233,6 +234,7 @@ class TunedBackbone:
         for beside in self.beside:
             judge = partial(self._judge_forward, beside)
             watch.add(beside.layer.__dict__, "forward", judge)
+            watch.add(beside.layer._parameters, "weight", partial(self._judge_part, beside))
         scaled = self._scaled()
         for number, layers in wrappers(self.model).items() if scaled else ():
             if number in scaled:
@@ -296,6 +298,10 @@ class TunedBackbone:
                 f"the layer {beside.path} runs past the adapter's LoRA: its forward was replaced, "
                 "or put back by something that was on the model before. Call shiva_dit.apply again."
             )
+
+    def _judge_part(self, beside: Beside) -> None:
+        if self.enabled and is_part(self.model, beside.layer):
+            raise RuntimeError(why_not_beside(beside.path))
 
     def _judge_link(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         now = parent._modules.get(name)
