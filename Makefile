@@ -28,10 +28,11 @@ check: $(STAMP)  ## What CI runs: format, lint, imports, types, all tests
 	$(BIN)/pyright
 	$(PYTEST) $(SHAPES) -m "not matrix and not bits"
 	$(PYTEST) -m "not matrix and not bits" $(COMPILED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bits]"
-	$(PYTEST) -m bits tests
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[beside]"
+	$(PYTEST) -m "bits and not matrix" tests
 
 matrix: $(STAMP)  ## Every property of every model class beside everything else, into results/ (a quarter of an hour)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[beside]"
 	$(BIN)/python -m tests.matrix
 
 fix: $(STAMP)  ## Format and mend what can be mended

@@ -1,11 +1,14 @@
 """Properties asked of every model class or pipeline: `make check` runs a sample, `make matrix` all.
 
-`python -m tests.matrix` is what `make matrix` runs: it writes a record into results/.
+`python -m tests.matrix` is what `make matrix` runs: it writes two records into results/, of what
+held and of what every class did beside other software. `python -m tests.matrix beside` writes the
+second alone.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import sys
 import zlib
@@ -24,6 +27,19 @@ SHARE = 5
 """Of so many cells one is in a sample."""
 PROPERTIES: dict[str, int] = {}
 """Of every property whose module was imported, how many classes or pipelines it is asked of."""
+
+BESIDE = "beside"
+"""What a test's report calls the software that it tried, and the record of it."""
+SOFTWARE: dict[str, str] = {
+    "FirstBlockCache": "diffusers",
+    "MagCache": "diffusers",
+    "SeaCache": "diffusers",
+    "TaylorSeer": "diffusers",
+    "Pyramid Attention Broadcast": "diffusers",
+    "FasterCache": "diffusers",
+    "cache-dit": "cache-dit",
+}
+"""What is tried beside an adapter, and the package that it comes from."""
 
 Mark = Callable[[Any], Any]
 
@@ -72,36 +88,64 @@ class Outcomes:
 
     def __init__(self) -> None:
         self.found: dict[str, Counter[str]] = {}
+        self.tried: dict[str, dict[str, str]] = {}
+        """By software: what a family did beside it."""
+        self.classes: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a cell once: when it ran, or by the step that failed or was skipped."""
         if report.when == "call" or report.outcome != "passed":
             name = report.nodeid.partition("[")[0].removeprefix("tests/").replace(".py", "")
             self.found.setdefault(name, Counter())[report.outcome] += 1
+        if report.when == "call" and report.outcome == "passed":
+            for key, told in report.user_properties:
+                if key == BESIDE:
+                    software, of_class, family, status = told
+                    self.tried.setdefault(software, {})[family] = status
+                    self.classes[family] = of_class
+
+    def beside(self) -> dict[str, Any]:
+        """The record of other software: what, from which package at which version, by family."""
+        tried = {}
+        for software, cells in self.tried.items():
+            package = SOFTWARE[software]
+            version = importlib.metadata.version(package)
+            tried[software] = {"package": package, "version": version, "families": cells}
+        return {"what": BESIDE, "tried": tried, "classes": self.classes}
 
 
-def newest() -> dict[str, Any]:
+def newest(what: str = "matrix") -> dict[str, Any]:
     """The committed record."""
-    path = max(RESULTS.glob("matrix--*.json"), key=lambda path: path.stem.rpartition("--")[2])
+    path = max(RESULTS.glob(f"{what}--*.json"), key=lambda path: path.stem.rpartition("--")[2])
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def main() -> int:
-    """Run all cells on two processes, and write the record if the run was whole."""
-    outcomes = Outcomes()
-    status = pytest.main(["-n", "2", "-m", "sampled or matrix", *sys.argv[1:]], plugins=[outcomes])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or sys.argv[1:]:
-        return int(status)
-    record = {
-        "what": "matrix",
-        "properties": {name: dict(found) for name, found in outcomes.found.items()},
-        "families": list(families.FAMILIES),
-        "provenance": provenance(),
-    }
+def write(record: dict[str, Any]) -> None:
+    """Into results/, with where it came from."""
+    record["provenance"] = provenance()
     stamp = datetime.date.today().isoformat()
-    path = RESULTS / f"matrix--{hardware_name(record['provenance'])}--{stamp}.json"
+    hardware = hardware_name(record["provenance"])
+    path = RESULTS / f"{record['what']}--{hardware}--{stamp}.json"
     write_json(path, record)
     sys.stdout.write(f"{path}\n")
+
+
+def main() -> int:
+    """Run all cells on two processes, and write the records if the run was whole."""
+    outcomes, given = Outcomes(), sys.argv[1:]
+    of_beside = given == [BESIDE]
+    if of_beside:
+        given = [str(path) for path in sorted(Path(__file__).parent.glob("test_beside_*.py"))]
+    status = pytest.main(["-n", "2", "-m", "sampled or matrix", *given], plugins=[outcomes])
+    whole = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if not whole or (given and not of_beside):
+        return int(status)
+    properties = {name: dict(found) for name, found in outcomes.found.items()}
+    if not of_beside:
+        kinds = list(families.FAMILIES)
+        write({"what": "matrix", "properties": properties, "families": kinds})
+    if status == pytest.ExitCode.OK:
+        write(outcomes.beside())
     return int(status)
 
 

@@ -491,7 +491,7 @@ def test_the_pitfalls_name_the_hooks_that_are_refused() -> None:
     assert set(re.split(r", | and ", refused[1])) == set(REFUSED.values())
     caches = re.search(r"Blocks under (.*?) aren't compiled", text)
     assert caches is not None
-    assert set(caches[1].split(" or ")) == set(BLOCK_CACHES.values())
+    assert set(re.split(r", | or ", caches[1])) == set(BLOCK_CACHES.values())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from shiva_dit.api.supported import supported
 DISTRIBUTION = "shiva-dit"
 EXTRAS = {"train": "training", "demo": "the demo tasks"}
 """Those that are reported, and what they are for."""
+UNTRIED = "no test of shiva-dit has run on one"
+"""What is to be said of devices that torch knows and nobody had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,11 @@ def _devices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
         found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {memory:.0f} GiB)")
+    for index in range(torch.xpu.device_count() if torch.xpu.is_available() else 0):
+        memory = torch.xpu.get_device_properties(index).total_memory / 2**30
+        name = torch.xpu.get_device_name(index)
+        found.append(f"xpu:{index} ({name}, {memory:.0f} GiB; {UNTRIED})")
     if torch.backends.mps.is_available():
-        found.append("mps")
+        memory = torch.mps.recommended_max_memory() / 2**30
+        found.append(f"mps ({memory:.0f} GiB; {UNTRIED}; for training it lacks float64)")
     return found

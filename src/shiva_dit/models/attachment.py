@@ -105,8 +105,9 @@ class Attachment(Uncopied):
             BlockHook(self, selector, updates, block, index, self.passes)
             for index, block in enumerate(self.blocks)
         ]
-        # Where hooks that come later are looked for: they are put on all blocks.
-        self._watched = [m for b in (self.blocks[0], self.blocks[-1]) for m in b.modules()]
+        # Where hooks that come later are looked for: they are put on all blocks, or on the model.
+        ends = self.blocks[0], self.blocks[-1]
+        self._watched = [model, *(m for b in ends for m in b.modules())]
         self.forwards = Forwards(
             model,
             self.blocks,

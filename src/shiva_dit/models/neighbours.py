@@ -19,7 +19,6 @@ REFUSED = {
     "pyramid_attention_broadcast": "Pyramid Attention Broadcast",
     "taylorseer_cache": "TaylorSeer",
     "faster_cache": "FasterCache",
-    "sea_cache": "SeaCache",
     "smoothed_energy_guidance_hook": "Smoothed Energy Guidance",
 }
 """Hooks inside blocks, by the beginning of their names, that take a row for a place in the image:
@@ -31,8 +30,12 @@ REDUCER = "shiva_dit_reducer"
 """Name of a reducer's hooks (`attach_reducer`)."""
 _REFUSED = {**REFUSED, REDUCER: REDUCER}
 
-BLOCK_CACHES = {"fbc": "FirstBlockCache", "mag_cache": "MagCache"}
+BLOCK_CACHES = {"fbc": "FirstBlockCache", "mag_cache": "MagCache", "sea_cache": "SeaCache"}
 """Caches of whole blocks, likewise: diffusers keeps parts of them out of the compiler."""
+
+
+CACHE_DIT = "cache_dit.caching.patch_functors"
+"""Where cache-dit 1.5.3 has the forwards that it puts on some classes' blocks."""
 
 
 def register_innermost(module: nn.Module, hook: ModelHook, name: str) -> None:
@@ -157,6 +160,15 @@ def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:
             "its part alone: this is not supported. Load the model without it, or use tensor "
             "parallelism where diffusers has it (Flux.1, Flux.2, Qwen-Image)."
         )
+    modules = list(modules)
+    for module in modules:
+        own = module.__dict__.get("forward")
+        if module is not model and getattr(own, "__module__", "").startswith(CACHE_DIT):
+            raise ValueError(
+                "cache-dit has put forwards of its own on the blocks of this "
+                f"{type(model).__name__}, and what they take isn't known here: load the model anew "
+                "without it, or take a cache of diffusers."
+            )
     for known in _found(_REFUSED, modules):
         if known == REDUCER:
             raise ValueError(
@@ -165,8 +177,8 @@ def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:
             )
         raise ValueError(
             f"{known} keeps what attention gave from step to step, row by row, and with an adapter "
-            "a row is another token each time: call disable_cache() first. FirstBlockCache and "
-            "MagCache work."
+            "a row is another token each time: call disable_cache() first. FirstBlockCache, "
+            "MagCache and SeaCache work."
         )
 
 

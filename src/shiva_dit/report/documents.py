@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
+from shiva_dit.report.beside import beside_classes_table, beside_table
 from shiva_dit.report.comparison import COLUMNS, comparison_table
 from shiva_dit.report.estimators import caption_table, flips_table
 from shiva_dit.report.frontier import frontier_table
@@ -27,6 +28,8 @@ _BLOCK = re.compile(
 PLAIN_TABLES: dict[str, Callable[[], str]] = {"models": models_table, "refused": refused_table}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "benchmark": benchmark_table,
+    "beside": beside_table,
+    "beside_classes": beside_classes_table,
     "captions": caption_table,
     **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},
     "flips": flips_table,
