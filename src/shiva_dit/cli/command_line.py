@@ -15,6 +15,7 @@ from shiva_dit.cli import (
     benchmark,
     documents,
     experiments,
+    export,
     pictures,
     publishing,
     quickstart,
@@ -84,7 +85,16 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run, goes_on=goes_on)
         return made.add_argument
 
-    groups = (quickstart, training, pictures, publishing, experiments, benchmark, documents)
+    groups = (
+        quickstart,
+        training,
+        pictures,
+        publishing,
+        export,
+        experiments,
+        benchmark,
+        documents,
+    )
     for group in groups:
         group.add_commands(command)
     return parser

@@ -82,8 +82,10 @@ class Forwards(Uncopied):
         self._freezes = freeze
         self._frozen_for: torch.dtype | None = None
         self._gated: GatedForward | None = None
+        self._held: tuple[tuple[int, ...], Pass] | None = None
         self._context: Tensor | None = None
         self._plan: ForwardPlan | None = None
+        self._row: tuple[int, ...] = ()
         self._which = Pass.ALONE
         self._times: slice = slice(None)
         """Rows of the running forward's time embedding, one for each time that it was given."""
@@ -102,6 +104,26 @@ class Forwards(Uncopied):
             yield
         finally:
             self._gated = None
+
+    @contextmanager
+    def held(self, counts: Sequence[int], which: Pass) -> Iterator[None]:
+        """Within: forwards keep these counts whatever the time, and ask nothing but their tensors.
+
+        For tracing: what is on the model has been checked by a forward before.
+        """
+        self._held = tuple(counts), which
+        try:
+            yield
+        finally:
+            self._held = None
+
+    @property
+    def running_counts(self) -> tuple[int, ...] | None:
+        """What each block keeps in the running forward; None if it is the unpruned model's.
+
+        Of the image's own tokens, where references have a budget of their own.
+        """
+        return None if self._plan is None else self._row
 
     @property
     def is_watched(self) -> bool:
@@ -130,7 +152,7 @@ class Forwards(Uncopied):
         self.turns.start_forward()
         # An interrupted forward (Ctrl-C) leaves its state: torch skips the hook.
         self._forget(DENSE)
-        if not self._is_pruned():
+        if self._held is None and not self._is_pruned():
             return
         arguments = bind(model, args, kwargs)
         sample = given(model, arguments, self.spec.sample)
@@ -139,25 +161,30 @@ class Forwards(Uncopied):
         timestep = self._one_time(timestep, len(sample))
         spans = self._spans(arguments)
         self.num_references = num_of(spans, REFERENCE)
-        targets, gated = num_tokens - self.num_references, self._gated
-        if gated is None:
-            counts = self.counts.row(targets, timestep)
-            if min(counts) < self.spec.least_tokens:
-                raise ValueError(
-                    f"blocks of {type(model).__name__} run on {self.spec.least_tokens} tokens at "
-                    f"least, and the schedule keeps {min(counts)}: apply with "
-                    f"multiple={self.spec.least_tokens}."
-                )
-            which = self.passes.of_call(len(sample))
-        else:
-            counts, which = gated.counts, gated.which
-            self.counts.check(counts, targets)
+        targets = num_tokens - self.num_references
+        counts, which = self._asked(targets, timestep, len(sample))
+        self._row = tuple(counts)
         self._settle(sample[0].dtype, sample[0].device)
         self._begin(counts, num_tokens, which, len(sample), spans)
         if self.graphs is None:
             self.read_context(args, kwargs)
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             self._snapshot_checkpoints(model)
+
+    def _asked(self, num_tokens: int, timestep: Any, batch: int) -> tuple[Sequence[int], Pass]:
+        """What each block keeps, and the pass: by training, who traces, or time and caller."""
+        if self._gated is not None:
+            self.counts.check(self._gated.counts, num_tokens)
+            return self._gated.counts, self._gated.which
+        if self._held is not None:
+            return self._held
+        counts, least = self.counts.row(num_tokens, timestep), self.spec.least_tokens
+        if min(counts) < least:
+            raise ValueError(
+                f"blocks of {type(self.model).__name__} run on {least} tokens at least, and the "
+                f"schedule keeps {min(counts)}: apply with multiple={least}."
+            )
+        return counts, self.passes.of_call(batch)
 
     def _spans(self, arguments: Mapping[str, Any]) -> Spans:
         """The call's tokens by role, where references have a budget of their own."""
@@ -218,7 +245,7 @@ class Forwards(Uncopied):
         timestep = timestep.flatten(1)  # (B, M)
         each = timestep.shape[1]
         self._times = slice(0, timestep.numel(), each)
-        known = each == 1 or self.passes.times_are_equal()
+        known = each == 1 or self._held is not None or self.passes.times_are_equal()
         if not known and not bool((timestep == timestep[:, :1]).all()):
             raise ValueError(
                 f"{type(self.model).__name__} was called with different times for the tokens of a "

@@ -26,7 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
 from shiva_dit.models.fingerprint import Fingerprint
-from shiva_dit.models.neighbours import CORRECTION, register_innermost
+from shiva_dit.models.neighbours import CORRECTION, register_innermost, strange_hook
 
 logger = logging.getLogger("shiva_dit")
 GRAPHS = "shiva_dit_graphs"
@@ -257,11 +257,8 @@ def put_on(owner: Any, recorder: Recorder, limit: int) -> GraphRunner:
 
 def _refuse(module: nn.Module) -> None:
     """Raise where a hook does something in each forward that a replay would pass over."""
-    registry = module.__dict__.get("_diffusers_hook")
-    known = {"shiva_dit", GRAPHS, CORRECTION}
-    strange = [] if registry is None else [name for name in registry.hooks if name not in known]
-    if strange or "_hf_hook" in module.__dict__:
-        what = f"the hook {strange[0]!r}" if strange else "offloading"
+    what = strange_hook(module, known=("shiva_dit", GRAPHS, CORRECTION))
+    if what is not None:
         raise ValueError(
             f"CUDA graphs and {what} don't go together (found on a {type(module).__name__}): what "
             "it does in each forward would not be done in a replay. Switch it off, or apply the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import CellType
@@ -193,6 +193,20 @@ def refuse_to_compile(blocks: Iterable[nn.Module]) -> None:
             f"{known} can't be compiled as part of a block (fullgraph=True): call disable_cache() "
             f"first, or leave the model uncompiled under {known}."
         )
+
+
+def strange_hook(module: nn.Module, known: Collection[str] = ("shiva_dit",)) -> str | None:
+    """What on a module does something in each forward that its hooks and weights don't say.
+
+    Args:
+        module: Of a model with an adapter on.
+        known: Names of diffusers' hooks that may be there.
+    """
+    registry = module.__dict__.get("_diffusers_hook")
+    strange = [] if registry is None else [name for name in registry.hooks if name not in known]
+    if strange:
+        return f"the hook {strange[0]!r}"
+    return "offloading" if "_hf_hook" in module.__dict__ else None
 
 
 def refuse_caches(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
 from shiva_dit.report.beside import beside_classes_table, beside_table
 from shiva_dit.report.comparison import COLUMNS, comparison_table
 from shiva_dit.report.estimators import caption_table, flips_table
+from shiva_dit.report.export import export_table
 from shiva_dit.report.frontier import frontier_table
 from shiva_dit.report.memory import memory_table
 from shiva_dit.report.models import models_table, refused_table
@@ -32,6 +33,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "beside_classes": beside_classes_table,
     "captions": caption_table,
     **{kind: partial(comparison_table, kind=kind) for kind in COLUMNS},
+    "export": export_table,
     "flips": flips_table,
     "frontier": frontier_table,
     "memory": memory_table,
