@@ -15,6 +15,7 @@ from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import attachment_of
 from tests import families, tiny
 from tests.matrix import sampled
+from tests.test_references import with_references
 
 NUM_BINS = 12
 TIMES = [(b + 0.5) / NUM_BINS for b in reversed(range(NUM_BINS))]
@@ -183,6 +184,26 @@ def test_a_pipeline_runs_compiled_and_leaves_the_graphs_again() -> None:
     shiva_dit.remove(pipe)
     assert torch.equal(tiny.generate(pipe, 5.0), dense)
     assert counter.frame_count == GRAPHS["plain"] + 1  # eager
+
+
+def test_budgets_by_role_take_no_graph_more() -> None:
+    """Every k of each role is a symbolic size: the target's rows differ, the references' stays."""
+    model = families.made("flux")
+    schedule = tiny.from_counts([[64, 40, 20, 20], [64, 30, 31, 10], [64, 41, 12, 50]])
+    made = tiny.adapter(model, schedule, reference_keep_ratio=0.5)
+    shiva_dit.apply(model, made)
+    cases = [with_references("flux", t=t) for t in (0.9, 0.5, 0.1, 0.5)]
+    for case in cases[:2]:
+        case["hidden_states"] = -case["hidden_states"]
+    eager = [families.run(model, case) for case in cases]
+    assert not torch.equal(eager[1], eager[3])
+    counter = CompileCounterWithBackend("eager")
+    shiva_dit.compile(model, backend=counter)
+    families.run(model, cases[0])
+    # Double blocks dense and pruned, and single ones; the text of the first has other strides.
+    assert counter.frame_count == 4
+    with dynamo.patch(error_on_recompile=True):
+        assert near([families.run(model, case) for case in cases], eager)
 
 
 def test_whole_steps_take_one_graph_more() -> None:

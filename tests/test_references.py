@@ -11,11 +11,20 @@ from torch import Tensor
 
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.core.roles import REFERENCE, TARGET, Span, best_by_group, grouped, num_of
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.norm import NormSelector
+from shiva_dit.methods.role_gates import GroupGates
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.families import model_spec
+from shiva_dit.models.gating import GatedForward
+from shiva_dit.models.spec import REFERENCES as REFERENCES_OF_BATCH
+from shiva_dit.training.data import Batch
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import OptimizerConfig, RouterConfig, WatchConfig
+from shiva_dit.training.trainer import Trainer
 from tests import families, running, tiny
 from tests.families.kit import normal
 
@@ -375,3 +384,158 @@ def test_roles_are_saved_and_read_again(tmp_path: Any, caplog: pytest.LogCapture
     assert "references' tokens 50% are kept" in (tmp_path / "README.md").read_text()
     names = set(made.state_dict()) - set(tiny.adapter(model).state_dict())
     assert names == {f"router.groups.{i}.roles" for i in range(2)}
+
+
+# --- training -----------------------------------------------------------------------------------
+
+TRAINED = ("flux", "flux2-klein", "qwen-image-edit")
+
+
+class Edits:
+    """Two samples with two references each."""
+
+    def __init__(self, name: str) -> None:
+        given = with_references(name)
+        rows = given.pop("hidden_states")
+        self.latents, references = rows[:, :TARGETS], rows[:, TARGETS:]
+        del given["timestep"]
+        self.shared = {n: given.pop(n) for n in ("img_ids", "txt_ids", "img_shapes") if n in given}
+        self.conditioning = {**given, REFERENCES_OF_BATCH: references}
+
+    def __len__(self) -> int:
+        return 2
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        del generator
+        conditioning = {name: value[indices] for name, value in self.conditioning.items()}
+        return Batch(latents=self.latents[indices], conditioning=conditioning, shared=self.shared)
+
+    def unconditional(self) -> dict[str, Tensor]:
+        named = self.conditioning.items()
+        return {name: value[0] for name, value in named if name != REFERENCES_OF_BATCH}
+
+
+def trainer(name: str, folder: Any, **changes: Any) -> Trainer:
+    config = {
+        "out": folder,
+        "keep_ratio": 0.5,
+        "reference_keep_ratio": KEEP,
+        "backbone": "lora",
+        "warmup_steps": 1,
+        "policy_steps": 0,
+        "joint_steps": 2,
+        "batch_size": 2,
+        "micro_batches": 1,
+        "router": RouterConfig(hidden=8),
+        "optimizer": OptimizerConfig(router=1e-2, backbone=1e-3, warmup_steps=1),
+    }
+    return Trainer(TrainConfig(**{**config, **changes}), families.made(name), Edits(name))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_short_training_moves_the_router_by_role(name: str, tmp_path: Any) -> None:
+    run = trainer(name, tmp_path)
+    student = run.student
+    assert (student.num_tokens, student.num_references) == (TARGETS, REFERENCES)
+    chosen: list[tuple[int, Tensor]] = []
+    student.attachment.forwards.observer = lambda block, tokens: chosen.append((block, tokens))
+    shapes: list[Any] = []
+    predicted = student.path.prediction
+
+    def noted(output: Any, num_tokens: int) -> Tensor:
+        found = predicted(output, num_tokens)
+        shapes.append(found.shape)
+        return found
+
+    student.path.prediction = noted  # type: ignore[method-assign]
+    losses = [run.train_step()["loss"] for _ in range(3)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    asked = student.attachment.counts.reference_row(REFERENCES)
+    for block, tokens in chosen:
+        assert (tokens >= TARGETS).sum(1).tolist() == [asked[block]] * 2
+    assert {block for block, _ in chosen} == {1, 2, 3}
+    assert {shape[1] for shape in shapes} == {TARGETS}
+    for group in student.adapter.router.groups:
+        assert bool((group.roles != 0).all())
+    run.close()
+
+
+def test_both_roles_teach_the_router_and_the_gates_are_those_of_each(tmp_path: Any) -> None:
+    config = EstimatorConfig()
+    scores = normal(2, 14, seed=4).requires_grad_()
+    groups = grouped([Span(TARGET, 8), Span(REFERENCE, 6)], [3, 2])
+    usual = {"config": config, "tau_rank": 0.2, "tau_select": 0.1}
+    both = GroupGates.of(SelectionGates(**usual, soft_k=3.4), groups, [3.4, 2.0])
+    assert torch.equal(both.choose(scores, 5), best_by_group(scores, groups))
+    both.learn(scores)
+    for part, k, soft_k in ((slice(0, 8), 3, 3.4), (slice(8, 14), 2, 2.0)):
+        alone = SelectionGates(**usual, soft_k=soft_k)
+        alone.choose(scores[:, part], k)
+        alone.learn(scores[:, part])
+        assert torch.equal(alone.inclusion, both.inclusion[:, part])
+    with pytest.raises(ValueError, match="noise_std > 0 needs a generator"):
+        GroupGates.of(
+            SelectionGates(**usual, soft_k=3.0, noise_std=0.1), groups, [3.0, 2.0]
+        ).choose(scores, 5)
+
+
+def test_a_recomputed_score_gives_each_role_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the recomputation and by plain backward."""
+    model, given = families.made("flux"), with_references("flux")
+    made = adapter_for(model)
+    attachment = attach(model, made.selector(), tiny.from_counts(COUNTS), reference_keep_ratio=KEEP)
+    plainly: list[Any] = []
+
+    def gate(block: int) -> SelectionGates:
+        del block
+        config = EstimatorConfig(rejected="ridge")
+        return SelectionGates(config=config, tau_rank=0.2, tau_select=0.1, soft_k=20.0)
+
+    def plain(gates: Any, score: Any, terms: Any, scores: Any, x: Tensor, before: Any) -> Tensor:
+        plainly.append(gates)
+        parts = zip(gates.groups, terms, strict=True)
+        return torch.cat([score(x.detach()[:, g.start : g.stop], own) for g, own in parts], dim=1)
+
+    def gradients() -> list[Tensor]:
+        made.zero_grad()
+        with attachment.forwards.gated(GatedForward(counts=COUNTS[0], gates=gate)):
+            model(**given).sample[:, :TARGETS].square().mean().backward()
+        return [group.roles.grad.clone() for group in made.router.groups]
+
+    recomputed = gradients()
+    monkeypatch.setattr(GroupGates, "scored", plain)
+    wanted = gradients()
+    assert len(plainly) == 3
+    for found, truth in zip(recomputed, wanted, strict=True):
+        assert bool((truth != 0).all())
+        # Sums over tokens in another order: rounding, some 1e-7 of the norm.
+        assert (found - truth).norm() < 1e-5 * truth.norm()
+
+
+def test_data_with_references_need_a_budget_for_them(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="set reference_keep_ratio"):
+        trainer("flux", tmp_path, reference_keep_ratio=None)
+    with pytest.raises(ValueError, match=r'method = "shiva", not "random"'):
+        trainer("flux", tmp_path, method="random", backbone="frozen")
+    rows = {REFERENCES_OF_BATCH: normal(1, 4, 4)}
+    with pytest.raises(ValueError, match="reads no pictures to go by"):
+        model_spec(tiny.sd3()).arguments_of(normal(1, 4, 16, 16), rows)
+
+
+def test_what_was_trained_is_told_and_runs_again(tmp_path: Any) -> None:
+    watch = WatchConfig(every=3, held_out=1, held_out_share=0.57, times=2, prompts=0)
+    run = trainer("flux", tmp_path, watch=watch, batch_size=1)
+    trained = run.run()
+    run.close()
+    assert trained.adapter is not None
+    trained.adapter.save_pretrained(tmp_path / "adapter")
+    model, given = families.made("flux"), with_references("flux")
+    shiva_dit.apply(model, tmp_path / "adapter")
+    families.run(model, given)
+    summary = shiva_dit.summary(model, text_tokens=7)
+    assert summary.num_references == REFERENCES
+    assert summary.reference_keep_ratio == KEEP
+    assert "50.0% of the references'" in str(summary)
+    smaller = shiva_dit.summary(model, num_tokens=TARGETS + 12, text_tokens=7, num_references=12)
+    assert smaller.references == tuple(12 if b == 0 else 6 for b in range(4))
+    assert smaller.flops_pruned < summary.flops_pruned

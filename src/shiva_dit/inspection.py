@@ -26,6 +26,7 @@ from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.features import record_blocks
 from shiva_dit.models.gating import GatedForward
+from shiva_dit.training.by_role import without_references
 from shiva_dit.training.data import TrainingData, repeated
 from shiva_dit.training.paths import path_of
 
@@ -112,15 +113,13 @@ def flips(
         attachment: From `shiva_dit.models.attach.attachment_of(transformer)`.
         data: Samples with their conditioning.
         config: How much is flipped.
-        scheduler: That of the model's pipeline; needed where it is a diffusion schedule
-            (PixArt, DiT), not for flow matching.
+        scheduler: That of the model's pipeline; for a diffusion schedule (PixArt, DiT) alone.
         show_progress: Whether a bar counts samples and blocks.
 
     Returns:
         A plain record. Per estimator and group of tokens (all, selected, rejected): Spearman
-        correlation of its dL/dpi with the true effects, mean over samples and blocks and by
-        block, and the share of tokens whose sign it has right. Then dL/dk against finite
-        differences. None stands where an estimator says nothing.
+        correlation of its dL/dpi with the true effects, mean over samples and blocks and by block,
+        and the share of right signs. Then dL/dk against finite differences. None: nothing is said.
     """
     config = config or FlipConfig()
     run = _FlipTest(attachment, data, config, scheduler)
@@ -175,7 +174,8 @@ class _FlipTest:
         """Arguments of a sample at its time, the target of the loss, the teacher's updates."""
         t = (index + 0.5) / self.config.images
         picked = self.order[index % len(self.order)].view(1)
-        self.batch = batch = self.data.batch(picked, self.generator).to(self.device)
+        batch = without_references(self.data.batch(picked, self.generator)).to(self.device)
+        self.batch = batch
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
         times = torch.full((1,), t, device=self.device)
         spec = self.attachment.spec

@@ -22,6 +22,10 @@ BESIDE = "beside"
 """Name among a batch's conditioning, which no argument has: of channels that the model reads after
 those of the noisy sample, in the same argument (a mask, a picture to go by)."""
 
+REFERENCES = "references"
+"""Name there as well: of packed rows (B, R, C) of pictures to go by, which the model reads after
+those of the noisy sample."""
+
 TakeRows = Callable[[Any, Tensor, int], Any]
 """An argument, the chosen tokens (B, k) and N, to the argument for these tokens (`Rows`)."""
 
@@ -174,17 +178,29 @@ class ModelSpec:
         return {name: value for name, value in made.items() if value is not None}
 
     def arguments_of(self, noisy: Tensor, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        """Noisy samples and a batch's conditioning as the model takes them (`BESIDE` ...)."""
+        """Noisy samples and a batch's conditioning as the model takes them (`BESIDE` ...).
+
+        Raises:
+            ValueError: If there are references, and the model takes none.
+        """
         axis = self.channels or (-1 if noisy.ndim == 3 else 1)
         beside = conditioning.get(BESIDE)
         sample = noisy if beside is None else cat([noisy, beside.to(noisy)], dim=axis)
+        rows = conditioning.get(REFERENCES)
+        if rows is not None:
+            if self.references is None:
+                raise ValueError(
+                    f"{self.name} reads no pictures to go by behind its latents: leave "
+                    f'"{REFERENCES}" out of the conditioning.'
+                )
+            sample = cat([sample, rows.to(sample)], dim=1)
         if self.padded_like is not None:
             missing = conditioning[self.padded_like].shape[1] - sample.shape[1]
             sample = pad(sample, (0, 0, missing, 0))
         others = {
             name: list(value.unbind(1)) if name in self.by_layer else value
             for name, value in conditioning.items()
-            if name != BESIDE
+            if name not in (BESIDE, REFERENCES)
         }
         return {self.sample: sample, **others}
 

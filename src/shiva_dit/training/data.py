@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from shiva_dit.models.spec import REFERENCES
 from shiva_dit.training.route import Route
 
 
@@ -25,7 +26,8 @@ class Batch:
     (B, N, C), videos (B, C, F, H, W)."""
     conditioning: dict[str, Tensor]
     """Keyword arguments of the model's forward, batch first (text embeddings and the like); and
-    `BESIDE`, further channels that the model reads after those of the noisy latents."""
+    `BESIDE`, further channels that the model reads after those of the noisy latents, or
+    `REFERENCES`, packed rows of pictures to go by, which it reads after theirs."""
     shared: Mapping[str, Any] = field(default_factory=dict)
     """Further ones that are the same for all samples: position ids, rotary tables, sizes."""
     arguments: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None
@@ -34,6 +36,12 @@ class Batch:
     """Makes (B, C, H, W) of latents, where these have another layout."""
     route: Route | None = None
     """Where these samples are a model's own: the states on the way to them (`Trajectories`)."""
+
+    @property
+    def num_references(self) -> int:
+        """Image tokens of references."""
+        rows = self.conditioning.get(REFERENCES)
+        return 0 if rows is None else rows.shape[1]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""

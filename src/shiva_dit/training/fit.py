@@ -36,7 +36,7 @@ def fit_updates(student: Student, data: TrainingData) -> None:
         batch = data.batch(indices.take(size), generator).to(student.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
         t = schedule.law.at(stratified(size, generator)).to(student.device)
-        num_tokens = student.spec.tokens(student.model, batch.latents)
+        num_tokens = student.spec.tokens(student.model, batch.latents) + batch.num_references
         noisy = student.path.noisy(batch.latents, noise, t)
         with (
             student.as_teacher(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.methods.base import Reducer
 from shiva_dit.methods.registry import METHODS, Making, Shape
+from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.sampling import Sampler
 from shiva_dit.models.spec import ModelSpec
@@ -23,6 +25,7 @@ from shiva_dit.training.data import Batch
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import ShapeConfig
 
+logger = logging.getLogger("shiva_dit")
 Made = TypeVar("Made", bound=nn.Module)
 
 
@@ -30,6 +33,33 @@ def placed(module: Made, device: torch.device) -> Made:
     """A module on a device; one that is there isn't touched."""
     held = (*module.parameters(), *module.buffers())
     return module if all(one.device == device for one in held) else module.to(device)
+
+
+def check_given(config: TrainConfig, model: Any, sample: Batch) -> None:
+    """Raise a ValueError for a model or data that the recipe can't be run on.
+
+    Args:
+        config: The recipe.
+        model: The backbone.
+        sample: What it is given.
+    """
+    if attachment_of(model) is not None:
+        raise ValueError(
+            "the model has an adapter on: call shiva_dit.remove(model) before training."
+        )
+    narrow = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+    if config.backbone == "full" and narrow:
+        raise ValueError(
+            f'backbone = "full" trains the model\'s own weights, and some of these are '
+            f"{narrow.pop()}, which rounds small steps away: load the model in float32 and "
+            'train with precision = "bfloat16", or train a LoRA or DoRA, whose weights are '
+            "float32 always."
+        )
+    if config.reference_keep_ratio is not None and not sample.num_references:
+        logger.warning(
+            "shiva_dit: reference_keep_ratio is set, and the first sample of the data has no "
+            'references ("references" of its conditioning): nothing of them is learned from such.'
+        )
 
 
 def recompute(model: Any, sample: Batch) -> None:
@@ -119,6 +149,7 @@ def adapter_config(config: TrainConfig, model: Any) -> ShivaConfig:
     """What an adapter for a model is, by a recipe."""
     options: dict[str, Any] = {
         "keep_ratio": config.keep_ratio,
+        "reference_keep_ratio": config.reference_keep_ratio,
         "hidden": config.router.hidden,
         "normalize_inputs": config.router.normalize_inputs,
         "router_inputs": config.router.inputs,

@@ -77,6 +77,8 @@ class FlowMatching:
             found = torch.stack(found)
         if self.spec.returns_text:
             found = found[:, -num_tokens:]
+        if self.spec.references is not None:  # they come behind, and nobody asks what becomes
+            found = found[:, :num_tokens]
         return found if self.spec.noise_timestep > self.spec.clean_timestep else -found
 
     def solver(self, steps: int) -> tuple[Any, Float[Tensor, " n"]]:

@@ -12,6 +12,7 @@ from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.methods.registry import METHODS
 from shiva_dit.methods.settings import DiffCRConfig, DyDiTConfig, SparseDiTConfig
 from shiva_dit.models.base_dtype import BaseDtype
+from shiva_dit.models.references import check_reference_ratio
 from shiva_dit.training.settings import (
     LossConfig,
     OptimizerConfig,
@@ -54,6 +55,11 @@ class TrainConfig:
     keep_ratio: float = 0.6
     """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1); of
     "dydit" the share of FLOPs, of "sparsedit" that of the tokens in sparse blocks."""
+    reference_keep_ratio: float | None = None
+    """Share kept of the tokens of references (pictures to go by; `REFERENCES` of a batch) in every
+    prunable block, in (0, 1]: a budget of their own, flat over time and depth, beside `keep_ratio`,
+    which is then the target's; routers read which role a token has. Data with references need
+    it. Ours only."""
     backbone: BackboneKind = "dora"
     """What the joint stage does to the backbone: "frozen", "lora", "dora" or "full"."""
     base_dtype: BaseDtype = "as_given"
@@ -183,6 +189,13 @@ class TrainConfig:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}.")
 
     def _check_combination(self) -> None:
+        if self.reference_keep_ratio is not None:
+            check_reference_ratio(self.reference_keep_ratio)
+            if self.method != "shiva":
+                raise ValueError(
+                    f'reference_keep_ratio is for method = "shiva", not "{self.method}": leave it '
+                    "out."
+                )
         if self.start is not None and self.method != "shiva":
             raise ValueError(
                 f'start is an adapter\'s folder, and method = "{self.method}" has none.'

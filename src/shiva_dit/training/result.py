@@ -59,14 +59,20 @@ def cost(student: Student, schedule: Schedule, text_tokens: int) -> dict[str, An
         text_tokens: T, of the data.
     """
     num_tokens, attachment = student.planned_tokens, student.attachment
-    table = schedule.for_tokens(num_tokens)
+    table, beside = schedule.for_tokens(num_tokens), student.num_references
+    kept = attachment.counts.reference_row(beside) if beside else (0,) * schedule.num_blocks
+    every = num_tokens + beside
     try:
-        dense = model_flops(student.model, num_tokens, text_tokens).dense()
-        rows = [pruned_flops(attachment, num_tokens, text_tokens, row) for row in table.counts]
+        dense = model_flops(student.model, every, text_tokens).dense()
+        rows = [
+            pruned_flops(attachment, every, text_tokens, [*map(sum, zip(row, kept, strict=True))])
+            for row in table.counts
+        ]
     except ValueError as error:  # blocks that the config doesn't tell of
         return {"not_known": str(error)}
     return {
         "num_tokens": num_tokens,
+        "num_references": beside,
         "text_tokens": text_tokens,
         "keep_ratio": table.mean_keep_ratio,
         "flops_dense": dense,

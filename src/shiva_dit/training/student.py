@@ -19,7 +19,7 @@ from shiva_dit.core.time_law import UNIFORM, TimeLaw
 from shiva_dit.methods.base import Lesson, Mixture, Reducer, Selector
 from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.attach import attach, attachment_of, paused
+from shiva_dit.models.attach import attach, paused
 from shiva_dit.models.backbone import add_lora, enable_lora, remove_lora
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.features import BlockFeatures, record_blocks
@@ -28,10 +28,11 @@ from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.sharded import shard, sum_by_block
 from shiva_dit.models.spec import grid_of
+from shiva_dit.training.by_role import num_references
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
 from shiva_dit.training.guided import guided, passes_in_training
-from shiva_dit.training.making import made_adapter, made_reducer, placed, recompute
+from shiva_dit.training.making import check_given, made_adapter, made_reducer, placed, recompute
 from shiva_dit.training.objective import (
     denoising_loss,
     distillation_loss,
@@ -71,18 +72,7 @@ class Student:
         law: TimeLaw = UNIFORM,
         shard_on: torch.device | None = None,
     ) -> None:
-        if attachment_of(model) is not None:
-            raise ValueError(
-                "the model has an adapter on: call shiva_dit.remove(model) before training."
-            )
-        narrow = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
-        if config.backbone == "full" and narrow:
-            raise ValueError(
-                f'backbone = "full" trains the model\'s own weights, and some of these are '
-                f"{narrow.pop()}, which rounds small steps away: load the model in float32 and "
-                'train with precision = "bfloat16", or train a LoRA or DoRA, whose weights are '
-                "float32 always."
-            )
+        check_given(config, model, sample)
         self.config, self.model, self.generator, self.path = config, model, generator, path
         self._was = model.training, [(p, p.requires_grad) for p in model.parameters()]
         self._was_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
@@ -113,6 +103,8 @@ class Student:
         passes = passes_in_training(model, self.spec, config.guidance, sample)
         self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes)
         self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
+        self.num_references = num_references(config, sample)
+        """Tokens of references beside these, in the last batch."""
         last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every
         self.distilled = (*range(each - 1, last, each), last)
         whole = config.backbone == "full" and shard_on is None
@@ -158,6 +150,7 @@ class Student:
             self.adapter.schedule,
             updates=self.updates,
             select_every=made.select_every,
+            reference_keep_ratio=made.reference_keep_ratio,
             gate_values=config.estimator.needs_value_gate and self.learns_scores,
         )
 
@@ -179,6 +172,7 @@ class Student:
         """
         weights, scales, samples = self.weights, None, len(batch.latents)
         self.num_tokens = self.spec.tokens(self.model, batch.latents)
+        self.num_references = num_references(self.config, batch)
         part = part.for_tokens(self.num_tokens, self.planned_tokens)
         lesson = Lesson(progress=progress, generator=self.generator)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
@@ -194,7 +188,7 @@ class Student:
         with (
             self._in_training(part, lesson, teacher),
             record_blocks(
-                self.model, inputs=(), outputs=self.distilled, num_tokens=self.num_tokens
+                self.model, inputs=(), outputs=self.distilled, num_tokens=self.all_tokens
             ) as student,
             self.autocast(),
         ):
@@ -257,6 +251,11 @@ class Student:
         return own.repeat(times)
 
     @property
+    def all_tokens(self) -> int:
+        """Image tokens of the last batch: the target's and the references'."""
+        return self.num_tokens + self.num_references
+
+    @property
     def error_names(self) -> tuple[str, ...]:
         """What `loss` tells errors of."""
         if not self.needs_teacher:
@@ -277,7 +276,7 @@ class Student:
         updates = self.adapter.schedule.prunable_blocks if needs_updates else ()
         wanted = {*updates, *self.distilled}
         recorded = record_blocks(
-            self.teacher, inputs=updates, outputs=wanted, num_tokens=self.num_tokens
+            self.teacher, inputs=updates, outputs=wanted, num_tokens=self.all_tokens
         )
         with torch.no_grad(), self.as_teacher(), recorded as features, self.autocast():
             output = self.teacher(**arguments)

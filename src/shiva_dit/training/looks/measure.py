@@ -120,8 +120,8 @@ class Measure:
         ts = torch.full((len(rows),), t, device=device)
         noisy = student.path.noisy(batch.latents, noise, ts)
         arguments = student.calls.guided(noisy, ts, batch, scales, self.empty)
-        theirs = self._called(student.teacher, arguments, student.as_teacher())
-        ours = self._called(student.model, arguments, self._pruned(schedule, batch, t))
+        theirs = self._called(student.teacher, batch, arguments, student.as_teacher())
+        ours = self._called(student.model, batch, arguments, self._pruned(schedule, batch, t))
         pair = 0.0
         if scales is not None and student.calls.both_ways:
             pair = squared_error(guided(ours, scales), guided(theirs, scales)).item()
@@ -163,11 +163,11 @@ class Measure:
             ts = torch.full((count,), t, device=device)
             arguments = student.calls.guided(x, ts, batch, scales, self.empty)
             if schedule is None or kept is None:
-                out = self._called(student.teacher, arguments, student.as_teacher())
+                out = self._called(student.teacher, batch, arguments, student.as_teacher())
             else:
                 with kept.recorded():
                     pruned = self._pruned(schedule, batch, t)
-                    out = self._called(student.model, arguments, pruned)
+                    out = self._called(student.model, batch, arguments, pruned)
             if scales is not None and student.calls.both_ways:
                 out = guided(out, scales)
             out = out.float()
@@ -210,11 +210,17 @@ class Measure:
         return student.attachment.forwards.gated(forward)
 
     def _called(
-        self, model: Any, arguments: dict[str, Any], within: AbstractContextManager[None]
+        self,
+        model: Any,
+        batch: Batch,
+        arguments: dict[str, Any],
+        within: AbstractContextManager[None],
     ) -> Tensor:
         with within, self.student.autocast():
             output = model(**arguments)
-        return self.student.path.prediction(output, self.student.spec.tokens_of(model, arguments))
+        spec = self.student.spec
+        tokens = spec.tokens_of(model, arguments) - batch.num_references
+        return self.student.path.prediction(output, tokens)
 
 
 class _Kept:
@@ -250,6 +256,7 @@ class _Kept:
         def observe(block: int, chosen: Tensor) -> None:
             pruned.add(block)
             own = chosen[-self.count :].cpu()  # those with captions
+            own = own[own < self.tokens].view(self.count, -1)  # references lie behind
             self.sums[part].scatter_add_(1, own, torch.ones(own.shape))
 
         forwards = self.student.attachment.forwards
