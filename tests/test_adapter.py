@@ -18,7 +18,14 @@ from safetensors.torch import load_file, save_file
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.core.schedule import Schedule
-from shiva_dit.saved_folder import BACKBONE_FILE, CARD_FILE, CONFIG_FILE, LORA_FILE, WEIGHTS_FILE
+from shiva_dit.saved_folder import (
+    ALL_WEIGHTS,
+    BACKBONE_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    LORA_FILE,
+    WEIGHTS_FILE,
+)
 from tests import tiny
 
 KINDS_OF_BACKBONE = ("frozen", "lora", "dora", "full")
@@ -279,11 +286,11 @@ def test_a_truncated_or_binary_config_is_refused(tmp_path: Path) -> None:
         refused(tmp_path, r"config\.json is damaged")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_format_version_is_refused(version: Any, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     tiny.edit_config(tmp_path, format_version=version)
-    refused(tmp_path, rf"has format version {version}, this shiva-dit reads 1: upgrade")
+    refused(tmp_path, rf"has format version {version}, this shiva-dit reads 1 and 2: upgrade")
 
 
 @pytest.mark.parametrize("key", ["config", "schedule", "files", "training"])
@@ -427,7 +434,7 @@ def test_push_to_hub_uploads_what_save_writes(
         ("token", {"token": "secret"}),
         ("me/adapter", {"private": True, "exist_ok": True}),
         # Weights of an earlier adapter that this one doesn't have go.
-        ("me/adapter", {"delete_patterns": [WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE]}),
+        ("me/adapter", {"delete_patterns": list(ALL_WEIGHTS)}),
     ]
     for method, (_, options) in zip((real.create_repo, real.upload_folder), calls[1:], strict=True):
         assert set(options) <= set(inspect.signature(method).parameters)
@@ -450,7 +457,7 @@ def test_a_hub_id_is_downloaded_and_checked_like_a_folder(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = ShivaAdapter.from_pretrained("me/adapter", revision="v1", token="secret")
     assert same(loaded, made)
-    names = {CONFIG_FILE, WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE}
+    names = {CONFIG_FILE, *ALL_WEIGHTS}
     assert calls == [("me/adapter", {"revision": "v1", "token": "secret"}, names)]
 
     model = tiny.sd3()

@@ -32,10 +32,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 BACKBONE_FILE = "tuned_backbone.safetensors"
 CARD_FILE = "README.md"
 WEIGHTS_FILES = (WEIGHTS_FILE, LORA_FILE, BACKBONE_FILE)
+"""Of an adapter, or of the first part of several; `part_file` names those of the others."""
+PART_NAME = r"[a-z0-9]{1,20}(?:-[a-z0-9]{1,20}){0,3}(?:\.[0-9]{1,6})?"
+"""What a part may be called: nothing that could be a path, or the end of a file's name."""
+ALL_WEIGHTS = tuple(p for n in WEIGHTS_FILES for p in (n, n.replace(".safe", ".*.safe")))
+"""The same of all parts, as patterns for the Hub."""
 CARD_START = "---\nlibrary_name: diffusers\n"
 LARGEST_JSON = 2 * 2**20
 """Bytes of a config or of a weights file's header: far more than the largest models need, and
 few enough for any content to be read before it is judged."""
+_STEMS = "|".join(name.removesuffix(".safetensors") for name in WEIGHTS_FILES)
+_OURS = rf"(?:{_STEMS})(?:\.{PART_NAME})?\.safetensors|{re.escape(CARD_FILE)}"
+"""The files that are ours to write and to remove: weights of any part, and the card."""
+_BESIDE = re.compile(rf"\.({_OURS})\.(.+)", re.DOTALL)
 _STAGED = re.compile(r"[0-9a-f]{64}|new|removed|[a-z0-9_]{8}")
 """Ends the names of files that a save hasn't finished: a digest where the content is whole, eight
 letters in older versions."""
@@ -106,10 +115,25 @@ def commit(
             _settle(folder, _listed(folder))
 
 
-def weights_files(backbone: str) -> tuple[str, ...]:
-    """Names of the weights files of an adapter that did this to the backbone (`ShivaConfig`)."""
+def part_file(name: str, part: str | None) -> str:
+    """The name of a part's weights file; None: of the first part, or of an adapter without parts.
+
+    >>> part_file("diffusion_pytorch_model.safetensors", "low")
+    'diffusion_pytorch_model.low.safetensors'
+    """
+    return name if part is None else name.replace(".safetensors", f".{part}.safetensors")
+
+
+def weights_files(backbone: str, part: str | None = None) -> tuple[str, ...]:
+    """Names of the weights files of an adapter that did this to the backbone (`ShivaConfig`).
+
+    Args:
+        backbone: "frozen", "lora", "dora" or "full".
+        part: Of which part, as for `part_file`.
+    """
     tuned = {"full": BACKBONE_FILE, "lora": LORA_FILE, "dora": LORA_FILE}
-    return (WEIGHTS_FILE, tuned[backbone]) if backbone in tuned else (WEIGHTS_FILE,)
+    names = (WEIGHTS_FILE, tuned[backbone]) if backbone in tuned else (WEIGHTS_FILE,)
+    return tuple(part_file(name, part) for name in names)
 
 
 def check_place(folder: Path, weights: Iterable[str], remedy: str) -> dict[str, str]:
@@ -128,7 +152,8 @@ def check_place(folder: Path, weights: Iterable[str], remedy: str) -> dict[str, 
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file where an adapter's folder is expected. {remedy}")
-    for name in (CONFIG_FILE, *WEIGHTS_FILES, CARD_FILE):
+    weights = tuple(weights)
+    for name in (CONFIG_FILE, *dict.fromkeys((*WEIGHTS_FILES, *weights)), CARD_FILE):
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder where a file is expected. {remedy}")
     try:
@@ -158,22 +183,26 @@ def _listed(folder: Path) -> dict[str, str]:
     files = data.get("files")
     if not isinstance(files, dict):
         return {}
-    return {name: files[name] for name in (*WEIGHTS_FILES, CARD_FILE) if name in files}
+    return {name: digest for name, digest in files.items() if re.fullmatch(_OURS, name)}
 
 
 def _settle(folder: Path, listed: Mapping[str, str]) -> None:
     """Finish a save by what the config lists, or undo it: new files get their names, or go."""
-    for name in (*WEIGHTS_FILES, CARD_FILE):
-        for path in sorted(folder.glob(f".{name}.*")):
-            kind = path.name.removeprefix(f".{name}.")
-            if kind == listed.get(name):
-                path.replace(folder / name)
-            elif kind == "removed" and name not in listed:
-                (folder / name).unlink(missing_ok=True)
-                path.unlink()
-            elif _STAGED.fullmatch(kind):
-                path.unlink()
-        (folder / f"{WRITING}.{name}.new").unlink(missing_ok=True)
+    for path in sorted(folder.glob(".*")):
+        found = _BESIDE.fullmatch(path.name)
+        if found is None:
+            continue
+        name, kind = found[1], found[2]
+        if kind == listed.get(name):
+            path.replace(folder / name)
+        elif kind == "removed" and name not in listed:
+            (folder / name).unlink(missing_ok=True)
+            path.unlink()
+        elif _STAGED.fullmatch(kind):
+            path.unlink()
+    for path in sorted(folder.glob(f"{WRITING}.*.new")):
+        if re.fullmatch(_OURS, path.name.removeprefix(f"{WRITING}.").removesuffix(".new")):
+            path.unlink()
     sync(folder)
 
 

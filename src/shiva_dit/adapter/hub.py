@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from shiva_dit.saved_folder import CONFIG_FILE, WEIGHTS_FILES
+from shiva_dit.saved_folder import ALL_WEIGHTS, CONFIG_FILE
 
 
 def local_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
@@ -26,7 +26,7 @@ def local_folder(source: str | Path, revision: str | None, token: str | None) ->
 
     try:
         found = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=[CONFIG_FILE, *WEIGHTS_FILES]
+            name, revision=revision, token=token, allow_patterns=[CONFIG_FILE, *ALL_WEIGHTS]
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
@@ -43,5 +43,5 @@ def push(save: Callable[[str], object], repo_id: str, *, private: bool, token: s
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(WEIGHTS_FILES))
+        api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(ALL_WEIGHTS))
     return str(url)

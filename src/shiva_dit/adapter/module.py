@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from shiva_dit.adapter.config import ShivaConfig
+from shiva_dit.adapter.parts import EXPERTS, Grouping
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.shiva import ShivaSelector
 from shiva_dit.models.counted import model_widths
@@ -70,6 +72,8 @@ class AdapterModule(nn.Module):
         """Tuned weights of the backbone: the whole state ("full") or LoRA's ("lora", "dora")."""
         self.training_record: dict[str, Any] = {}
         """How it was trained: recipe, steps, provenance. Plain data."""
+        self.parts: Parts | None = None
+        """What belongs to it in one folder, such as the adapter of the other expert of Wan 2.2."""
 
     def selector(self) -> ShivaSelector:
         """The router as a selection method; shares its weights."""
@@ -86,6 +90,16 @@ class AdapterModule(nn.Module):
     def trained_for_guidance(self) -> tuple[float, float] | None:
         """Guidance scales, lowest and highest, that it was trained for; None: none."""
         return self._recorded("recipe", "guidance")
+
+    @property
+    def trained_expert(self) -> tuple[str, float | None] | None:
+        """Which of two transformers it was trained for, "high" or "low", and their boundary."""
+        record: Any = self.training_record
+        found = record.get("expert") if isinstance(record, Mapping) else None
+        if not isinstance(found, Mapping) or found.get("name") not in EXPERTS:
+            return None
+        boundary = found.get("boundary_ratio")
+        return str(found["name"]), boundary if isinstance(boundary, float) else None
 
     def _recorded(self, *keys: str) -> tuple[float, float] | None:
         """Two numbers of the training's record, where it holds them there."""
@@ -136,3 +150,25 @@ class AdapterModule(nn.Module):
                     + (f" ({config.base_model})" if config.base_model else "")
                     + f", the model has {name} = {found}: it was trained on another backbone."
                 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """The parts beside an adapter's own (`AdapterModule.parts`)."""
+
+    grouping: Grouping
+    others: Mapping[str, AdapterModule]
+    """By name, in order; none of them has parts."""
+
+    def __post_init__(self) -> None:
+        self.grouping.check_names(self.others)
+        for name, part in self.others.items():
+            if part.parts is not None:
+                raise ValueError(f"{name} has parts itself: pass each of them alone.")
+
+
+def named_parts(adapter: AdapterModule) -> Iterator[tuple[str | None, AdapterModule]]:
+    """All parts of an adapter and their names in its folder: itself first, without one."""
+    yield None, adapter
+    if adapter.parts is not None:
+        yield from adapter.parts.others.items()

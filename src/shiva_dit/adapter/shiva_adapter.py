@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from shiva_dit.adapter.card import model_card
 from shiva_dit.adapter.hub import local_folder, push
-from shiva_dit.adapter.module import AdapterModule
+from shiva_dit.adapter.module import AdapterModule, Parts
+from shiva_dit.adapter.parts import EXPERTS, Grouping
 from shiva_dit.adapter.storage import read, write
 
 
@@ -39,6 +42,62 @@ class ShivaAdapter(AdapterModule):
         return push(self.save_pretrained, repo_id, private=private, token=token)
 
     @classmethod
+    def of_experts(
+        cls,
+        high: ShivaAdapter | str | Path,
+        low: ShivaAdapter | str | Path,
+        *,
+        boundary_ratio: float | None = None,
+    ) -> ShivaAdapter:
+        """One adapter of those of a pipeline's two transformers (Wan 2.2): one folder, one `apply`.
+
+        Args:
+            high: For `transformer`, which takes the noisy steps; an adapter or its folder.
+            low: For `transformer_2`, which takes the others.
+            boundary_ratio: Where they meet, in (0, 1), as in the pipeline's config: where it is
+                another, `apply` warns. By default what their training recorded, if it did.
+
+        Returns:
+            The high one with the low one as its part; weights are shared with both, not copied.
+
+        Raises:
+            ValueError: If they are for different classes, were trained for other experts or for
+                other boundaries, or hold parts themselves; if `boundary_ratio` is none.
+        """
+        given = [
+            one if isinstance(one, ShivaAdapter) else cls.from_pretrained(one)
+            for one in (high, low)
+        ]
+        grouping = _experts(given[0], given[1], boundary_ratio)
+        made = given[0].without_parts()
+        made.parts = Parts(grouping=grouping, others={"low": given[1]})
+        return made
+
+    def part(self, name: str) -> ShivaAdapter:
+        """One part of an adapter of several, such as "high" or "low" of `of_experts`.
+
+        Raises:
+            ValueError: If there is no such part.
+        """
+        own = None if self.parts is None else self.parts.grouping.first
+        others = {} if self.parts is None else self.parts.others
+        if name == own:
+            return self.without_parts()
+        if name not in others:
+            known = ", ".join([own, *others]) if own is not None else "none"
+            raise ValueError(f"the adapter has no part {name!r}; its parts: {known}.")
+        return others[name]  # type: ignore[return-value]
+
+    def without_parts(self) -> ShivaAdapter:
+        """A twin of this adapter without its other parts; weights are shared, not copied."""
+        with torch.device("meta"):
+            made = ShivaAdapter(self.config, self.schedule)
+        made.load_state_dict(self.state_dict(), assign=True)
+        made.backbone_weights = self.backbone_weights
+        made.training_record = self.training_record
+        return made.train(self.training)
+
+    @classmethod
     def from_pretrained(
         cls, source: str | Path, *, revision: str | None = None, token: str | None = None
     ) -> ShivaAdapter:
@@ -54,3 +113,35 @@ class ShivaAdapter(AdapterModule):
                 belongs to something else. The error names the file and the reason.
         """
         return read(local_folder(source, revision, token), cls)
+
+
+def _experts(
+    high: AdapterModule, low: AdapterModule, boundary_ratio: float | None = None
+) -> Grouping:
+    """How two adapters are a pipeline's two experts.
+
+    Args:
+        high: For the noisy steps.
+        low: For the others.
+        boundary_ratio: As in the pipeline's config; what their training recorded by default.
+
+    Raises:
+        ValueError: If they can't be.
+    """
+    classes = [one.config.base_model_class for one in (high, low)]
+    if classes[0] != classes[1]:
+        raise ValueError(f"two experts are of one class, got {' and '.join(classes)}.")
+    known = {} if boundary_ratio is None else {"boundary_ratio=": boundary_ratio}
+    for name, one in zip(EXPERTS, (high, low), strict=True):
+        trained = one.trained_expert
+        if trained is None:
+            continue
+        expert, boundary = trained
+        if expert != name:
+            raise ValueError(f"the adapter given for {name!r} was trained for {expert!r}.")
+        if boundary is not None:
+            known[name] = boundary
+    if len(set(known.values())) > 1:
+        said = ", ".join(f"{name}: {value:g}" for name, value in known.items())
+        raise ValueError(f"the experts don't meet at one boundary_ratio ({said}).")
+    return Grouping(kind="experts", first="high", boundary_ratio=next(iter(known.values()), None))

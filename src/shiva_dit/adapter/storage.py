@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shiva_dit.adapter.config import ShivaConfig, lora_metadata
-from shiva_dit.adapter.module import AdapterModule
+from shiva_dit.adapter.module import AdapterModule, Parts, named_parts
+from shiva_dit.adapter.parts import Grouping
 from shiva_dit.config import from_dict, to_dict
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.backbone import first_not_finite
@@ -23,21 +24,21 @@ from shiva_dit.modules.context import check_groups
 from shiva_dit.ownership import locked_folder
 from shiva_dit.provenance import data_digest, load_tensors
 from shiva_dit.saved_folder import (
-    BACKBONE_FILE,
     CLASS_NAME,
     CONFIG_FILE,
     LORA_FILE,
-    WEIGHTS_FILE,
     Header,
     commit,
     plain_config,
     read_header,
     weights_file,
+    weights_files,
 )
 
 A = TypeVar("A", bound=AdapterModule)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, VERSION_WITH_PARTS = 1, 2
+"""An adapter without parts is written as the first versions of the package read it."""
 TUNED_DTYPES = ("F16", "BF16", "F32", "F64")
 """What a tuned backbone may be saved in, in safetensors' words."""
 _GROUP = re.compile(r"\.groups\.(\d{1,9})\.")
@@ -51,29 +52,59 @@ def write(adapter: AdapterModule, folder: Path, card: str) -> None:
         folder: Made if it isn't there.
         card: The folder's README.md.
     """
-    kind = adapter.config.backbone
-    if bool(adapter.backbone_weights) != (kind != "frozen"):
-        raise ValueError(
-            f"the config says backbone = {kind!r}, the adapter holds "
-            f"{len(adapter.backbone_weights)} tensors of a tuned backbone: set "
-            "adapter.backbone_weights, or the config's backbone, before saving."
-        )
-    data = {
+    data: dict[str, Any] = {
         "_class_name": CLASS_NAME,
-        "format_version": FORMAT_VERSION,
-        "config": to_dict(adapter.config),
-        "schedule": json.loads(adapter.schedule.to_json()),
-        "training": adapter.training_record,
+        "format_version": FORMAT_VERSION if adapter.parts is None else VERSION_WITH_PARTS,
     }
+    writers: dict[str, Callable[[Path], None]] = {}
+    said = {}
+    for name, part in named_parts(adapter):
+        said[name] = _said(part, name)
+        writers |= _writers(part, name)
+    data |= said.pop(None)
+    if adapter.parts is not None:
+        data["parts"] = {**to_dict(adapter.parts.grouping), "others": said}
     data_digest(data)  # what can't be written is refused before anything is
-    files = {WEIGHTS_FILE: adapter.state_dict()}
-    if adapter.backbone_weights:
-        name = BACKBONE_FILE if kind == "full" else LORA_FILE
-        files[name] = adapter.backbone_weights
     folder.mkdir(parents=True, exist_ok=True)
     with locked_folder(folder):
-        writers = {name: _writer(adapter.config, name, state) for name, state in files.items()}
         commit(folder, data, writers, card)
+
+
+def files_of(adapter: AdapterModule) -> tuple[str, ...]:
+    """Names of all its weights files."""
+    parts = named_parts(adapter)
+    return tuple(n for name, part in parts for n in weights_files(part.config.backbone, name))
+
+
+def _said(part: AdapterModule, name: str | None) -> dict[str, Any]:
+    """What the config says of a part."""
+    kind = part.config.backbone
+    if bool(part.backbone_weights) != (kind != "frozen"):
+        raise ValueError(
+            f"the config{_of(name)} says backbone = {kind!r}, the adapter holds "
+            f"{len(part.backbone_weights)} tensors of a tuned backbone: set "
+            "adapter.backbone_weights, or the config's backbone, before saving."
+        )
+    return {
+        "config": to_dict(part.config),
+        "schedule": json.loads(part.schedule.to_json()),
+        "training": part.training_record,
+    }
+
+
+def _of(name: str | None) -> str:
+    """Of which part, for errors."""
+    return "" if name is None else f" of {name}"
+
+
+def _writers(part: AdapterModule, name: str | None) -> dict[str, Callable[[Path], None]]:
+    """By name of the file, what writes a part's weights."""
+    states = (part.state_dict(), part.backbone_weights)
+    own, files = weights_files(part.config.backbone), weights_files(part.config.backbone, name)
+    return {
+        file: _writer(part.config, kind, state)
+        for file, kind, state in zip(files, own, states, strict=False)
+    }
 
 
 def _writer(config: ShivaConfig, name: str, state: Mapping[str, Tensor]) -> Callable[[Path], None]:
@@ -98,29 +129,61 @@ def read(folder: Path, kind: type[A]) -> A:
 
 def _read(folder: Path, kind: type[A], data: Mapping[str, Any]) -> A:
     """The adapter that a folder's checked config describes."""
-    where = str(folder / CONFIG_FILE)
-    config = from_dict(ShivaConfig, data["config"], where=where)
-    schedule = _read_schedule(data["schedule"], config, where)
-    path = weights_file(folder, WEIGHTS_FILE, data["files"])
+    adapter = _read_part(folder, kind, data, data["files"])
+    if data["format_version"] == VERSION_WITH_PARTS:
+        where = f"{folder / CONFIG_FILE}.parts"
+        said = dict(data["parts"])
+        others = said.pop("others", None)
+        if not isinstance(others, dict):
+            raise ValueError(f"{where}: 'others' is missing.")
+        grouping = from_dict(Grouping, said, where=where)
+        try:
+            grouping.check_names(others)  # before any becomes a path
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        for name, part in others.items():
+            _check_part(part, f"{where}.others.{name}")
+        adapter.parts = Parts(
+            grouping=grouping,
+            others={
+                name: _read_part(folder, kind, others[name], data["files"], name)
+                for name in sorted(others, key=grouping.place)
+            },
+        )
+    return adapter
+
+
+def _read_part(
+    folder: Path,
+    kind: type[A],
+    said: Mapping[str, Any],
+    digests: Mapping[str, Any],
+    name: str | None = None,
+) -> A:
+    """One part: the first, whose name is None, or another."""
+    where = str(folder / CONFIG_FILE) + ("" if name is None else f".parts.others.{name}")
+    config = from_dict(ShivaConfig, said["config"], where=where)
+    schedule = _read_schedule(said["schedule"], config, where)
+    files = weights_files(config.backbone, name)
+    path = weights_file(folder, files[0], digests)
     header = read_header(path)
     try:
-        _check_sizes(config, header, folder / WEIGHTS_FILE)
+        _check_sizes(config, header, folder / files[0])
         with torch.device("meta"):  # nothing is allocated for sizes that no file has
             adapter = kind(config, schedule)
     except (ValueError, RuntimeError) as error:  # torch: a tensor of more than 2^63 bytes
         raise ValueError(f"{where}: {error}") from error
     tuned = None
     if config.backbone != "frozen":
-        name = BACKBONE_FILE if config.backbone == "full" else LORA_FILE
-        tuned = weights_file(folder, name, data["files"])
-        _check_tuned(config, read_header(tuned), folder / name)
-    _load_strictly(adapter, load_tensors(path), folder)
+        tuned = weights_file(folder, files[1], digests)
+        _check_tuned(config, read_header(tuned), folder / files[1])
+    _load_strictly(adapter, load_tensors(path), folder / files[0])
     if tuned is not None:
         adapter.backbone_weights = load_tensors(tuned)
         broken = first_not_finite(adapter.backbone_weights)
         if broken is not None:
             raise ValueError(f"{tuned}: {broken} holds values that are not finite.")
-    adapter.training_record = data["training"]
+    adapter.training_record = said["training"]
     return adapter.eval()
 
 
@@ -144,12 +207,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if found != CLASS_NAME:
         raise ValueError(f"{path} describes {found or 'something else'}, not a {CLASS_NAME}.")
     version = data.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, VERSION_WITH_PARTS):
         raise ValueError(
-            f"{path} has format version {version}, this shiva-dit reads {FORMAT_VERSION}: "
+            f"{path} has format version {version}, this shiva-dit reads {FORMAT_VERSION} and "
+            f"{VERSION_WITH_PARTS}: "
             "upgrade shiva-dit, or train the adapter again."
         )
-    for key in ("config", "schedule", "files", "training"):
+    _check_part(data, str(path))
+    for key in ("files", *(("parts",) if version == VERSION_WITH_PARTS else ())):
         if not isinstance(data.get(key), dict):
             raise ValueError(f"{path} is damaged: {key!r} is missing.")
     if data.pop("digest", None) != data_digest(data):
@@ -158,6 +223,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "schedule= or keep_ratio= to shiva_dit.apply; for anything else save the adapter again."
         )
     return data
+
+
+def _check_part(said: Any, where: str) -> None:
+    """Raise unless a part of a config has its tables."""
+    for key in ("config", "schedule", "training"):
+        if not isinstance(said, dict) or not isinstance(said.get(key), dict):
+            raise ValueError(f"{where} is damaged: {key!r} is missing.")
 
 
 def _read_schedule(data: dict[str, Any], config: ShivaConfig, where: str) -> Schedule:
@@ -227,17 +299,14 @@ def _check_tuned(config: ShivaConfig, header: Header, path: Path) -> None:
             )
 
 
-def _load_strictly(adapter: AdapterModule, state: dict[str, Tensor], folder: Path) -> None:
+def _load_strictly(adapter: AdapterModule, state: dict[str, Tensor], path: Path) -> None:
     """Give an adapter its weights, whose names and shapes have been checked."""
     own = adapter.state_dict()
     for name, value in state.items():
         if value.dtype != own[name].dtype:
-            raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {name} is {value.dtype}, "
-                f"an adapter is {own[name].dtype}."
-            )
+            raise ValueError(f"{path}: {name} is {value.dtype}, an adapter is {own[name].dtype}.")
         if not torch.isfinite(value).all():
-            raise ValueError(f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite.")
+            raise ValueError(f"{path}: {name} holds values that are not finite.")
     # Tensors of a file begin anywhere in its memory, and kernels round by how theirs is aligned: in
     # memory of their own they give what the saved adapter gave, to the bit.
     adapter.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.adapter.config import lora_metadata
+from shiva_dit.api.experts import dealt
 from shiva_dit.config import finite_number, whole_number
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import attachment_of, exchange
@@ -26,6 +27,10 @@ from shiva_dit.models.tuned import TunedBackbone
 
 logger = logging.getLogger("shiva_dit")
 T = TypeVar("T")
+_TIMES_OF_TWO = (
+    "timesteps name the calls of one model, and two share the steps of this pipeline: "
+    "leave them out; its scheduler says what time it is."
+)
 
 
 def apply(
@@ -61,7 +66,8 @@ def apply(
 
     Args:
         target: A diffusers pipeline, or its transformer.
-        adapter: A `ShivaAdapter`, a folder, or a Hub id "user/name".
+        adapter: A `ShivaAdapter`, a folder, or a Hub id "user/name"; one of two experts
+            (`ShivaAdapter.of_experts`) goes to both transformers of a pipeline.
         schedule: Keep ratios to use instead of the adapter's.
         keep_ratio: Mean keep ratio in (0, 1] to move the adapter's policy to; 1 keeps all tokens.
             Far from what the adapter was trained for (`ShivaAdapter.trained_for`), a warning is
@@ -84,7 +90,8 @@ def apply(
             then costs nothing, and the model's own weights lie on the host until `remove`. False
             leaves them alone, for adapters that are switched often.
         transformer_2: The adapter of the pipeline's second transformer, where it has one (Wan
-            2.2); else that one stays dense. All other options hold for both.
+            2.2); without it, and with an adapter of one, that one stays dense. All other options
+            hold for both.
         revision: Branch, tag or commit, for a Hub id.
         token: For private repositories on the Hub.
 
@@ -98,15 +105,19 @@ def apply(
         RuntimeError: If an earlier adapter can't be taken off (see `remove`).
     """
     models = transformers_of(target)
-    _check_second(target, models, transformer_2, timesteps)
+    if transformer_2 is not None and timesteps is not None and len(models) > 1:
+        raise ValueError(_TIMES_OF_TWO)
     numbers = {"multiple": multiple, "segments": segments, "select_every": select_every}
     _check_numbers(schedule, keep_ratio, numbers)
+
+    def read(source: str | Path) -> ShivaAdapter:
+        return ShivaAdapter.from_pretrained(source, revision=revision, token=token)
+
     made = []
-    for model, source in zip(models, (adapter, transformer_2), strict=False):
-        if source is None:
-            continue
-        if not isinstance(source, ShivaAdapter):
-            source = ShivaAdapter.from_pretrained(source, revision=revision, token=token)
+    found = dealt(target, models, adapter, transformer_2, read)
+    if timesteps is not None and len(found) > 1:
+        raise ValueError(_TIMES_OF_TWO)
+    for model, source in zip(models, found, strict=False):
         source.check_fits(model)
         _check_weights(source)
         attachment = Attachment(
@@ -155,27 +166,6 @@ def _check_numbers(schedule: object, keep_ratio: Any, numbers: Mapping[str, Any]
         finite_number("keep_ratio", keep_ratio)
     if not 0.0 < keep_ratio <= 1.0:
         raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
-
-
-def _check_second(
-    target: Any, models: Sequence[Any], adapter: object, timesteps: Sequence[float] | None
-) -> None:
-    """Whether an adapter for a second transformer has one to go to, and the other way round."""
-    if adapter is not None and len(models) == 1:
-        raise ValueError(
-            f"transformer_2 was passed, but {type(target).__name__} has one transformer alone: "
-            "pass one adapter."
-        )
-    if adapter is not None and timesteps is not None:
-        raise ValueError(
-            "timesteps name the calls of one model, and two share the steps of this pipeline: "
-            "leave them out; its scheduler says what time it is."
-        )
-    if adapter is None and len(models) > 1:
-        logger.warning(
-            "shiva_dit: the pipeline's second transformer stays dense: pass its adapter as "
-            "apply(pipe, adapter, transformer_2=...)."
-        )
 
 
 def _schedule(

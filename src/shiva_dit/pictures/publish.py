@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.adapter.hub import push
-from shiva_dit.adapter.storage import write
+from shiva_dit.adapter.module import AdapterModule, named_parts
+from shiva_dit.adapter.storage import files_of, write
 from shiva_dit.config import from_dict
 from shiva_dit.ownership import check_folder
 from shiva_dit.pictures.generate import Generation, generate
@@ -27,7 +28,7 @@ from shiva_dit.pictures.hub_card import Facts, hub_card
 from shiva_dit.pictures.prompts import Prompt
 from shiva_dit.pictures.putting import Served
 from shiva_dit.provenance import read_as, read_json, read_text, write_atomically
-from shiva_dit.saved_folder import CARD_FILE, CONFIG_FILE, check_place, weights_files
+from shiva_dit.saved_folder import CARD_FILE, CONFIG_FILE, check_place
 from shiva_dit.training.log import LOG_FILE, read_log
 from shiva_dit.training.looks.drawn import Row, draw_curves, draw_look
 from shiva_dit.training.looks.looks import CURVES
@@ -89,10 +90,11 @@ def publish(
     if whole.name == ADAPTER and (whole.parent / RUN_FILE).is_file():
         raise ValueError(f"{out} is the adapter of another run: take another folder.")
     adapter = ShivaAdapter.from_pretrained(folder)
-    check_place(out, weights_files(adapter.config.backbone), "Take an empty folder.")
+    check_place(out, files_of(adapter), "Take an empty folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
         raise ValueError(f"{out} holds something else already: take an empty folder.")
-    _rid_of_places(adapter, base_model)
+    for _, part in named_parts(adapter):
+        _rid_of_places(part, base_model)
     with tempfile.TemporaryDirectory() as made:  # what fails leaves the folder as it was
         beside = Path(made)
         lies = _pictures(run, folder, beside, adapter)
@@ -250,7 +252,7 @@ def _examples(
 # --- places -----------------------------------------------------------------------------------
 
 
-def _rid_of_places(adapter: ShivaAdapter, base_model: str | None) -> None:
+def _rid_of_places(adapter: AdapterModule, base_model: str | None) -> None:
     """Take what names a place on this machine out of an adapter's record."""
     given = base_model or adapter.config.base_model
     known = given is not None and bool(HUB_ID.fullmatch(given)) and not Path(given).exists()

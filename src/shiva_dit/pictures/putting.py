@@ -9,6 +9,7 @@ import torch
 
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter
+from shiva_dit.adapter.module import named_parts
 from shiva_dit.config import check_types, finite_number, to_dict
 from shiva_dit.methods.registry import METHODS, Making
 from shiva_dit.models.correction import HALF_LIFE, WholeSteps
@@ -107,9 +108,12 @@ class Served:
 
 def adapter_digest(adapter: ShivaAdapter) -> str:
     """SHA-256 of all content of an adapter that decides what it does, wherever it was saved."""
-    tuned = {f"backbone.{name}": value for name, value in adapter.backbone_weights.items()}
-    weights = tensors_digest(sorted({**adapter.state_dict(), **tuned}.items()))
-    return data_digest([to_dict(adapter.config), adapter.schedule.to_json(), weights])
+    said: list[Any] = []
+    for _, part in named_parts(adapter):
+        tuned = {f"backbone.{name}": value for name, value in part.backbone_weights.items()}
+        weights = tensors_digest(sorted({**part.state_dict(), **tuned}.items()))
+        said += [to_dict(part.config), part.schedule.to_json(), weights]
+    return data_digest(said)
 
 
 def put_method_on(model: Any, method: str, keep_ratio: float, *, seed: int = 0) -> None:
