@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.cli.command_line import main
 from shiva_dit.experiments.frontier import choose as module
 from shiva_dit.experiments.frontier.choose import (
@@ -130,6 +131,9 @@ def test_ratios_of_an_adapter_for_a_range_are_tried_by_themselves(tmp_path: Path
         adapter = tiny.adapter(tiny.sd3(), target_range=trained)
         adapter.save_pretrained(tmp_path)
         assert keep_ratios_of(str(tmp_path)) == ratios
+    joined = [tiny.adapter(tiny.sd3(), keep_ratio=ratio) for ratio in (0.4, 0.8, 0.3)]
+    ShivaAdapter.of_budgets(*joined).save_pretrained(tmp_path)
+    assert keep_ratios_of(str(tmp_path)) == (0.3, 0.4, 0.8)
 
 
 def test_the_snippet_is_code_that_does_it() -> None:

@@ -319,9 +319,12 @@ def test_signals_end_any_command_with_their_status(
     assert main(words) == 128 + number
     assert undone == ["yes"]
     assert signal.getsignal(number) == before
-    assert (
-        "Go on with:\n  .venv/bin/shiva-dit encode pictures --pipeline p" in capsys.readouterr().err
-    )
+    again = ":\n  .venv/bin/shiva-dit encode pictures --pipeline p --out o\n"
+    assert f"Go on with{again}" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words) == 128 + number
+    launched = ", by the launcher that started these 2 processes"
+    assert f"Go on with{launched}{again}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -315,8 +315,18 @@ def test_what_ships_was_made_by_the_recipes_that_ship(name: str, last: str) -> N
     record = json.loads((ASSETS / record_file(task)).read_text())
     assert from_dict(BaseTraining, record["config"]) == base
     recipe = load_recipe(TrainConfig, ROOT / f"recipes/{last}.toml")
-    made = ShivaAdapter.from_pretrained(shipped_adapter(task)).training_record["recipe"]
+    shipped = ShivaAdapter.from_pretrained(shipped_adapter(task))
+    made = shipped.training_record["recipe"]
     assert from_dict(TrainConfig, {**made, "out": str(recipe.out)}) == recipe
+    for part in shipped.budgets:
+        made = part.training_record["recipe"]
+        command = next(
+            line.split()[4:-1]
+            for line in (ROOT / f"recipes/{name}-budgets.toml").read_text().splitlines()
+            if f"keep_ratio={made['keep_ratio']} " in line
+        )
+        recipe = load_recipe(TrainConfig, ROOT / f"recipes/{name}-budgets.toml", command)
+        assert from_dict(TrainConfig, {**made, "out": str(recipe.out)}) == recipe
 
 
 def test_the_digits_base_is_the_default() -> None:

@@ -36,9 +36,16 @@ def _about(adapter: AdapterModule) -> str:
         return f"{blocks} {_kept(adapter)}"
     parts, grouping = adapter.parts, adapter.parts.grouping
     named = {grouping.first: adapter, **parts.others}
+    lines = [f"- {name}: " + _kept(part).replace("\n", " ") for name, part in named.items()]
+    if grouping.kind == "budgets":
+        low, high = adapter.trained_for
+        intro = (
+            f"For mean keep ratios from {low:g} to {high:g}, as `apply(..., keep_ratio=...)` asks: "
+            f"weights between those that were trained. Without one it is {grouping.first}. {blocks}"
+        )
+        return "\n".join([intro, "", *lines])
     at = grouping.boundary_ratio
     meet = "" if at is None else f", which meet at `boundary_ratio = {at:g}`"
-    lines = [f"- {name}: " + _kept(part).replace("\n", " ") for name, part in named.items()]
     intro = f'For both transformers of the pipeline, "high" for the noisy steps{meet}. {blocks}'
     return "\n".join([intro, "", *lines])
 

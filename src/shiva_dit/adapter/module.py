@@ -80,9 +80,19 @@ class AdapterModule(nn.Module):
         return ShivaSelector(self.router)
 
     @property
+    def budgets(self) -> tuple[AdapterModule, ...]:
+        """Those for other keep ratios that it is joined with (`ShivaAdapter.of_budgets`)."""
+        if self.parts is None or self.parts.grouping.kind != "budgets":
+            return ()
+        return tuple(self.parts.others.values())
+
+    @property
     def trained_for(self) -> tuple[float, float]:
         """Mean keep ratios, lowest and highest, that it was trained for."""
         own = self.config.keep_ratio
+        if self.budgets:
+            all_of_them = own, *(each.config.keep_ratio for each in self.budgets)
+            return min(all_of_them), max(all_of_them)
         recorded = self._recorded("recipe", "policy", "target_range")  # all that older ones have
         return self.config.target_range or recorded or (own, own)
 
@@ -122,7 +132,7 @@ class AdapterModule(nn.Module):
         trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         logger.warning(
             "shiva_dit: the adapter was trained for a mean keep ratio of %s and is asked for %.3g: "
-            "%s Train one for that ratio, or for a range (policy.target_range).",
+            "%s Train one for that ratio, and join them (shiva-dit join).",
             trained,
             mean,
             "pictures soon get much worse below what was trained for."

@@ -20,8 +20,9 @@ MOST_PARTS = 16
 class Grouping:
     """What the parts of a folder are to each other; as it stands in its config."""
 
-    kind: Literal["experts"]
-    """ "experts": of one pipeline's two transformers, "high" and "low"."""
+    kind: Literal["experts", "budgets"]
+    """ "experts": of one pipeline's two transformers, "high" and "low"; "budgets": of one model at
+    keep ratios of their own, such as "keep-0.3"."""
     first: str
     """Name of the part that has the folder's usual files."""
     boundary_ratio: float | None = None
@@ -56,3 +57,12 @@ class Grouping:
     def place(self, name: str) -> tuple[int, str]:
         """What parts are sorted by: a config's keys are sorted by letter."""
         return (EXPERTS.index(name) if self.kind == "experts" else 0, name)  # type: ignore[arg-type]
+
+
+def budget_name(keep_ratio: float) -> str:
+    """What the part for a keep ratio is called.
+
+    >>> budget_name(0.3)
+    'keep-0.3'
+    """
+    return f"keep-{keep_ratio:g}"

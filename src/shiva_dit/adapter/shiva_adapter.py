@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from shiva_dit.adapter import budgets
 from shiva_dit.adapter.card import model_card
 from shiva_dit.adapter.hub import local_folder, push
 from shiva_dit.adapter.module import AdapterModule, Parts
@@ -96,6 +98,39 @@ class ShivaAdapter(AdapterModule):
         made.backbone_weights = self.backbone_weights
         made.training_record = self.training_record
         return made.train(self.training)
+
+    @classmethod
+    def of_budgets(cls, adapter: ShivaAdapter, *others: ShivaAdapter) -> ShivaAdapter:
+        """One adapter of several, each trained for a keep ratio of its own.
+
+        It is saved as one folder. `shiva_dit.apply(pipe, it, keep_ratio=...)` takes the one that
+        was trained for that ratio, or weights between those of its neighbours (`at`).
+
+        Args:
+            adapter: What is taken where no keep ratio is asked for.
+            *others: For other keep ratios, trained from one adapter with it (the recipe's
+                `start`), so that there is a way between their weights.
+
+        Returns:
+            The first with the others as its parts; weights are shared with all, not copied.
+
+        Raises:
+            ValueError: If they differ in anything but keep ratio and weights.
+        """
+        made = adapter.without_parts()
+        made.parts = budgets.budgets_of(adapter, others)
+        return made
+
+    def at(self, keep_ratio: float) -> ShivaAdapter:
+        """The adapter for a mean keep ratio in (0, 1]; itself where it is joined of no others.
+
+        Raises:
+            ValueError: Between two DoRAs, or if the ratio lies outside its range.
+        """
+        if not 0.0 < keep_ratio <= 1.0:
+            raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}: the share KEPT.")
+        others: Any = self.budgets
+        return budgets.at((self.without_parts(), *others), keep_ratio) if others else self
 
     @classmethod
     def from_pretrained(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shiva_dit.adapter.budgets import budgets_of
 from shiva_dit.adapter.config import ShivaConfig, lora_metadata
 from shiva_dit.adapter.module import AdapterModule, Parts, named_parts
 from shiva_dit.adapter.parts import Grouping
@@ -143,14 +144,26 @@ def _read(folder: Path, kind: type[A], data: Mapping[str, Any]) -> A:
             raise ValueError(f"{where}: {error}") from error
         for name, part in others.items():
             _check_part(part, f"{where}.others.{name}")
-        adapter.parts = Parts(
-            grouping=grouping,
-            others={
-                name: _read_part(folder, kind, others[name], data["files"], name)
-                for name in sorted(others, key=grouping.place)
-            },
-        )
+        read_ones = {
+            name: _read_part(folder, kind, others[name], data["files"], name)
+            for name in sorted(others, key=grouping.place)
+        }
+        adapter.parts = _parts(adapter, grouping, read_ones, where)
     return adapter
+
+
+def _parts(adapter: A, grouping: Grouping, others: Mapping[str, A], where: str) -> Parts:
+    """What belongs to an adapter, checked against what it is said to be."""
+    if grouping.kind == "experts":
+        return Parts(grouping=grouping, others=others)
+    try:
+        found = budgets_of(adapter, list(others.values()))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    names = [found.grouping.first, *found.others]
+    if sorted(names) != sorted((grouping.first, *others)):
+        raise ValueError(f"{where}: by their keep ratios the parts would be {', '.join(names)}.")
+    return found
 
 
 def _read_part(

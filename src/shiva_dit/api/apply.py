@@ -70,6 +70,7 @@ def apply(
             (`ShivaAdapter.of_experts`) goes to both transformers of a pipeline.
         schedule: Keep ratios to use instead of the adapter's.
         keep_ratio: Mean keep ratio in (0, 1] to move the adapter's policy to; 1 keeps all tokens.
+            One that is joined of several (`ShivaAdapter.of_budgets`) has its weights for it.
             Far from what the adapter was trained for (`ShivaAdapter.trained_for`), a warning is
             logged.
         multiple: Round the number of tokens kept to a multiple of this; the adapter's by default.
@@ -119,6 +120,8 @@ def apply(
         raise ValueError(_TIMES_OF_TWO)
     for model, source in zip(models, found, strict=False):
         source.check_fits(model)
+        asked = keep_ratio if schedule is None else schedule.mean_keep_ratio
+        source = source if asked is None else source.at(asked)
         _check_weights(source)
         attachment = Attachment(
             model,

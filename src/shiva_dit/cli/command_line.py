@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from shiva_dit.cli import (
     training,
 )
 from shiva_dit.cli.errors import FORESEEN, foreseen
-from shiva_dit.cli.options import program
+from shiva_dit.cli.options import going_on
 from shiva_dit.signals import Stopped, handled, stop
 
 
@@ -43,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         print("\nshiva-dit: interrupted.", file=sys.stderr)
         if getattr(options, "goes_on", False):
-            again = shlex.join([program(), *words])
-            print(f"What is done is kept. Go on with:\n  {again}", file=sys.stderr)
+            print(f"What is done is kept. {going_on(words)}", file=sys.stderr)
         return 128 + number
     except FORESEEN as error:
         line = foreseen(error)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,6 +36,19 @@ def program() -> str:
     """What this command was called by, for another call: it needn't be in the PATH."""
     name = sys.argv[0]
     return name if Path(name).name == "shiva-dit" else "shiva-dit"
+
+
+def going_on(words: Sequence[str]) -> str:
+    """What goes on with a call that was interrupted.
+
+    Args:
+        words: Of the call, without the program.
+    """
+    from shiva_dit.pictures.processes import Process
+
+    again, count = shlex.join([program(), *words]), Process.launched().count
+    launched = "" if count == 1 else f", by the launcher that started these {count} processes"
+    return f"Go on with{launched}:\n  {again}"
 
 
 def path(text: str) -> Path:

@@ -10,7 +10,12 @@ from shiva_dit.cli.options import Command, path, positive
 
 
 def add_commands(command: Command) -> None:
-    """Publish."""
+    """join, publish."""
+    add = command("join", _join, "one folder of adapters that belong together")
+    about = "folders: of a model at several keep ratios, the usual one first; or of Wan 2.2's two"
+    add("adapters", nargs="+", type=path, metavar="adapter", help=about)
+    add("--out", type=path, required=True, help="folder to fill, or to renew")
+
     add = command("publish", _publish, "make a run's adapter ready for the Hub, with a model card")
     add("folder", metavar="run", type=path, help="folder of a run, or of an adapter")
     add("--out", type=path, required=True, help="folder to fill, or to renew")
@@ -23,6 +28,20 @@ def add_commands(command: Command) -> None:
     add("--base-model", help="Hub id of the model that it is for; the one it was trained on")
     add("--push", metavar="USER/NAME", help="upload it to this repository of the Hub")
     add("--private", action="store_true", help="the repository, where it is made, is private")
+
+
+def _join(options: argparse.Namespace) -> int:
+    from shiva_dit.adapter import ShivaAdapter
+
+    given = [ShivaAdapter.from_pretrained(folder) for folder in options.adapters]
+    experts = {one.trained_expert[0]: one for one in given if one.trained_expert is not None}
+    if len(given) == len(experts) == 2:
+        made = ShivaAdapter.of_experts(experts["high"], experts["low"])
+    else:
+        made = ShivaAdapter.of_budgets(*given)
+    made.save_pretrained(options.out)
+    print(options.out)
+    return 0
 
 
 def _publish(options: argparse.Namespace) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shiva_dit.cli.errors import is_torchs_memory_error
-from shiva_dit.cli.options import Command, bounded, path, positive, program, use_threads
+from shiva_dit.cli.options import Command, bounded, going_on, path, positive, use_threads
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -78,14 +77,14 @@ def _train(options: argparse.Namespace) -> int:
     from shiva_dit.training.run import check_possible, train
 
     recipe = load_recipe(TrainConfig, options.recipe, options.overrides)
-    words = [program(), "train", str(options.recipe), *options.overrides, "--resume"]
+    words = ["train", str(options.recipe), *options.overrides, "--resume"]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
     words += ["--device", options.device] if options.device != "cpu" else []
     words += ["--base", str(options.base)] if options.base is not None else []
     words += ["--data", str(options.data)] if options.data is not None else []
     words += ["--pipeline", options.pipeline] if options.pipeline is not None else []
-    again = shlex.join(words)
+    again = going_on(words)
     if (options.data is None) != (options.pipeline is None):
         raise ValueError("--data and --pipeline go together: pictures, and what learns from them.")
     check_possible(recipe)
@@ -107,9 +106,8 @@ def _train(options: argparse.Namespace) -> int:
         try:
             folder = train(recipe, model, data, processes=processes, **given)
         except TrainingInterrupted as stop:
-            say = f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}"
             if processes.is_first:
-                print(say, file=sys.stderr)
+                print(f"\nInterrupted; saved in {stop.checkpoint}. {again}", file=sys.stderr)
             return 128 + stop.number
         if processes.is_first:
             print(folder)
@@ -301,12 +299,11 @@ def _distil_base(options: argparse.Namespace) -> int:
 
 def _interrupted(stop: Any, command: str, options: argparse.Namespace) -> int:
     """Say how to go on with a backbone's training; the exit status."""
-    words = [program(), command, "--out", str(options.out), *options.overrides, "--resume"]
+    words = [command, "--out", str(options.out), *options.overrides, "--resume"]
     words += ["--recipe", str(options.recipe)] if options.recipe is not None else []
     base = getattr(options, "base", None)
     words += ["--base", str(base)] if base is not None else []
     words += ["--threads", str(options.threads)] if options.threads != 1 else []
     words += ["--device", options.device] if options.device != "cpu" else []
-    again = shlex.join(words)
-    print(f"\nInterrupted; saved in {stop.checkpoint}. Go on with:\n  {again}", file=sys.stderr)
+    print(f"\nInterrupted; saved in {stop.checkpoint}. {going_on(words)}", file=sys.stderr)
     return 128 + stop.number

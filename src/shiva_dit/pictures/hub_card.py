@@ -117,6 +117,12 @@ def figures(facts: Facts) -> dict[str, str]:
         "FLOPs of a forward saved": NOT_KNOWN,
         "held-out error": NOT_KNOWN,
     }
+    if adapter.budgets:
+        trained = sorted(one.config.keep_ratio for one in (adapter, *adapter.budgets))
+        found["for `keep_ratio=`"] = (
+            f"{trained[0]:g} to {trained[-1]:g}, between those trained: "
+            + ", ".join(f"{ratio:g}" for ratio in trained)
+        )
     if "flops_dense" in cost:
         saved = 1.0 - cost["flops_pruned"] / cost["flops_dense"]
         found["FLOPs of a forward saved"] = (

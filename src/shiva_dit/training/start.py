@@ -36,9 +36,9 @@ def read_start(config: TrainConfig, adapter: ShivaAdapter, model: nn.Module) -> 
     assert folder is not None
     if not folder.is_dir():  # names of two parts would be looked for on the Hub
         raise ValueError(f"start: there is no folder {folder}: train that adapter first.")
-    given = ShivaAdapter.from_pretrained(folder)
+    given = ShivaAdapter.from_pretrained(folder).at(config.keep_ratio)
     if given.parts is not None:
-        raise ValueError(f"start: {folder} holds several adapters: start from a folder of one.")
+        raise ValueError(f"start: {folder} holds two experts: start from the folder of one.")
     given.check_fits(model)
     for field in fields(ShivaConfig):
         ours, theirs = (getattr(a.config, field.name) for a in (adapter, given))

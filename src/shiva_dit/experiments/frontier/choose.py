@@ -102,7 +102,7 @@ class Choice:
 
 
 def keep_ratios_of(adapter: str) -> tuple[float, ...]:
-    """Those to try of an adapter that was trained for a range: its lowest, and two within.
+    """Those to try of an adapter for a range: its lowest, and two within, or those it is joined of.
 
     Args:
         adapter: Folder or Hub id.
@@ -110,7 +110,10 @@ def keep_ratios_of(adapter: str) -> tuple[float, ...]:
     Returns:
         None where it was trained for one alone: its own is tried.
     """
-    low, high = ShivaAdapter.from_pretrained(adapter).trained_for
+    found = ShivaAdapter.from_pretrained(adapter)
+    if found.budgets:
+        return tuple(sorted(one.config.keep_ratio for one in (found, *found.budgets)))
+    low, high = found.trained_for
     return () if low == high else tuple(round(low + (high - low) * i / 3, 3) for i in range(3))
 
 
