@@ -153,15 +153,19 @@ def test_a_program_holds_its_weights_and_any_row(name: str) -> None:
         export_program(model, case, counts=[65, 1, 1, 1])
 
 
-def test_compiled_ahead_it_gives_the_same(tmp_path: Path) -> None:
-    """By AOTInductor, on the smallest model with all kinds of blocks; compiled here and now."""
-    model = tiny.sd3(num_layers=2)
-    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts([[64, 20]])))
-    case = tiny.inputs()
-    (done,) = export_run(model, lambda: tiny.run(model, case), tmp_path, engine="inductor")
+@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+def test_compiled_ahead_it_gives_the_same(name: str, tmp_path: Path) -> None:
+    """By AOTInductor, compiled here and now: SD3 with two blocks, which are of all kinds."""
+    model = tiny.sd3(num_layers=2) if name == "sd3" else families.made(name)
+    row = [64, 20] if name == "sd3" else [64, 20, 30, 40]
+    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts([row])))
+    case, other = (
+        (tiny.inputs(seed=seed) if name == "sd3" else families.arguments(name, t=0.1 * seed))
+        for seed in (2, 3)
+    )
+    (done,) = export_run(model, lambda: families.run(model, case), tmp_path, engine="inductor")
     assert done.off_by <= TOLERANCE
-    other = tiny.inputs(seed=3)
-    assert near(Programs(tmp_path)(call=0, **other), tiny.run(model, other))
+    assert near(Programs(tmp_path)(call=0, **other), families.run(model, other))
 
 
 def broken(change: Callable[[Any], object]) -> Callable[[Path], None]:
@@ -200,7 +204,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a number as time": (a_number, "called with a number as timestep"),
     "not called": (lambda f: export_run(piped(), lambda: None, f), "was not called"),
     "an engine": (
-        lambda f: export_run(piped(), lambda: None, f, engine="tensorrt"),  # type: ignore[arg-type]
+        lambda f: export_run(piped(), lambda: None, f, engine="tensorrt"),
         "engine must be one of export, inductor, got 'tensorrt'",
     ),
 }

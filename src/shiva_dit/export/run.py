@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,7 +31,7 @@ from shiva_dit.models.target import transformers_of
 from shiva_dit.ownership import owned
 from shiva_dit.provenance import file_digest, provenance, read_text, write_atomically, write_json
 
-Engine = Literal["export", "inductor"]
+ENGINES = "export", "inductor"
 TOLERANCE = 1e-5
 """How far a float32 program's prediction may lie from the model's, as a share of its norm. Programs
 by torch.export were equal to the bit on a CPU, one by AOTInductor off by 2.6e-7."""
@@ -85,7 +85,7 @@ def export_program(
 
 
 def export_run(
-    target: Any, run: Callable[[], object], folder: str | Path, *, engine: Engine = "export"
+    target: Any, run: Callable[[], object], folder: str | Path, *, engine: str = "export"
 ) -> list[Exported]:
     """Export all that a run of a sampler calls: a program for each different row, and a manifest.
 
@@ -108,8 +108,8 @@ def export_run(
             program gives something else than the model, or the folder isn't empty. It then holds
             nothing new.
     """
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}.")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
     out = Path(folder)
     attachments = _alone_on(target)
     with owned(out):
@@ -146,7 +146,7 @@ def _alone_on(target: Any) -> list[Attachment]:
 
 
 def _write(
-    attachment: Attachment, calls: Calls, folder: Path, engine: Engine, written: list[Path]
+    attachment: Attachment, calls: Calls, folder: Path, engine: str, written: list[Path]
 ) -> list[Exported]:
     """Export one model's calls into a folder; the manifest comes last."""
     weights = weights_of(attachment)
@@ -206,7 +206,7 @@ def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _save(program: ExportedProgram, path: Path, engine: Engine) -> None:
+def _save(program: ExportedProgram, path: Path, engine: str) -> None:
     if engine == "export":
         kept = copy.copy(program)
         kept.example_inputs = None  # the weights are among them
@@ -215,7 +215,7 @@ def _save(program: ExportedProgram, path: Path, engine: Engine) -> None:
     aoti_compile_and_package(program, package_path=str(path))
 
 
-def _judge(call: Call, found: Any, engine: Engine) -> float:
+def _judge(call: Call, found: Any, engine: str) -> float:
     """How far a prediction lies from the model's, as a share of its norm.
 
     Raises:
