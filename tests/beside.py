@@ -25,9 +25,9 @@ def tell(note: Note, software: str, family: str, status: str) -> None:
         note: pytest's `record_property`.
         software: Its name, as `SOFTWARE` in `tests/matrix.py` has it.
         family: The model.
-        status: "works", "refused" (by us, in a line), "no effect" (it finds nothing to act on in
-            this class), "not offered" (it isn't for this class), or "fails bare" (it takes the
-            class, and fails with or without an adapter).
+        status: "works", "structure" (so did a stand-in for it), "refused" (by us, in a line), "no
+            effect" (it finds nothing to act on in this class), "not offered" (it isn't for this
+            class), or "fails bare" (it takes the class, and fails with or without an adapter).
     """
     assert software in SOFTWARE
     note(BESIDE, [software, type(families.FAMILIES[family].build()).__name__, family, status])

@@ -20,9 +20,12 @@ from typing import Any
 import pytest
 
 from shiva_dit.provenance import hardware_name, provenance, write_json
+from shiva_dit.report.documents import render
 from tests import families
 
 RESULTS = Path(__file__).parents[1] / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "beside.md"
+"""Where the record of other software is shown."""
 SHARE = 5
 """Of so many cells one is in a sample."""
 PROPERTIES: dict[str, int] = {}
@@ -38,6 +41,16 @@ SOFTWARE: dict[str, str] = {
     "Pyramid Attention Broadcast": "diffusers",
     "FasterCache": "diffusers",
     "cache-dit": "cache-dit",
+    "torchao int8": "torchao",
+    "torchao fp8": "torchao",
+    "quanto int8": "optimum-quanto",
+    "SDNQ int8": "sdnq",
+    "bitsandbytes nf4": "bitsandbytes",
+    "Nunchaku Lite": "diffusers",
+    "GGUF Q8_0": "gguf",
+    "single file": "diffusers",
+    **dict.fromkeys(("attention: native", "attention: _native_math", "attention: flex"), "torch"),
+    **{f"attention: {name}": "diffusers" for name in ("sage", "flash", "_flash_3")},
 }
 """What is tried beside an adapter, and the package that it comes from."""
 
@@ -120,7 +133,7 @@ def newest(what: str = "matrix") -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write(record: dict[str, Any]) -> None:
+def write(record: dict[str, Any]) -> Path:
     """Into results/, with where it came from."""
     record["provenance"] = provenance()
     stamp = datetime.date.today().isoformat()
@@ -128,6 +141,19 @@ def write(record: dict[str, Any]) -> None:
     path = RESULTS / f"{record['what']}--{hardware}--{stamp}.json"
     write_json(path, record)
     sys.stdout.write(f"{path}\n")
+    return path
+
+
+def page(record: str) -> str:
+    """docs/beside.md with the tables of a record, by the name of its file."""
+    text = PAGE.read_text(encoding="utf-8")
+    start, end = "<!-- beside -->\n", "<!-- end beside -->"
+    head, tail = text.split(start)[0], text.split(end)[1]
+    tables = "\n\n".join(
+        f"<!-- table {kind}: ../results/{record} -->\n<!-- end table -->"
+        for kind in (BESIDE, f"{BESIDE}_classes")
+    )
+    return render(f"{head}{start}{tables}\n{end}{tail}", PAGE.parent)
 
 
 def main() -> int:
@@ -145,7 +171,7 @@ def main() -> int:
         kinds = list(families.FAMILIES)
         write({"what": "matrix", "properties": properties, "families": kinds})
     if status == pytest.ExitCode.OK:
-        write(outcomes.beside())
+        PAGE.write_text(page(write(outcomes.beside()).name), encoding="utf-8")
     return int(status)
 
 

@@ -404,7 +404,7 @@ def prose() -> str:
 def test_the_documents_can_be_read_in_an_hour() -> None:
     """But for the pages on methods and their frontier, which grow with each of them, and on other
     software, which one reads where one uses it."""
-    apart = ("methods.md", "frontier.md", "comfyui.md", "engines.md", "export.md")
+    apart = ("methods.md", "frontier.md", "comfyui.md", "engines.md", "export.md", "beside.md")
     read = [path for path in DOCUMENTS if path.name not in apart]
     assert sum(map(prose_words, read)) <= 12_400, prose()
 

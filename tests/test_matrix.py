@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shiva_dit.report.beside import beside_classes_table, beside_table
+from shiva_dit.report.beside import STATUSES, beside_classes_table, beside_table
 from tests import families, matrix
 
 
@@ -29,6 +29,18 @@ def test_the_record_is_of_all_properties_and_classes_and_all_held() -> None:
         assert outcomes["passed"] % properties().get(name, 1) == 0, name
 
 
+def test_the_record_of_other_software_is_of_all_of_it_and_is_shown() -> None:
+    """Likewise; `python -m tests.matrix beside` runs that part alone."""
+    record = matrix.newest(matrix.BESIDE)
+    assert record["tried"].keys() == matrix.SOFTWARE.keys()
+    for software, tried in record["tried"].items():
+        assert tried["version"], software
+        assert set(tried["families"].values()) <= STATUSES.keys()
+    assert set(record["tried"]["MagCache"]["families"]) == set(families.FAMILIES)
+    name = max(path.name for path in matrix.RESULTS.glob("beside--*.json"))
+    assert f"results/{name}" in matrix.PAGE.read_text(encoding="utf-8")
+
+
 def test_the_samples_of_all_properties_hold_every_class() -> None:
     of_all = [n for n, many in properties().items() if many == len(families.FAMILIES)]
     assert {matrix.lot(name.partition("::")[2]) for name in of_all} == set(range(matrix.SHARE))
@@ -46,7 +58,7 @@ def test_what_classes_did_beside_other_software_is_told_by_class() -> None:
     assert record["tried"]["MagCache"]["version"] == version
     assert outcomes.found == {"test_x::test_y": {"passed": 3, "failed": 1}}
     assert beside_table(record).splitlines()[2:] == [
-        f"| MagCache | diffusers {version} | 1 | 1 |  | 1 |  |"
+        f"| MagCache | diffusers {version} | 1 |  | 1 |  | 1 |  |"
     ]
     assert beside_classes_table(record).splitlines() == [
         "|  | MagCache |",

@@ -9,6 +9,7 @@ from shiva_dit.report.layout import markdown_rows
 
 STATUSES = {
     "works": "✓",
+    "structure": "s",
     "refused": "R",
     "no effect": "·",
     "not offered": "-",
