@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from diffusers import UniPCMultistepScheduler
 import shiva_dit
 from shiva_dit.adapter import ShivaAdapter
 from shiva_dit.adapter.storage import files_of
+from shiva_dit.cli import main
+from shiva_dit.config import from_dict
 from shiva_dit.models.attach import attachment_of
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.sampling import Sampler
+from shiva_dit.pictures.publish import publish
 from shiva_dit.pictures.putting import adapter_digest
 from shiva_dit.saved_folder import (
     BACKBONE_FILE,
@@ -26,8 +32,12 @@ from shiva_dit.saved_folder import (
     WEIGHTS_FILE,
     part_file,
 )
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import PolicyConfig, TrajectoryConfig
+from shiva_dit.training.trainer import Trainer
 from tests import families, running, tiny
 from tests.test_adapter import KINDS_OF_BACKBONE, make, same
+from tests.test_training_families import FamilyData
 
 HIGH, LOW = [[64, 32, 30, 17], [64, 33, 16, 48]], [[64, 8, 8, 8]]
 
@@ -56,6 +66,12 @@ def trained(model: Any, counts: list[list[int]], expert: str | None = None, **mo
     if expert is not None:
         made.training_record = {"expert": {"name": expert, **more}}
     return made
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Ours: transformers has some of its own when it is first imported."""
+    own = [r for r in caplog.records if r.name == "shiva_dit" and r.levelno >= logging.WARNING]
+    return [record.getMessage() for record in own]
 
 
 def of_both(pipe: Any, **options: Any) -> ShivaAdapter:
@@ -293,17 +309,140 @@ def test_both_or_none(caplog: pytest.LogCaptureFixture) -> None:
         assert attachment_of(model) is None
     shiva_dit.apply(pipe.transformer_2, both.part("low"))
     assert attachment_of(pipe.transformer) is None
-    assert not caplog.records or all(r.levelno < logging.WARNING for r in caplog.records)
+    assert warnings(caplog) == []
 
 
 def test_another_boundary_than_in_training_is_said(caplog: pytest.LogCaptureFixture) -> None:
     pipe = pipeline()
     shiva_dit.apply(pipe, of_both(pipe, boundary_ratio=0.6))
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warnings(caplog) == []
     shiva_dit.apply(pipe, of_both(pipe, boundary_ratio=0.875))
-    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    said = warnings(caplog)
     assert len(said) == 1
     assert "trained for boundary_ratio = 0.875, the pipeline has 0.6" in said[0]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def trainer(expert: Any, out: Path, pipe: Any, model: Any = None, **changes: Any) -> Trainer:
+    own = {"high": pipe.transformer, "low": pipe.transformer_2}[expert or "high"]
+    config = TrainConfig(
+        **{
+            "out": out,
+            "expert": expert,
+            "keep_ratio": 0.5,
+            "backbone": "frozen",
+            "warmup_steps": 1,
+            "policy_steps": 1,
+            "joint_steps": 1,
+            "batch_size": 4,
+            "micro_batches": 2,
+            "policy": PolicyConfig(adaptive=True, num_bins=8),
+            **changes,
+        }
+    )
+    model = own if model is None else model
+    return Trainer(config, own, FamilyData("wan", model_spec(own)), Sampler.of(pipe, model))
+
+
+FIXED = PolicyConfig(adaptive=False, num_bins=64)
+
+
+@pytest.mark.parametrize(
+    ("expert", "low", "high", "changes"),
+    [
+        ("high", 0.6, 1.0, {}),
+        ("low", 0.0, 0.6, {"shared_bin": True, "rejected": "low_rank", "rejected_rank": 2}),
+        ("high", 0.6, 1.0, {"shared_bin": True}),
+        ("low", 0.0, 0.6, {"time_sampling": "logit_normal", "policy": FIXED}),
+        ("high", 0.6, 1.0, {"time_sampling": "sampler", "num_steps": 6, "policy": FIXED}),
+    ],
+)
+def test_each_is_trained_on_its_share_of_times(
+    expert: str, low: float, high: float, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    pipe = pipeline()
+    model = pipe.transformer if expert == "high" else pipe.transformer_2
+    seen: list[float] = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.extend((kwargs["timestep"] / 1000.0).tolist())
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    made = trainer(expert, tmp_path, pipe, **changes)
+    times = [made.train_step() for _ in range(3)] and seen
+    made.close()
+    handle.remove()
+    assert len(times) >= 12
+    assert low - 1e-6 <= min(times) < max(times) <= high + 1e-6
+    assert max(times) - min(times) > 0.15  # not one time alone
+
+
+def test_what_is_trained_is_known_and_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = pipeline()
+    for expert in ("high", "low"):
+        made = trainer(expert, tmp_path / expert, pipe)
+        adapter = made.result().adapter
+        made.close()
+        assert adapter is not None
+        assert adapter.trained_expert == (expert, 0.6)
+        assert ("t >= 0.6" if expert == "high" else "t < 0.6") in adapter.schedule.law.name
+        adapter.save_pretrained(tmp_path / expert / "adapter")
+    folders = [str(tmp_path / name) for name in ("high", "low")]
+    assert main(["join", *folders, "--out", str(tmp_path / "high" / "adapter")]) == 2
+    assert "is one of them itself" in capsys.readouterr().err
+    assert main(["join", *reversed(folders), "--out", str(tmp_path / "both")]) == 0
+    shiva_dit.apply(pipe, tmp_path / "both")
+    assert warnings(caplog) == []
+    for expert, model in (("high", pipe.transformer), ("low", pipe.transformer_2)):
+        attachment = attachment_of(model)
+        assert attachment is not None
+        assert attachment.adapter.trained_expert == (expert, 0.6)
+    published = publish(tmp_path / "both", tmp_path / "hub")
+    card = (published / CARD_FILE).read_text(encoding="utf-8")
+    assert card.count("### high") == card.count("### low") == 2  # figures and provenance
+    assert ShivaAdapter.from_pretrained(published).part("low").trained_expert == ("low", 0.6)
+    shiva_dit.remove(pipe)
+    begun = trainer("low", tmp_path / "again", pipe, start=tmp_path / "both")
+    assert begun.student.started is not None
+    begun.close()
+
+
+def test_a_recipe_and_a_pipeline_fit_together(tmp_path: Path) -> None:
+    pipe = pipeline()
+    with pytest.raises(ValueError, match=r'has two transformers.*set expert = "high" for its'):
+        trainer(None, tmp_path, pipe)
+    with pytest.raises(ValueError, match=r"the model is the first of the pipeline's"):
+        trainer("low", tmp_path, pipe, model=pipe.transformer)
+    pipe.register_to_config(boundary_ratio=None)
+    with pytest.raises(ValueError, match=r"is for a pipeline of two transformers and a boundary_"):
+        trainer("high", tmp_path, pipe)
+    with pytest.raises(ValueError, match=r"an expert makes a part of them: set trajectories.count"):
+        TrainConfig(expert="low", trajectories=TrajectoryConfig(count=2))
+    with pytest.raises(ValueError, match="expert: expected one of 'high', 'low'"):
+        from_dict(TrainConfig, {"expert": "middle"})
+
+
+def test_steps_of_which_an_expert_gets_none(tmp_path: Path) -> None:
+    changes = {"time_sampling": "sampler", "num_steps": 1, "policy": FIXED}
+    with pytest.raises(ValueError, match=r"of 1 steps of UniPC.* this transformer gets none"):
+        trainer("low", tmp_path, pipeline(), **changes)
+
+
+def test_the_sampler_of_a_saved_pipeline_is_of_one_or_the_other(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.scheduler.save_pretrained(tmp_path / "scheduler")
+    pipe.save_config(tmp_path)
+    bounds = [Sampler.saved(tmp_path, second=second).bounds for second in (False, True)]
+    assert bounds == [(0.6, math.inf), (0.0, 0.6)]
+    single = running.build("WanPipeline")
+    single.scheduler.save_pretrained(tmp_path / "one" / "scheduler")
+    single.save_config(tmp_path / "one")
+    with pytest.raises(ValueError, match="has no transformer_2"):
+        Sampler.saved(tmp_path / "one", second=True)
 
 
 def test_the_pipelines_of_two_transformers_are_those_of_wan() -> None:

@@ -1,4 +1,4 @@
-"""An adapter for others to use."""
+"""Adapters put together, and made ready for others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from shiva_dit.cli.options import Command, path, positive
 
 
 def add_commands(command: Command) -> None:
-    """join, publish."""
+    """Join and publish."""
     add = command("join", _join, "one folder of adapters that belong together")
-    about = "folders: of a model at several keep ratios, the usual one first; or of Wan 2.2's two"
+    about = "runs or folders: of a model at several keep ratios, the usual first; or Wan 2.2's two"
     add("adapters", nargs="+", type=path, metavar="adapter", help=about)
     add("--out", type=path, required=True, help="folder to fill, or to renew")
 
@@ -32,8 +32,12 @@ def add_commands(command: Command) -> None:
 
 def _join(options: argparse.Namespace) -> int:
     from shiva_dit.adapter import ShivaAdapter
+    from shiva_dit.pictures.publish import adapter_of
 
-    given = [ShivaAdapter.from_pretrained(folder) for folder in options.adapters]
+    folders = [adapter_of(folder) for folder in options.adapters]
+    if options.out.resolve() in [folder.resolve() for folder in folders]:
+        raise ValueError(f"{options.out} is one of them itself: take another folder.")
+    given = [ShivaAdapter.from_pretrained(folder) for folder in folders]
     experts = {one.trained_expert[0]: one for one in given if one.trained_expert is not None}
     if len(given) == len(experts) == 2:
         made = ShivaAdapter.of_experts(experts["high"], experts["low"])

@@ -100,7 +100,11 @@ def _train(options: argparse.Namespace) -> int:
     with joined(options.device) as (processes, own):
         device = usable_device(own)
         check_folder(recipe.out)
-        made = _demo(recipe, options.base) if options.data is None else _own(options, device)
+        made = (
+            _demo(recipe, options.base)
+            if options.data is None
+            else _own(options, recipe.expert == "low", device)
+        )
         model, data, scheduler = made
         given = {"resume": options.resume, "scheduler": scheduler, "device": device}
         try:
@@ -121,6 +125,7 @@ def _plan(options: argparse.Namespace, recipe: Any) -> int:
         DynamicOutputShapeException,
     )
 
+    from shiva_dit.training.experts import share_of
     from shiva_dit.training.memory import Shapes, needs, shapes_of
     from shiva_dit.training.memory_told import told
     from shiva_dit.training.processes import check_parts
@@ -137,11 +142,14 @@ def _plan(options: argparse.Namespace, recipe: Any) -> int:
 
         data = FolderData(options.data)
         data.check_pipeline(options.pipeline)
-        found = loaded(options.pipeline, saved_config, part="transformer")
+        second = recipe.expert == "low"
+        part = "transformer_2" if second else "transformer"
+        found = loaded(options.pipeline, saved_config, part=part)
         cls = getattr(diffusers, str(found.get("_class_name")), None)
         if cls is None:
-            raise ValueError(f"{options.pipeline} has no transformer that diffusers knows.")
-        scheduler = loaded(options.pipeline, Sampler.saved)
+            raise ValueError(f"{options.pipeline} has no {part} that diffusers knows.")
+        scheduler = loaded(options.pipeline, Sampler.saved, second=second)
+        share_of(recipe.expert, scheduler)
         config = {name: value for name, value in found.items() if not name.startswith("_")}
         shapes = Shapes.of(cls, config, data, scheduler)
     try:
@@ -164,8 +172,8 @@ def _demo(recipe: Any, base: Path | None) -> tuple[Any, Any, Any]:
     return load_backbone(task, base or ASSETS), task, task.sampler(recipe.num_steps)
 
 
-def _own(options: argparse.Namespace, device: Any) -> tuple[Any, Any, Any]:
-    """A pipeline's transformer, data that `encode` made, and how the pipeline takes its steps."""
+def _own(options: argparse.Namespace, second: bool, device: Any) -> tuple[Any, Any, Any]:
+    """A pipeline's transformer, encoded data, and how the pipeline takes its steps."""
     from diffusers import AutoModel
 
     from shiva_dit.models.sampling import Sampler
@@ -178,8 +186,9 @@ def _own(options: argparse.Namespace, device: Any) -> tuple[Any, Any, Any]:
         print(f"shiva-dit: {changed}", file=sys.stderr)
     data.check_pipeline(options.pipeline)
     data.decoder = lambda: loaded(options.pipeline, Decoder.saved, device=device)
-    model = loaded(options.pipeline, AutoModel.from_pretrained, subfolder="transformer")
-    return model, data, loaded(options.pipeline, Sampler.saved)
+    sampler = loaded(options.pipeline, Sampler.saved, second=second)
+    part = "transformer_2" if second else "transformer"
+    return loaded(options.pipeline, AutoModel.from_pretrained, subfolder=part), data, sampler
 
 
 def loaded(source: str, load: Callable[..., Any], **arguments: Any) -> Any:

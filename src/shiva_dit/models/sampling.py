@@ -86,25 +86,30 @@ class Sampler:
         )
 
     @classmethod
-    def saved(cls, pipeline: str | Path) -> Sampler:
+    def saved(cls, pipeline: str | Path, *, second: bool = False) -> Sampler:
         """That of a saved pipeline for its (first) transformer, without the rest of it.
 
         Args:
             pipeline: A folder, or a Hub id.
+            second: For its second transformer instead.
 
         Raises:
-            ValueError: If it has no scheduler that diffusers knows.
+            ValueError: If it has no scheduler that diffusers knows, or no second transformer.
         """
         index: Any = DiffusionPipeline.load_config(pipeline)
         library, name = index.get("scheduler") or (None, None)
         kind = getattr(diffusers, str(name), None) if library == "diffusers" else None
         if kind is None:
             raise ValueError(f"{pipeline} has no scheduler of diffusers, its index says {name}.")
+        has_two = (index.get("transformer_2") or [None])[0] is not None
+        if second and not has_two:
+            raise ValueError(f"{pipeline} has no transformer_2.")
+        part: Literal["first", "second"] = "second" if second else "first"
         return cls(
             scheduler=kind.from_pretrained(pipeline, subfolder="scheduler"),
             pipeline=str(index.get("_class_name", "")),
             config=index,
-            part="first" if (index.get("transformer_2") or [None])[0] is not None else "all",
+            part=part if has_two else "all",
         )
 
     @property
@@ -209,6 +214,11 @@ class Sampler:
         """
         times = self.times(spec, num_tokens, num_steps)
         steps = tuple(sorted({round(t, 6) for t in times}))
+        if not steps:
+            raise ValueError(
+                f"of {num_steps} steps of {type(self.scheduler).__name__} this transformer gets "
+                "none: take more."
+            )
         return TimeLaw(name=f"{num_steps} {self._name(num_tokens)}", steps=steps)
 
     def _name(self, num_tokens: int) -> str:

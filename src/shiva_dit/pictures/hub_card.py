@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -40,10 +40,10 @@ def hub_card(facts: Facts) -> str:
         f"# {facts.name}",
         _about(facts),
         f"## Use\n\n```python\n{snippet(facts)}```",
-        f"## Figures\n\n{_table(figures(facts))}\n\n{_notes(facts)}".rstrip(),
+        f"## Figures\n\n{_tables(facts, figures)}\n\n{_notes(facts)}".rstrip(),
         _pictures(facts),
         _prompts(facts),
-        f"## Provenance\n\n{_table(origin(facts))}",
+        f"## Provenance\n\n{_tables(facts, origin)}",
         "The schedule and all settings of the training are in `config.json`"
         + (", the recipe in `recipe.toml`." if "recipe.toml" in facts.pictures else "."),
     ]
@@ -67,6 +67,16 @@ def front_matter(facts: Facts) -> str:
     return ModelCardData(**data.to_dict(), **given).to_yaml().strip()
 
 
+def _tables(facts: Facts, of: Callable[[Facts], Mapping[str, str]]) -> str:
+    """A table, or one of each expert under its name."""
+    parts = facts.adapter.parts
+    if parts is None or parts.grouping.kind != "experts":
+        return _table(of(facts))
+    names = [parts.grouping.first, *parts.others]
+    each = [(name, replace(facts, adapter=facts.adapter.part(name))) for name in names]
+    return "\n\n".join(f"### {name}\n\n{_table(of(one))}" for name, one in each)
+
+
 def _about(facts: Facts) -> str:
     config = facts.adapter.config
     base = config.base_model
@@ -76,6 +86,19 @@ def _about(facts: Facts) -> str:
         "the transformer runs on a learned part of the image tokens, "
         f"{facts.adapter.schedule.mean_keep_ratio:.0%} of them on average over the sampler's steps "
         f"and the blocks that are pruned. What training did to the backbone: {config.backbone}."
+        + _both(facts.adapter)
+    )
+
+
+def _both(adapter: ShivaAdapter) -> str:
+    """Of an adapter for two transformers, what it is for."""
+    if adapter.parts is None or adapter.parts.grouping.kind != "experts":
+        return ""
+    boundary = adapter.parts.grouping.boundary_ratio
+    meet = "" if boundary is None else f", which meet at `boundary_ratio = {boundary:g}`"
+    return (
+        ' It is for both transformers of the pipeline: these figures are of "high", for the '
+        f'noisy steps, "low" for the others stands below{meet}.'
     )
 
 

@@ -82,7 +82,7 @@ def publish(
             f"{license!r} is no licence's name on the Hub: take one, such as apache-2.0, mit or "
             "other, of https://huggingface.co/docs/hub/repositories-licenses."
         )
-    folder = _adapter_of(run)
+    folder = adapter_of(run)
     check_folder(out)
     whole = out.resolve()
     if whole in (run.resolve(), folder.resolve()):
@@ -154,7 +154,12 @@ def check_repository(name: str, option: str) -> str:
     return name
 
 
-def _adapter_of(run: Path) -> Path:
+def adapter_of(run: Path) -> Path:
+    """The adapter's folder of a run, or the folder itself.
+
+    Raises:
+        ValueError: If there is no adapter.
+    """
     for folder in (run / ADAPTER, run):
         if (folder / CONFIG_FILE).is_file():
             return folder

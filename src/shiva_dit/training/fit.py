@@ -10,17 +10,19 @@ from torch import Tensor
 from shiva_dit.core.budget import stratified
 from shiva_dit.models.features import record_blocks
 from shiva_dit.training.data import Feed, TrainingData
+from shiva_dit.training.experts import WHOLE, TimeShare
 from shiva_dit.training.student import Student
 
 NUM_BATCHES = 16
 
 
 @torch.no_grad()
-def fit_updates(student: Student, data: TrainingData) -> None:
+def fit_updates(student: Student, data: TrainingData, share: TimeShare = WHOLE) -> None:
     """Fit every group's update to what its blocks do to all tokens of the unpruned model.
 
-    Sixteen micro-batches on the model's own path, at times spread over [0, 1], or at a sampler's
-    few steps; sums alone are kept, in float64. The training's own randomness is left alone.
+    Sixteen micro-batches on the model's own path, at times spread over the share, or at a
+    sampler's few steps; sums alone are kept, in float64. The training's own randomness is left
+    alone.
     """
     updates = student.updates
     if updates is None:
@@ -35,7 +37,7 @@ def fit_updates(student: Student, data: TrainingData) -> None:
     for _ in range(NUM_BATCHES):
         batch = data.batch(indices.take(size), generator).to(student.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(student.device)
-        t = schedule.law.at(stratified(size, generator)).to(student.device)
+        t = share.of_law(schedule.law, stratified(size, generator)).to(student.device)
         num_tokens = student.spec.tokens(student.model, batch.latents) + batch.num_references
         noisy = student.path.noisy(batch.latents, noise, t)
         with (

@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shiva_dit.core.anchor import shifted_logits
-from shiva_dit.core.budget import BudgetController, logit_normal, stratified, stratified_ratios
+from shiva_dit.core.budget import BudgetController, stratified, stratified_ratios
 from shiva_dit.core.keep_table import nearest_bin
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.core.selection import keep_count
 from shiva_dit.methods.base import Reducer, Selector
 from shiva_dit.methods.blocks import BlockReducer
 from shiva_dit.modules.policy import AdaptiveRatioPolicy
+from shiva_dit.training.experts import WHOLE, TimeShare
 from shiva_dit.training.processes import Processes
 from shiva_dit.training.recipe import StageName, TrainConfig
 
@@ -85,6 +86,7 @@ class Planner:
             counts for the mean ratio.
         budget: Controller of the mean ratio.
         reducer: What runs on fewer tokens, where it says by itself how many.
+        share: The times that are trained.
     """
 
     def __init__(
@@ -95,8 +97,9 @@ class Planner:
         fixed: Schedule,
         budget: BudgetController,
         reducer: Reducer | None = None,
+        share: TimeShare = WHOLE,
     ) -> None:
-        self.reducer = reducer
+        self.reducer, self.share = reducer, share
         self.config, self.num_tokens = config, num_tokens
         self.policy, self.budget = policy, budget
         self.full_blocks, self.law = fixed.full_blocks, fixed.law
@@ -183,7 +186,7 @@ class Planner:
         bins = torch.tensor([nearest_bin(t, num_bins) for t in leaders.flatten().tolist()])
         if self.config.shared_bin:
             jitter = torch.rand(times.shape, generator=generator)
-            times = (bins[:, None] + jitter) / num_bins
+            times = self.share.within((bins[:, None] + jitter) / num_bins)
         moved = self._moved(stage, grid, bins.to(device), generator)  # (M, L)
         if moved is not None:
             picked = moved
@@ -247,7 +250,8 @@ class Planner:
         of_each = (times * num_bins).long().clamp(max=num_bins - 1)
         bins = (leaders * num_bins).long().clamp(max=num_bins - 1)
         jitter = torch.rand(times.shape, generator=generator)
-        times = torch.where(of_each == bins, times, (bins + jitter) / num_bins)
+        moved = self.share.within((bins + jitter) / num_bins)
+        times = torch.where(of_each == bins, times, moved)
         learned = reducer.learned_schedule(self.law) if isinstance(reducer, Selector) else None
         counts = (self.num_tokens,) * self.policy.num_blocks
         parts = [Part(t=t, counts=counts, soft_k=[float(k) for k in counts]) for t in times]
@@ -270,4 +274,6 @@ class Planner:
         strata = stratified(count, generator)
         if self.config.time_sampling == "sampler":
             return self.law.at(strata)
-        return strata if self.config.time_sampling == "uniform" else logit_normal(strata)
+        if self.config.time_sampling == "uniform":
+            return self.share.at(strata)
+        return self.share.logit_normal(strata)

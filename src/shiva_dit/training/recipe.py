@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from shiva_dit.adapter.config import BackboneKind, RejectedKind
+from shiva_dit.adapter.parts import Expert
 from shiva_dit.config import LARGEST_SEED, check_types, whole_number
 from shiva_dit.core.estimators import EstimatorConfig
 from shiva_dit.methods.registry import METHODS
@@ -40,6 +41,10 @@ class TrainConfig:
     """Folder for checkpoints, log and adapter."""
     seed: int = 0
     """Of initial weights, data order and noise; in [0, 2^32)."""
+    expert: Expert | None = None
+    """Which of a pipeline's two transformers is trained (Wan 2.2), on its share of times: "high",
+    `transformer`, from the pipeline's `boundary_ratio` on, or "low", `transformer_2`, below it;
+    `shiva-dit join` makes one adapter of both. None: the pipeline has one."""
     start: Path | None = None
     """Folder of an adapter whose router, ratios and tuned weights the training starts from; the
     teacher stays the model as it is given. None starts untrained. Ours only."""
@@ -214,6 +219,11 @@ class TrainConfig:
             raise ValueError(
                 f'method = "{self.method}" leaves no tokens out of whole blocks: set rejected = '
                 '"identity".'
+            )
+        if self.trajectories.count and self.expert is not None:
+            raise ValueError(
+                "trajectories are samplings of one model from noise to picture, and an expert "
+                "makes a part of them: set trajectories.count = 0."
             )
         if self.trajectories.count and not (self.loss.output or self.loss.distillation):
             raise ValueError(

@@ -38,7 +38,9 @@ def read_start(config: TrainConfig, adapter: ShivaAdapter, model: nn.Module) -> 
         raise ValueError(f"start: there is no folder {folder}: train that adapter first.")
     given = ShivaAdapter.from_pretrained(folder).at(config.keep_ratio)
     if given.parts is not None:
-        raise ValueError(f"start: {folder} holds two experts: start from the folder of one.")
+        if config.expert is None:
+            raise ValueError(f"start: {folder} holds two experts: start from the folder of one.")
+        given = given.part(config.expert)
     given.check_fits(model)
     for field in fields(ShivaConfig):
         ours, theirs = (getattr(a.config, field.name) for a in (adapter, given))

@@ -26,6 +26,7 @@ from shiva_dit.training.checkpoint import (
     save_checkpoint,
 )
 from shiva_dit.training.data import TrainingData, data_name, reseed
+from shiva_dit.training.experts import recorded, share_of
 from shiva_dit.training.fit import fit_updates
 from shiva_dit.training.interrupt import TrainingInterrupted, deferred_interrupt
 from shiva_dit.training.log import LOG_FILE, open_log, shown
@@ -57,8 +58,7 @@ class Trainer:
         scheduler: That of the model's pipeline, or how that takes its steps (`Sampler`): the mean
             keep ratio is over these (over evenly spread ones without it). Needed where it is a
             diffusion schedule (PixArt, DiT).
-        processes: Those that train together: each runs a share of the parts of every step, and all
-            have the same weights after it.
+        processes: Those that train together: each runs a share of the parts of every step.
         device: Where the model is moved to, when its weights have the recipe's `base_dtype`.
 
     Raises:
@@ -77,8 +77,8 @@ class Trainer:
     ) -> None:
         if unwrapped(model) is not model:
             raise ValueError(
-                f"training deals out parts of batches by itself, and gets the model itself, not a "
-                f"{type(model).__name__}: pass shiva_dit.models.target.unwrapped(model)."
+                f"training deals out parts of batches by itself, and gets the model itself, "
+                f"not a {type(model).__name__}: pass shiva_dit.models.target.unwrapped(model)."
             )
         refuse_shared(model)
         check_parts(processes.count, config.micro_batches, shard=config.shard)
@@ -91,13 +91,14 @@ class Trainer:
         self.material = material(config.watch, data)
         self.config, self.data, self.sampler = config, self.material.training, sampler
         self.origin = origin(model, self.data)
-        """Which model and data the run starts from: names, and digests of their content."""
+        """Which model and data the run starts from: names and digests."""
         self.step = 0
         self.last_good: Path | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
         sample = data.batch(torch.zeros(1, dtype=torch.long), torch.Generator())
+        self.share = share_of(config.expert, sampler)
         law = made_law(config, sampler, spec, spec.tokens(model, sample.latents))
-        self.origin["sampler"] = {"time_law": law.name}
+        self.origin |= {"sampler": {"time_law": law.name}, **recorded(config.expert, sampler)}
         if config.base_dtype != "as_given":
             self.origin["backbone"]["trained_as"] = config.base_dtype
         self.base = Narrowed(model, config.base_dtype)
@@ -126,20 +127,13 @@ class Trainer:
         """What stands between a student and its first step."""
         config = self.config
         if self.student.started is None:
-            fit_updates(self.student, self.data)
+            fit_updates(self.student, self.data, self.share)
         adapter, student = self.student.adapter, self.student
-        self.samples = Samples(
-            config, self.data, student, self.generator, self.origin, self.processes
-        )
+        among = self.generator, self.origin, self.processes
+        self.samples = Samples(config, self.data, student, *among)
         self.budget = BudgetController(config.keep_ratio, config.policy.budget)
-        self.planner = Planner(
-            config,
-            self.student.num_tokens,
-            adapter.policy,
-            adapter.schedule,
-            self.budget,
-            self.student.reducer,
-        )
+        planned = adapter.policy, adapter.schedule, self.budget, student.reducer, self.share
+        self.planner = Planner(config, student.num_tokens, *planned)
         given = untuned(self.student.model, config.backbone, self.student.teacher)
         how = {"shareable": config.backbone == "full", "by_rows": config.shard}
         self.optimization = Optimization(parts_of(student), config.optimizer, given, **how)
