@@ -275,6 +275,14 @@ def test_one_adapter_serves_both(name: str, tmp_path: Path) -> None:
     summary = shiva_dit.summary(pipe, num_inference_steps=4)
     assert summary.transformer_2 is not None
     assert summary.transformer_2.keep_ratio == 8 / 64
+    first, second = summary, summary.transformer_2
+    steps = first.num_steps or 0, second.num_steps or 0
+    assert min(steps) > 0
+    assert sum(steps) == 4
+    shares = first.flops_saved * steps[0] + second.flops_saved * steps[1]  # equal when unpruned
+    assert summary.saved_by_both == pytest.approx(shares / 4, abs=1e-12)
+    assert "both together: " in str(summary)
+    assert shiva_dit.summary(pipe).saved_by_both is None
     with shiva_dit.disabled(pipe):
         assert torch.equal(videos(pipe), bare)
     shiva_dit.apply(pipe, both.part("high"), transformer_2=both.part("low"))  # the same, by hand

@@ -45,6 +45,8 @@ class Summary:
     """Mean of their k over the prunable blocks as a share of them; None where there are none."""
     whole_steps: tuple[int, ...] = ()
     """Steps, from 0, in which the unpruned model predicts (`shiva_dit.correct`)."""
+    num_steps: int | None = None
+    """Steps of the run that it makes, if the run is known."""
     transformer_2: Summary | None = None
     """The same of a pipeline's second transformer, if it has an adapter too."""
 
@@ -52,6 +54,15 @@ class Summary:
     def flops_saved(self) -> float:
         """Share of the FLOPs saved, in [0, 1)."""
         return 1.0 - self.flops_pruned / self.flops_dense
+
+    @property
+    def saved_by_both(self) -> float | None:
+        """The same over the steps of both transformers; None where these aren't known."""
+        both = [self] if self.transformer_2 is None else [self, self.transformer_2]
+        if len(both) == 1 or any(one.num_steps is None for one in both):
+            return None
+        dense = sum((one.num_steps or 0) * one.flops_dense for one in both)
+        return 1.0 - sum((one.num_steps or 0) * one.flops_pruned for one in both) / dense
 
     def __str__(self) -> str:
         blocks = len(self.rows[0][1])
@@ -85,6 +96,8 @@ class Summary:
             lines.append(f"  ref  {told}")
         if self.transformer_2 is not None:
             lines += ["the second transformer:", str(self.transformer_2)]
+            if self.saved_by_both is not None:
+                lines.append(f"both together: {self.saved_by_both:.1%} of a run's FLOPs saved")
         return "\n".join(lines)
 
 
@@ -178,6 +191,7 @@ def _summary(
         flops_dense=dense,
         flops_pruned=round(mean),
         rows=tuple((t, table.row(t)) for t in times),
+        num_steps=None if run is None else len(run),
         whole_steps=() if whole is None or run is None else whole.of(len(run)),
         num_references=num_references,
         references=kept,
