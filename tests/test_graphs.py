@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import shiva_dit
 from shiva_dit.models.attach import attachment_of
 from shiva_dit.models.attachment import Attachment
-from shiva_dit.models.block_hook import BlockState
+from shiva_dit.models.block_state import BlockState
 from shiva_dit.models.graphs import GRAPHS, GraphRunner
 from tests import families, tiny
 from tests.matrix import sampled

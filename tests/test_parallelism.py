@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import TensorParallelConfig
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from torch import Tensor
 
 import shiva_dit
-from tests import running
-from tests.test_composition import Case, in_two_processes, near, selected, split
+from shiva_dit import attach_reducer
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.norm import NormSelector
+from shiva_dit.methods.random_tokens import RandomSelector
+from shiva_dit.methods.tomesd import ToMeSD
+from shiva_dit.models.attach import attach, attachment_of
+from tests import families, running
+from tests.test_composition import Case, even_text, in_two_processes, near, selected, split
 
 TENSOR = ["flux2-klein", "qwen-image", "qwen-image-2.1"]
 """With Flux.1 (`test_composition`), one family of each class that diffusers has a plan for."""
@@ -68,3 +76,127 @@ def test_tensor_parallelism_by_class(tmp_path: Path) -> None:
     for found in results:
         assert "can't lie beside" in found["beside"]
         assert near(found["bare"], bare, 1e-6)
+
+
+uniform = Schedule.uniform(0.5, num_blocks=4)
+CONTEXT = ["flux", "flux2-klein", "qwen-image", "wan", "chronoedit", "ltx"]
+"""One family of each class whose tokens may be split."""
+
+
+def _guided(case: Case) -> tuple[Tensor, list[Tensor]]:
+    """A guided pass whose halves share their tokens, and these."""
+    found: list[Tensor] = []
+    with shiva_dit.guided(case.model, "both"):
+        chosen = selected(case.model, lambda: found.append(case.run(**even_text(case.family))))
+    return found[0], chosen
+
+
+def _split_case(family: str) -> Case:
+    return Case(family=family, rejected="low_rank", rejected_rank=2)
+
+
+def _context(rank: int, folder: str, threads: int) -> None:
+    started(rank, folder, threads)
+    found: dict[str, Any] = {}
+    for family in CONTEXT:
+        case = _split_case(family)
+        split(case.model, ContextParallelConfig(ulysses_degree=2))
+        case.apply(multiple=2)
+        found[family] = _guided(case)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_context_parallelism_by_class(tmp_path: Path) -> None:
+    """The same tokens as in one process and as many of them in each, guidance halves alike."""
+    in_two_processes(_context, str(tmp_path), torch.get_num_threads())
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for family in CONTEXT:
+        case = _split_case(family)
+        case.apply(multiple=2)
+        output, chosen = _guided(case)
+        for tokens in chosen:
+            assert tokens.shape[1] % 2 == 0
+            assert torch.equal(tokens[0], tokens[1])
+        for found in results:
+            assert all(map(torch.equal, found[family][1], chosen)), family
+            # Products of half as many rows round otherwise: 3e-7 at most was measured.
+            assert near(found[family][0], output, 1e-6), family
+
+
+def _refused(rank: int, folder: str, threads: int) -> None:
+    started(rank, folder, threads)
+    said: dict[str, str] = {}
+
+    def note(name: str, call: Callable[[], object]) -> None:
+        with pytest.raises(ValueError, match=" ") as raised:
+            call()
+        said[name] = str(raised.value)
+
+    text = even_text("flux")
+    ring = families.made("flux")
+    split(ring, ContextParallelConfig(ring_degree=2))
+    note("diffusers' ring", lambda: families.run(ring, {**families.arguments("flux"), **text}))
+    note("ring", lambda: attach(ring, NormSelector(), uniform))
+    case = Case(family="flux")
+    split(case.model, ContextParallelConfig(ulysses_degree=2))
+    chance = RandomSelector(torch.Generator())
+    note("chance", lambda: attach(case.model, chance, uniform))
+    assert attachment_of(case.model) is None
+    case.apply(multiple=1)
+    note("odd", lambda: case.run(**text))
+    case.apply(multiple=2)
+    note("gradients", lambda: families.run(case.model, {**families.arguments("flux"), **text}))
+    note("compile", lambda: shiva_dit.compile(case.model))
+    note("whole steps", lambda: shiva_dit.correct(case.model, whole_steps=1))
+    found = {"said": said, "chosen": selected(case.model, lambda: case.run(**text))}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_context_parallelism_refuses(tmp_path: Path) -> None:
+    in_two_processes(_refused, str(tmp_path), torch.get_num_threads())
+    case = Case(family="flux")
+    case.apply(multiple=2)
+    chosen = selected(case.model, lambda: case.run(**even_text("flux")))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, words in {
+            "diffusers' ring": "Native attention does not support return_lse",
+            "ring": "Ulysses in equal parts alone",
+            "chance": "RandomSelector looks at all tokens",
+            "odd": "apply with multiple=2",
+            "gradients": "within torch.no_grad()",
+            "compile": "shiva_dit.compile can't be had",
+            "whole steps": "shiva_dit.correct can't be had",
+        }.items():
+            assert words in found["said"][name], found["said"][name]
+        assert all(map(torch.equal, found["chosen"], chosen))
+
+
+def test_context_parallelism_of_other_classes_is_refused() -> None:
+    """What diffusers records on a model; the processes themselves are not needed."""
+    case = Case()
+    parallel = type("ParallelConfig", (), {"context_parallel_config": object()})()
+    case.model._parallel_config = parallel
+    with pytest.raises(ValueError, match="SD3Transformer2DModel can't be had"):
+        case.apply()
+    assert attachment_of(case.model) is None
+    case.model._parallel_config = None
+    case.apply()
+    case.model._parallel_config = parallel
+    with pytest.raises(ValueError, match="SD3Transformer2DModel can't be had"):
+        case.run()
+    with shiva_dit.disabled(case.model):
+        assert torch.equal(case.run(), case.bare)
+
+
+def test_reducers_are_refused() -> None:
+    model = families.made("sd3")
+    model._parallel_config = object()
+    with pytest.raises(ValueError, match="run it in one process"):
+        attach_reducer(model, ToMeSD(keep_ratio=0.5))
+    model._parallel_config = None
+    attach_reducer(model, ToMeSD(keep_ratio=0.5)).detach()

@@ -145,6 +145,8 @@ class Selector(Reducer):
 
     learns_from_gates: bool = False
     """Whether training gives its scores a gradient (`shiva_dit.methods.gates`)."""
+    scores_alone: bool = False
+    """Whether a token's score takes no other token of its sample."""
     weighs: Literal["feed_forward", "block"] | None = None
     """What of a pruned block is multiplied by `weights`: its update by the feed-forward, or the
     whole one; None: nothing."""

@@ -21,6 +21,7 @@ class ShivaSelector(Selector):
     """
 
     learns_from_gates = True
+    scores_alone = True
 
     def __init__(self, router: ShivaRouter) -> None:
         super().__init__()

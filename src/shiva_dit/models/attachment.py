@@ -20,6 +20,7 @@ from shiva_dit.methods.base import Selector
 from shiva_dit.models.block_hook import BlockHook, Uncopied
 from shiva_dit.models.clock import Clock
 from shiva_dit.models.compiling import compile_blocks
+from shiva_dit.models.context_parallel import refuse_context_parallel
 from shiva_dit.models.correction import (
     WholeSteps,
     correction_of,
@@ -83,7 +84,7 @@ class Attachment(Uncopied):
         self._checked_in: object = None
         self.was_enabled = True
         """Whether it is on again when the last `disabled` block ends."""
-        self._compiled: dict[str, Any] | None = None
+        self.compiled: dict[str, Any] | None = None
         self.whole_steps: WholeSteps | None = None
         """Those that are on."""
         self.blocks = self.spec.blocks(model)
@@ -138,6 +139,7 @@ class Attachment(Uncopied):
             if self._is_on:
                 return
             refuse_neighbours(self.model, self.model.modules())
+            refuse_context_parallel(self)
             try:
                 self._undo.add(self._take_weights_off)
                 put_weights()
@@ -188,8 +190,8 @@ class Attachment(Uncopied):
             self._undo.add(partial(self.model.__dict__.pop, "save_pretrained", None))
             self.model.save_pretrained = self._save_bare  # type: ignore[assignment]
         forget_registries(self.model)
-        if self._compiled is not None:
-            self.compile(**self._compiled)
+        if self.compiled is not None:
+            self.compile(**self.compiled)
         self._undo.add(partial(take_correction_off, self.model))
         put_correction_on(self, self.whole_steps)
 
@@ -239,6 +241,7 @@ class Attachment(Uncopied):
         self.watch.check(reads=begins and not captures)
         self._checked_in = run
         refuse_neighbours(self.model, self._watched)
+        refuse_context_parallel(self)
         return True
 
     def _watch(self, watch: Watch) -> None:
@@ -301,12 +304,14 @@ class Attachment(Uncopied):
         Raises:
             ValueError: If a cache is on the blocks and they shall be one graph each.
         """
+        refuse_context_parallel(self, "shiva_dit.compile")
         compile_blocks(self.blocks, options, self._undo)
-        self._compiled = options
+        self.compiled = options
 
     def correct(self, whole: WholeSteps | None) -> None:
         """Run the unpruned model in some steps, and correct the others by it; None: no longer."""
         with self.turns.switch():
+            refuse_context_parallel(self, *([] if whole is None else ["shiva_dit.correct"]))
             put_correction_on(self, whole)
             self.whole_steps = whole
             if whole is None and self.backbone is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -11,70 +10,18 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from shiva_dit.core.roles import REFERENCE, Group, best_by_group
+from shiva_dit.core.roles import REFERENCE, best_by_group
 from shiva_dit.core.selection import Share, best_tokens, share_between_halves
 from shiva_dit.methods.base import Mixture, Selector
 from shiva_dit.methods.gates import SelectionGates
 from shiva_dit.methods.plans import GatherPlan
+from shiva_dit.models.block_state import BlockState, Slot
+from shiva_dit.models.context_parallel import ShardedPlan, Shards
 from shiva_dit.models.families import block_spec
 from shiva_dit.models.guidance import Passes
 from shiva_dit.models.rows import apart, together
 from shiva_dit.models.spec import BlockSpec, argument_place
 from shiva_dit.modules.updates import RejectedUpdates
-
-
-@dataclass(slots=True)
-class BlockState:
-    """What one block does in one forward.
-
-    Made anew each time, so that a recomputation in backward can be given its own forward's.
-    """
-
-    k: int
-    """A `DynamicInt`: compiled blocks take it as a symbolic size from their first call on."""
-    dense: bool
-    idle: bool = False
-    """Whether no forward of the model runs."""
-    num_tokens: int = 0
-    """N."""
-    share: Share | None = None
-    """Which half of the batch decides, where both keep the same tokens."""
-    groups: tuple[Group, ...] = ()
-    """Tokens that have a budget of their own, with k each; empty: all have one."""
-    terms: Any = None
-    """What its scores need beside its tokens (`Selector.terms`); with groups, of each of them."""
-    update_condition: Tensor | None = None
-    """That of the rejected tokens' update."""
-    gates: SelectionGates | None = None
-    leads: bool = False
-    """Whether another pass will keep this one's tokens: they are left in `chosen`."""
-    chosen: Tensor | None = None
-    """The tokens to keep, (B, k), where another pass has chosen them."""
-    observer: Callable[[int, Tensor], None] | None = None
-    follows: BlockState | None = None
-    """The block whose scores this one uses (`select_every`)."""
-    is_followed: bool = False
-    scores: Tensor | None = None
-    """Left for those who follow, (B, N)."""
-    mixture: Mixture | None = None
-    """How often the block runs in training, where it does so more than once."""
-    weights: Tensor | None = None
-    """What its feed-forward's update is multiplied by, (B, k, 1), while it runs."""
-
-
-IDLE = BlockState(k=0, dense=True, idle=True)
-"""Of all blocks while no forward of the model runs. Shared, as the next: never written to."""
-DENSE = BlockState(k=0, dense=True)
-"""Of blocks that run as they are."""
-
-
-class Slot:
-    """Holds a block's current state. Not a module: dynamo then treats k as a symbolic size."""
-
-    __slots__ = ("state",)
-
-    def __init__(self) -> None:
-        self.state = IDLE
 
 
 class Uncopied:
@@ -165,7 +112,11 @@ class BlockHook(Uncopied, ModelHook):
         by_name = self.spec.hidden in kwargs
         tokens = self.spec.turned(kwargs[self.spec.hidden] if by_name else args[self.place])
         where = self.spec.text
-        text, x = apart(tokens, state.num_tokens, where)  # (B, T, D) or None, (B, N, D)
+        shards = state.shards
+        num_here = state.num_tokens if shards is None else shards.num_own
+        text, x = apart(tokens, num_here, where)  # (B, T, D) or None, (B, N, D)
+        if shards is not None:
+            shards.check(x.shape[1])
         plan = self._choose(x, k, state)
         chosen = plan.chosen
         update = None if self.update is None else self.update(x, state.update_condition)
@@ -176,9 +127,8 @@ class BlockHook(Uncopied, ModelHook):
         if state.observer is not None:
             state.observer(self.index, chosen.sort(dim=-1).values)
         new = self.spec.turned(together(text, before, where))
-        args, kwargs = self._for_rows(
-            new, *self._rows_chosen(chosen, x, text), state.groups, args, kwargs
-        )
+        rows = self._rows_chosen(plan, x, text)
+        args, kwargs = self._for_rows(new, *rows, state, args, kwargs)
         weights = None
         if self.weights is not None:
             weights = self.weights(before)[..., None].to(before.dtype)  # (B, k, 1)
@@ -198,9 +148,11 @@ class BlockHook(Uncopied, ModelHook):
         new = self.spec.turned(together(text, new, where))
         return new if place is None else (*output[:place], new, *output[place + 1 :])
 
-    def _rows_chosen(self, chosen: Tensor, x: Tensor, text: Tensor | None) -> tuple[Tensor, int]:
+    def _rows_chosen(self, plan: GatherPlan, x: Tensor, text: Tensor | None) -> tuple[Tensor, int]:
         """Chosen rows of the arguments, and of how many (`rows_of_all`)."""
-        tokens = x.shape[1]
+        if isinstance(plan, ShardedPlan):
+            return plan.own, plan.shards.num_tokens
+        chosen, tokens = plan.chosen, x.shape[1]
         if text is None or not self.spec.rows_of_all:
             return chosen, tokens
         every = tokens + text.shape[1]
@@ -212,12 +164,13 @@ class BlockHook(Uncopied, ModelHook):
         tokens: Tensor,
         chosen: Tensor,
         num_tokens: int,
-        groups: Sequence[Group],
+        state: BlockState,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block's arguments with its chosen tokens, and what lies beside these."""
         changed: dict[str, tuple[int, Any]] = {self.spec.hidden: (self.place, tokens)}
+        groups, shards = state.groups, state.shards
         if self.options is not None and groups:
             name, place = self.options
             told = kwargs.get(name) if place >= len(args) else args[place]
@@ -227,6 +180,7 @@ class BlockHook(Uncopied, ModelHook):
         for name, row_place, take in self.rows:
             value = kwargs.get(name) if row_place >= len(args) else args[row_place]
             if value is not None:
+                value = value if shards is None else shards.rows(name, value, take)
                 changed[name] = row_place, take(value, chosen, num_tokens)
         for name, (at, value) in changed.items():
             if at < len(args):
@@ -238,7 +192,7 @@ class BlockHook(Uncopied, ModelHook):
     def _choose(self, x: Tensor, k: int, state: BlockState) -> GatherPlan:
         """The tokens that run, by the scores or another pass's."""
         if state.chosen is not None:
-            return GatherPlan(state.chosen)
+            return _plan(state.chosen, state)
         if state.gates is not None:
             # What terms tell is computed anew in backward (`_learn`).
             with torch.set_grad_enabled(state.terms is None and torch.is_grad_enabled()):
@@ -246,7 +200,7 @@ class BlockHook(Uncopied, ModelHook):
             return GatherPlan(state.gates.choose(state.scores, k))
         scores = self._score(x, state)
         groups = state.groups
-        plan = GatherPlan(best_by_group(scores, groups) if groups else best_tokens(scores, k))
+        plan = _plan(best_by_group(scores, groups) if groups else best_tokens(scores, k), state)
         if state.leads:
             state.chosen = plan.chosen
         return plan
@@ -278,14 +232,17 @@ class BlockHook(Uncopied, ModelHook):
             found = [self._scored(x[:, g.start : g.stop], own, state.share) for g, own in parts]
             scores = torch.cat(found, dim=1)
         else:
-            scores = self._scored(x, state.terms, state.share)
+            scores = self._scored(x, state.terms, state.share, state.shards)
         if state.is_followed:
             state.scores = scores
         return scores
 
-    def _scored(self, x: Tensor, terms: Any, share: Share | None) -> Tensor:
+    def _scored(
+        self, x: Tensor, terms: Any, share: Share | None, shards: Shards | None = None
+    ) -> Tensor:
         """Scores of the block's own tokens, shared where guidance halves share them."""
         scores = self.scores(x, terms)
+        scores = scores if shards is None else shards.whole(scores)
         return scores if share is None else share_between_halves(scores, share)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -336,6 +293,11 @@ class BlockHook(Uncopied, ModelHook):
         if self.spec.values_of_text_last:
             return torch.cat([gates.value(values[:, :k]), values[:, k:]], dim=1)
         return torch.cat([values[:, :text], gates.value(values[:, text:])], dim=1)
+
+
+def _plan(chosen: Tensor, state: BlockState) -> GatherPlan:
+    """Keep these tokens, of all processes' where they are split among some."""
+    return GatherPlan(chosen) if state.shards is None else ShardedPlan(chosen, state.shards)
 
 
 def _mean(parts: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:

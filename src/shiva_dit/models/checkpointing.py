@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from shiva_dit.models.block_hook import Slot
+from shiva_dit.models.block_state import Slot
 
 
 class SnapshotCheckpoint:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from shiva_dit.core.roles import REFERENCE, num_of
 from shiva_dit.methods.base import Selector
-from shiva_dit.models.block_hook import DENSE, IDLE, BlockHook, BlockState, Uncopied
+from shiva_dit.models.block_hook import BlockHook, Uncopied
+from shiva_dit.models.block_state import DENSE, IDLE, BlockState
 from shiva_dit.models.checkpointing import leave_snapshots, snapshots_are_on, take_snapshots
+from shiva_dit.models.context_parallel import shards_of
 from shiva_dit.models.counts import Counts
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.gating import GatedForward
@@ -164,8 +166,18 @@ class Forwards(Uncopied):
         targets = num_tokens - self.num_references
         counts, which = self._asked(targets, timestep, len(sample))
         self._row = tuple(counts)
+        shards = shards_of(
+            model,
+            counts,
+            num_tokens,
+            timestep=given(model, arguments, self.spec.timestep),
+            has_roles=bool(spans),
+            learns=self._gated is not None,
+        )
         self._settle(sample[0].dtype, sample[0].device)
         self._begin(counts, num_tokens, which, len(sample), spans)
+        for index in () if shards is None or self._plan is None else self._plan.pruned:
+            self.hooks[index].slot.state.shards = shards
         if self.graphs is None:
             self.read_context(args, kwargs)
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):

@@ -24,7 +24,8 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from shiva_dit.models.block_hook import BlockHook, BlockState, Uncopied
+from shiva_dit.models.block_hook import BlockHook, Uncopied
+from shiva_dit.models.block_state import BlockState
 from shiva_dit.models.fingerprint import Fingerprint
 from shiva_dit.models.neighbours import CORRECTION, register_innermost, strange_hook
 

@@ -13,8 +13,6 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
 from torch import nn
 
-from shiva_dit.models.parallelism import context_parallel
-
 REFUSED = {
     "pyramid_attention_broadcast": "Pyramid Attention Broadcast",
     "taylorseer_cache": "TaylorSeer",
@@ -30,6 +28,8 @@ REDUCER = "shiva_dit_reducer"
 """Name of a reducer's hooks (`attach_reducer`)."""
 _REFUSED = {**REFUSED, REDUCER: REDUCER}
 
+SPLITS = "cp_input"
+"""Beginning of the names of hooks that leave each process its part (context parallelism)."""
 BLOCK_CACHES = {"fbc": "FirstBlockCache", "mag_cache": "MagCache", "sea_cache": "SeaCache"}
 """Caches of whole blocks, likewise: diffusers keeps parts of them out of the compiler."""
 
@@ -123,8 +123,12 @@ def reaches(forward: Any, target: object) -> bool:
 
 @contextmanager
 def _lifted(registry: HookRegistry, names: Sequence[str]) -> Iterator[None]:
-    """Within: these hooks are off, as far as they replace the forward; then on again, in order."""
-    hooks = {n: registry.hooks[n] for n in names if hasattr(registry.hooks[n], "new_forward")}
+    """Within: hooks that replace the forward or split its arguments are off; then on, in order."""
+    hooks = {
+        n: registry.hooks[n]
+        for n in names
+        if hasattr(registry.hooks[n], "new_forward") or n.startswith(SPLITS)
+    }
     try:
         for name in reversed(hooks):
             registry.remove_hook(name, recurse=False)
@@ -154,12 +158,6 @@ def refuse_neighbours(model: Any, modules: Iterable[nn.Module]) -> None:
     Raises:
         ValueError: Names it, and says what to do.
     """
-    if context_parallel(model) is not None:
-        raise ValueError(
-            "context parallelism splits the tokens among devices, and a block would select among "
-            "its part alone: this is not supported. Load the model without it, or use tensor "
-            "parallelism where diffusers has it (Flux.1, Flux.2, Qwen-Image)."
-        )
     modules = list(modules)
     for module in modules:
         own = module.__dict__.get("forward")

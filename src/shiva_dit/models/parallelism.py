@@ -23,6 +23,19 @@ def is_tensor_parallel(model: Any) -> bool:
     return _config(model, "tensor_parallel_config") is not None
 
 
+def refuse_parallel(model: Any) -> None:
+    """Raise where several processes run one model, and a reducer shall go on.
+
+    Raises:
+        ValueError: Says what to do.
+    """
+    if getattr(model, "_parallel_config", None) is not None:
+        raise ValueError(
+            "the model is run by several processes (enable_parallelism), and a reducer can't go "
+            "along with that: run it in one process."
+        )
+
+
 def is_part(model: nn.Module, layer: nn.Module) -> bool:
     """Whether a layer is but this process's part of one (tensor parallelism), in its forward too.
 

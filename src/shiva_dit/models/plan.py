@@ -11,7 +11,7 @@ from torch.fx.experimental.sym_node import DynamicInt
 
 from shiva_dit.core.roles import Group
 from shiva_dit.methods.gates import SelectionGates
-from shiva_dit.models.block_hook import DENSE, BlockState
+from shiva_dit.models.block_state import DENSE, BlockState
 from shiva_dit.models.guidance import Pass
 
 Grouping = tuple[tuple[Group, ...], ...]

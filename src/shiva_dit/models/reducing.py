@@ -39,6 +39,7 @@ from shiva_dit.models.neighbours import (
     unhook,
     unregister,
 )
+from shiva_dit.models.parallelism import refuse_parallel
 from shiva_dit.models.runs import Call, OwnRun, Runs
 from shiva_dit.models.site_hook import Forward, ReducerHook, SiteHook
 from shiva_dit.models.skeleton import Skeleton
@@ -83,6 +84,7 @@ class Reduction(Uncopied):
         """
         with self.turns.switch():
             refuse_neighbours(self.model, self.model.modules())
+            refuse_parallel(self.model)
             if attachment_of(self.model) is not None:
                 raise ValueError(
                     "the model has an adapter or a selector on, and a reducer can't go along with "

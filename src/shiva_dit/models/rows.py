@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -115,15 +116,39 @@ class Rows:
             value = self._take(value, axis % value.ndim, chosen, num_tokens)
         return value
 
+    def whole(self, value: Any, num_own: int, gather: Callable[[Tensor], Tensor]) -> Any:
+        """The argument with the rows of all processes' image tokens (context parallelism).
+
+        Args:
+            value: With those of this process's own.
+            num_own: How many it has.
+            gather: Such rows, (B, n, ...), to those of all, (B, N, ...).
+        """
+        if isinstance(value, tuple):
+            return tuple(self.whole(each, num_own, gather) for each in value)
+        if self.dims is not None and value.ndim < self.dims:
+            return value
+        assert isinstance(self.axis, int)
+        if self.batch != "own":
+            return self._changed(value[None], 1, num_own, gather)[0]
+        return self._changed(value, self.axis % value.ndim, num_own, gather)
+
     def _take(
         self, value: Tensor, axis: int, chosen: Int[Tensor, "B k"], num_tokens: int
     ) -> Tensor:
+        return self._changed(value, axis, num_tokens, partial(by_token, chosen=chosen))
+
+    def _changed(
+        self, value: Tensor, axis: int, num_tokens: int, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """With other rows of the image; where one is for all tokens, it stays."""
         if value.shape[axis] == 1:
             return value
         if axis != 1:
-            return self._take(value.transpose(1, axis), 1, chosen, num_tokens).transpose(1, axis)
+            turned = value.transpose(1, axis)
+            return self._changed(turned, 1, num_tokens, change).transpose(1, axis)
         of_text, image = apart(value, num_tokens, self.text)
-        return together(of_text, by_token(image, chosen), self.text)
+        return together(of_text, change(image), self.text)
 
 
 def by_token(

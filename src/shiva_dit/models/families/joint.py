@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +18,24 @@ from shiva_dit.models.rows import TABLE, Rows
 from shiva_dit.models.spec import BlockSpec, ModelSpec, SitePlace, given, pooled_text, text_mean
 
 
-def _image_of_pair(
-    tables: tuple[Any, Any], chosen: Int[Tensor, "B k"], num_tokens: int
-) -> tuple[Any, Any]:
+class _ImageOfPair:
     """A rotary table of the image, and one of the text, which stays."""
-    image, text = tables
-    return TABLE(image, chosen, num_tokens), text
+
+    def __call__(
+        self, tables: tuple[Any, Any], chosen: Int[Tensor, "B k"], num_tokens: int
+    ) -> tuple[Any, Any]:
+        image, text = tables
+        return TABLE(image, chosen, num_tokens), text
+
+    def whole(
+        self, tables: tuple[Any, Any], num_own: int, gather: Callable[[Tensor], Tensor]
+    ) -> tuple[Any, Any]:
+        """As of `Rows`."""
+        image, text = tables
+        return TABLE.whole(image, num_own, gather), text
+
+
+_image_of_pair = _ImageOfPair()
 
 
 def _pair(model: Any, size: Size) -> Tensor:
@@ -196,6 +208,7 @@ MODELS = (
     ),
     ModelSpec(
         model_class="QwenImageTransformer2DModel",
+        splits_tokens=True,
         name="Qwen-Image, Qwen-Image-Edit",
         noise_timestep=1.0,
         time_embedder="time_text_embed.timestep_embedder",
