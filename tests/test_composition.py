@@ -1118,7 +1118,7 @@ def _tokens_apart(rank: int, folder: str, first: bool, threads: int) -> None:
 @cells(
     "Context parallelism (Flux, Ulysses), two processes",
     "works",
-    "as one process, within 1e-6: the same tokens, half of them in each",
+    "as one process, within 1e-5: the same tokens, half of them in each",
     order=True,
 )
 def test_context_parallelism(first: bool, tmp_path: Path) -> None:
@@ -1134,9 +1134,9 @@ def test_context_parallelism(first: bool, tmp_path: Path) -> None:
         for rank in range(2):
             found = torch.load(tmp_path / f"{kind}-{rank}.pt")
             assert all(map(torch.equal, found["chosen"], chosen))
-            # Products of half as many rows round otherwise: 2e-7 was measured.
-            assert near(found["pruned"], pruned[0], 1e-6)
-            assert near(found["bare"], bare, 1e-6)
+            # Products of half as many rows round otherwise: 1.1e-6 at most was measured (LoRA).
+            assert near(found["pruned"], pruned[0], 1e-5)
+            assert near(found["bare"], bare, 1e-5)
 
 
 SAMPLES = (0.5, -1.5)

@@ -73,8 +73,7 @@ class Attachment(Uncopied):
     ) -> None:
         self.spec = model_spec(model)
         self.model, self.selector = model, selector
-        self.updates = updates
-        self.gates_values = gate_values
+        self.updates, self.gates_values = updates, gate_values
         self.enabled = True
         self.backbone = backbone
         """Tuned weights; they come and go with the hooks."""
@@ -107,8 +106,7 @@ class Attachment(Uncopied):
             for index, block in enumerate(self.blocks)
         ]
         # Where hooks that come later are looked for: they are put on all blocks, or on the model.
-        ends = self.blocks[0], self.blocks[-1]
-        self._watched = [model, *(m for b in ends for m in b.modules())]
+        self._watched = [model, *self.blocks[0].modules(), *self.blocks[-1].modules()]
         self.forwards = Forwards(
             model,
             self.blocks,
@@ -311,7 +309,8 @@ class Attachment(Uncopied):
     def correct(self, whole: WholeSteps | None) -> None:
         """Run the unpruned model in some steps, and correct the others by it; None: no longer."""
         with self.turns.switch():
-            refuse_context_parallel(self, *([] if whole is None else ["shiva_dit.correct"]))
+            if whole is not None:
+                refuse_context_parallel(self, "shiva_dit.correct")
             put_correction_on(self, whole)
             self.whole_steps = whole
             if whole is None and self.backbone is not None:

@@ -125,9 +125,6 @@ class ModelSpec:
     """Text tokens T of the model's own pipelines, by default."""
     full_blocks: Callable[[nn.Module], tuple[int, ...]] = lambda model: ()
     """Blocks that can't be pruned, since they change tokens that they aren't given."""
-    splits_tokens: bool = False
-    """Whether diffusers' context parallelism leaves each process its part of the image tokens in
-    all blocks (its `_cp_plan`), and tests have run that."""
     least_tokens: int = 1
     """Fewest image tokens that a block can run on."""
     frame_axis: int = 2

@@ -121,7 +121,6 @@ _IDS_OF_FOUR: Mapping[str, examples.Input] = {
 }
 _FLUX = ModelSpec(
     model_class="FluxTransformer2DModel",
-    splits_tokens=True,
     name="Flux.1",
     context_is="pooled text",
     block_lists=("transformer_blocks", "single_transformer_blocks"),
@@ -184,7 +183,6 @@ MODELS = (
     replace(
         _LONGCAT,
         model_class="Flux2Transformer2DModel",
-        splits_tokens=True,
         name="Flux.2 (dev, klein)",
         time_embedder="time_guidance_embed.timestep_embedder",
         references=by_places("kv_cache_mode"),

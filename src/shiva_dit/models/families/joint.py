@@ -208,7 +208,6 @@ MODELS = (
     ),
     ModelSpec(
         model_class="QwenImageTransformer2DModel",
-        splits_tokens=True,
         name="Qwen-Image, Qwen-Image-Edit",
         noise_timestep=1.0,
         time_embedder="time_text_embed.timestep_embedder",

@@ -153,7 +153,6 @@ BLOCKS = (
 
 _WAN = ModelSpec(
     model_class="WanTransformer3DModel",
-    splits_tokens=True,
     name="Wan 2.1 and 2.2 (text to video)",
     block_lists=("blocks",),
     time_embedder="condition_embedder.time_embedder",
@@ -167,9 +166,7 @@ _WAN = ModelSpec(
 )
 MODELS = (
     _WAN,
-    replace(
-        _WAN, model_class="ChronoEditTransformer3DModel", splits_tokens=True, name="ChronoEdit"
-    ),
+    replace(_WAN, model_class="ChronoEditTransformer3DModel", name="ChronoEdit"),
     replace(
         _WAN,
         model_class="WanVACETransformer3DModel",
@@ -206,7 +203,6 @@ MODELS = (
     ),
     ModelSpec(
         model_class="LTXVideoTransformer3DModel",
-        splits_tokens=True,
         name="LTX-Video (text to video)",
         time_embedder="time_embed.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
