@@ -12,7 +12,7 @@ SHAPES := --jaxtyping-packages=shiva_dit,beartype.beartype $(addprefix --ignore=
 # Tests start processes by the dozen: what these import is compiled once, whatever the user's shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test check matrix fix report results-estimators release install clean
+.PHONY: quickstart test check matrix versions fix report results-estimators release install clean
 
 quickstart: $(STAMP)  ## Train an adapter on real digits and look at it (about 3 minutes)
 	$(BIN)/shiva-dit quickstart
@@ -35,6 +35,9 @@ matrix: $(STAMP)  ## Every property of every model class beside everything else,
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[beside]"
 	$(BIN)/python -m tests.matrix
 
+versions: $(STAMP)  ## The fast tests at the lowest and the highest versions allowed, into results/ (20 minutes)
+	$(BIN)/python -m tests.versions build/versions
+
 fix: $(STAMP)  ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -55,7 +58,7 @@ report: $(STAMP)  ## Write the tables of the documents from the records
 	$(BIN)/shiva-dit report README.md docs/*.md docs/results/*.md
 
 # A release, in this order: (1) the version in pyproject.toml and src/shiva_dit/__init__.py, and the changelog's
-# heading with the day; (2) `make check` and `make matrix` pass on a clean clone, and `make report` changes nothing;
+# heading with the day; (2) `make check`, `make matrix` and `make versions` pass on a clean clone, and `make report` changes nothing;
 # (3) `make release`; (4) a commit and a tag "v" and the version; (5) `twine upload dist/*`, with a token that may
 # upload this project alone; (6) `pip install shiva-dit` in an empty folder, and the README's first example.
 release: $(STAMP)  ## Build what goes to PyPI, check it, and serve with it in an environment without extras
