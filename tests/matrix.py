@@ -26,8 +26,8 @@ from tests import families
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "beside.md"
 """Where the record of other software is shown."""
-SHARE = 5
-"""Of so many cells one is in a sample."""
+SHARE, SHARE_BESIDE = 5, 20
+"""Of so many cells one is in a sample; the second where some cells are always in it."""
 PROPERTIES: dict[str, int] = {}
 """Of every property whose module was imported, how many classes or pipelines it is asked of."""
 
@@ -73,7 +73,10 @@ def sampled(
             are in it by lot are slow.
     """
     cells = tuple(among)
-    by_lot: Any = pytest.mark.slow if any(map(always, cells)) else ()
+    by_lot: Any = ()
+    share = SHARE
+    if any(map(always, cells)):
+        by_lot, share = pytest.mark.slow, SHARE_BESIDE
 
     def put(test: Any) -> Any:
         PROPERTIES[f"{test.__module__.rpartition('.')[2]}::{test.__name__}"] = len(cells)
@@ -83,7 +86,7 @@ def sampled(
             marks: Any = pytest.mark.matrix
             if always(cell):
                 marks = ()
-            elif place % SHARE == lot(test.__name__):
+            elif place % share == lot(test.__name__, share):
                 marks = by_lot
             values.append(pytest.param(*each, id="-".join(each), marks=marks))
         return pytest.mark.sampled(pytest.mark.parametrize(arguments, values)(test))
@@ -91,9 +94,9 @@ def sampled(
     return put
 
 
-def lot(test: str) -> int:
-    """Which of every `SHARE` cells a test's sample holds."""
-    return zlib.crc32(test.encode()) % SHARE
+def lot(test: str, share: int = SHARE) -> int:
+    """Which of every so many cells a test's sample holds."""
+    return zlib.crc32(test.encode()) % share
 
 
 class Outcomes:
