@@ -4,9 +4,8 @@
 # runs by it from then on, made before or after, and the reset leaves the default as it is.
 # Versions: torch 2.13.0, diffusers 0.42.1.
 # Output:
-#   another model, before: scaled_dot_product_attention, native
-#   another model, afterwards: scaled_dot_product_attention under SDPBackend.MATH
-#   after the reset: scaled_dot_product_attention under SDPBackend.MATH
+#   {'native'} {'under SDPBackend.MATH'} {'under SDPBackend.MATH'} {'under SDPBackend.MATH'}
+#   (another model before and after, the model after its reset, a new one)
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
