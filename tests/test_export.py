@@ -73,13 +73,14 @@ class Given:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "calls", "options"),
-    [("frozen", [2, 1, 1], {}), ("full", [4], {}), ("lora", [4], {"merge": False})],
+    ("backbone", "rows", "calls", "options"),
+    # A run's own counts, whose mean is met over its four steps, differ within a third as well.
+    [("frozen", 3, [1] * 4, {}), ("full", 1, [4], {}), ("lora", 1, [4], {"merge": False})],
 )
 def test_a_sampling_by_files_alone_is_the_pipelines(
-    backbone: str, calls: list[int], options: dict[str, Any], tmp_path: Path
+    backbone: str, rows: int, calls: list[int], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    pipe = piped(backbone, len(calls), **options)
+    pipe = piped(backbone, rows, **options)
     expected = tiny.generate(pipe, 5.0)
     folder = tmp_path / "run"
     given = Given(pipe.transformer)
