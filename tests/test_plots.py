@@ -17,7 +17,7 @@ PLOTS = {
     "results/estimators-digits.md": 6,
     "results/estimators-scenes.md": 9,
     "results/flips.md": 4,
-    "results/frontier.md": 1,
+    "results/frontier.md": 2,
     "results/rejected.md": 1,
     "results/routers.md": 1,
     "results/schedules.md": 4,
