@@ -248,7 +248,8 @@ def _listed() -> tuple[Any, Tensor, int, Tensor] | None:
     scheduler = getattr(owner, "scheduler", None)
     # Loops that count have a list of their own, a part of the scheduler's (image to image).
     own = scope.get("timesteps") if "i" in scope else None
-    listed, t = getattr(scheduler, "timesteps", None) if own is None else own, scope.get("t")
+    listed = getattr(scheduler, "timesteps", None) if own is None else own
+    t = scope.get("t", scope.get("t_sched"))  # as ACE-Step's loop calls it
     if not isinstance(listed, Tensor) or not isinstance(t, Tensor) or not len(listed):
         return None
     step = place_in(t, listed)

@@ -43,8 +43,8 @@ class TimeShare:
     def logit_normal(self, quantiles: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """By the logit-normal law, of which these are the quantiles within the share.
 
-        >>> TimeShare(low=0.5).logit_normal(torch.tensor([0.0, 1.0]))
-        tensor([0.5000, 1.0000])
+        >>> TimeShare(low=0.5).logit_normal(torch.tensor([0.0, 0.5]))
+        tensor([0.5000, 0.6625])
         """
         ends = torch.logit(torch.tensor([self.low, self.high], dtype=torch.float64))
         low, high = torch.special.ndtr(ends).tolist()
