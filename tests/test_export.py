@@ -154,7 +154,8 @@ def test_a_program_holds_its_weights_and_any_row(name: str) -> None:
         export_program(model, case, counts=[65, 1, 1, 1])
 
 
-@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.matrix  # a C++ compiler at work for half a minute
+@pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_compiled_ahead_it_gives_the_same(name: str, tmp_path: Path) -> None:
     """By AOTInductor, compiled here and now: SD3 with two blocks, which are of all kinds."""
     model = tiny.sd3(num_layers=2) if name == "sd3" else families.made(name)
