@@ -31,7 +31,7 @@ check: $(STAMP)  ## What CI runs: format, lint, imports, types, all tests
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[beside]"
 	$(PYTEST) -m "bits and not matrix" tests
 
-matrix: $(STAMP)  ## Every property of every model class beside everything else, into results/ (a quarter of an hour)
+matrix: $(STAMP)  ## Every property of every model class beside everything else, into results/ (half an hour)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[beside]"
 	$(BIN)/python -m tests.matrix
 

@@ -272,5 +272,6 @@ def test_scores_that_halves_share_learn_from_both(
     assert anew.keys() == kept.keys()
     assert anew
     for name, value in anew.items():
+        # Rounding of sums: 1.3e-9 was seen on one processor, of gradients of about 1e-6.
         torch.testing.assert_close(value, kept[name], rtol=1e-4, atol=1e-8)
         assert float(value.abs().max()) > 0
