@@ -381,6 +381,7 @@ DOCUMENTS = [
     *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md")),
 ]
 TABLES = {
+    "docs/beside.md": 2,
     "docs/export.md": 1,
     "docs/models.md": 2,
     "docs/performance.md": 18,
