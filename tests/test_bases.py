@@ -17,10 +17,11 @@ from shiva_dit.cli import main
 from shiva_dit.demo import train_base as base_module
 from shiva_dit.demo.base import ASSETS, backbone_file, judge_file, load_backbone, record_file
 from shiva_dit.demo.distil import Distillation, trajectories_of
+from shiva_dit.demo.judge import JudgeTraining
 from shiva_dit.demo.learner import Learner
 from shiva_dit.demo.scenes import ScenesTask
 from shiva_dit.demo.tasks import load_task
-from shiva_dit.demo.train_base import start_from
+from shiva_dit.demo.train_base import BaseTraining, half_places, start_from, train_base
 from shiva_dit.experiments import scoring
 from shiva_dit.experiments.few_steps import distil_base
 from shiva_dit.training.interrupt import TrainingInterrupted
@@ -108,6 +109,33 @@ def test_a_started_backbone_knows_what_the_other_knew() -> None:
     start_from(same, load_backbone(small))
     for name, value in load_backbone(small).state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
+def test_half_sizes_come_first_and_span_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, seen = ScenesTask(), []
+    build = task.build_backbone
+
+    def watched() -> Any:
+        model = build()
+        model.pos_embed.register_forward_hook(
+            lambda module, inputs, output: seen.append((inputs[0].shape[-1], output.shape[1]))
+        )
+        return model
+
+    monkeypatch.setattr(task, "build_backbone", watched)
+    judge = JudgeTraining(steps=1, batch_size=2)
+    config = BaseTraining(task="scenes", steps=4, batch_size=2, half_share=0.5, judge=judge)
+    train_base(task, config, tmp_path)
+    assert seen == [(16, 64)] * 2 + [(32, 256)] * 2
+    model: Any = build()
+    places = model.pos_embed.pos_embed.view(16, 16, -1)
+    model.pos_embed.pos_embed = half_places(model)["pos_embed.pos_embed"]
+    middle = model.pos_embed.cropped_pos_embed(16, 16).view(8, 8, -1)
+    for row, column in ((0, 0), (7, 3)):
+        four = places[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        torch.testing.assert_close(middle[row, column], four.mean((0, 1)))
 
 
 def test_a_start_that_does_not_fit_is_one_line(

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import avg_pool2d, pad
 from torch.nn.functional import interpolate as resized
 
 from shiva_dit.core.budget import logit_normal, stratified
@@ -38,6 +40,9 @@ class BaseTraining(Learning):
     moved_share: float = 0.4
     """Share of the steps, from the first, whose images are moved by up to a pixel, in [0, 1]. It
     makes more of few images; but moved digits are no real ones, so the last word is theirs."""
+    half_share: float = 0.0
+    """Share of the steps, from the first, whose images have half their side, in [0, 1]: a quarter
+    of the tokens, and of what a step costs."""
     judge: JudgeTraining = field(default_factory=JudgeTraining)
     """The judge's own training."""
 
@@ -45,7 +50,7 @@ class BaseTraining(Learning):
         Learning.__post_init__(self)
         if self.start is not None and self.start not in TASKS:
             raise ValueError(f"start: there is no task {self.start!r}; known: {', '.join(TASKS)}.")
-        for name in ("caption_dropout", "moved_share"):
+        for name in ("caption_dropout", "moved_share", "half_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
 
@@ -133,17 +138,42 @@ def _loss(
     batch = task.batch(learner.indices.take(config.batch_size), generator)
     if step < config.moved_share * config.steps:
         batch = dataclasses.replace(batch, latents=shift(batch.latents, generator))
+    halved = step < config.half_share * config.steps
+    if halved:
+        batch = dataclasses.replace(batch, latents=avg_pool2d(batch.latents, 2))
     batch = drop_captions(batch, task.unconditional(), config.caption_dropout, generator)
     t = logit_normal(stratified(config.batch_size, generator))
     noise = torch.randn(batch.latents.shape, generator=generator)
     batch, t, noise = batch.to(place), t.to(place), noise.to(place)
-    prediction = learner.model(
-        hidden_states=interpolate(batch.latents, noise, t),
-        timestep=t * 1000.0,
-        return_dict=False,
+    inputs = {
+        "hidden_states": interpolate(batch.latents, noise, t),
+        "timestep": t * 1000.0,
+        "return_dict": False,
         **batch.conditioning,
-    )[0]
+    }
+    places = half_places(learner.model) if halved else {}
+    prediction = functional_call(learner.model, places, kwargs=inputs)[0]
     return denoising_loss(prediction, noise - batch.latents)
+
+
+def half_places(model: Any) -> dict[str, Tensor]:
+    """The places with which a backbone sees images of half the side: each the mean of four.
+
+    A model takes the middle of its table for a smaller image. For an image that is all there, only
+    coarser, the middle has to hold places that span the whole.
+
+    Args:
+        model: A backbone with a table of s x s places, s divisible by 4.
+
+    Returns:
+        The table, (1, s * s, D), under its name in the model's state.
+    """
+    name = "pos_embed.pos_embed"
+    table = model.get_buffer(name)
+    side = math.isqrt(table.shape[1])
+    grid = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = pad(avg_pool2d(grid, 2), [side // 4] * 4)
+    return {name: grid.flatten(2).transpose(1, 2)}
 
 
 @torch.no_grad()
