@@ -249,8 +249,8 @@ def _place_in_loop() -> int:
     running = running_call()
     if running is None or not running.is_known:
         return -1
-    t, listed = running.scope.get("t"), running.scope.get("timesteps")
-    if not isinstance(t, Tensor) or not isinstance(listed, Tensor):
+    t, listed = running.time, running.scope.get("timesteps")
+    if t is None or not isinstance(listed, Tensor):
         return -1
     return place_in(t, listed)
 

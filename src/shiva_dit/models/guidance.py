@@ -84,10 +84,15 @@ class Running:
     """Its variables."""
 
     @property
+    def time(self) -> Tensor | None:
+        """The current step's t, as its loop took it from the list of all."""
+        t = self.scope.get("t", self.scope.get("t_sched"))  # as ACE-Step's loop calls it
+        return t if isinstance(t, Tensor) else None
+
+    @property
     def step(self) -> ref[Tensor] | None:
         """The current step: the tensor t that its loop made for this step of this call alone."""
-        t = self.scope.get("t")
-        return ref(t) if isinstance(t, Tensor) else None
+        return None if self.time is None else ref(self.time)
 
     @property
     def batch(self) -> Any:

@@ -249,8 +249,8 @@ def _listed() -> tuple[Any, Tensor, int, Tensor] | None:
     # Loops that count have a list of their own, a part of the scheduler's (image to image).
     own = scope.get("timesteps") if "i" in scope else None
     listed = getattr(scheduler, "timesteps", None) if own is None else own
-    t = scope.get("t", scope.get("t_sched"))  # as ACE-Step's loop calls it
-    if not isinstance(listed, Tensor) or not isinstance(t, Tensor) or not len(listed):
+    t = running.time
+    if not isinstance(listed, Tensor) or t is None or not len(listed):
         return None
     step = place_in(t, listed)
     return (scheduler, listed, step, t) if 0 <= step < len(listed) else None
