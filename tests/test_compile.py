@@ -15,6 +15,7 @@ from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.attach import attachment_of
 from tests import families, tiny
 from tests.matrix import sampled
+from tests.test_clean_frames import with_times
 from tests.test_references import with_references
 
 NUM_BINS = 12
@@ -204,6 +205,25 @@ def test_budgets_by_role_take_no_graph_more() -> None:
     assert counter.frame_count == 4
     with dynamo.patch(error_on_recompile=True):
         assert near([families.run(model, case) for case in cases], eager)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.0])
+def test_clean_frames_take_no_graph_more(keep: float) -> None:
+    """Dropped ones are groups of no tokens, in two spans here: one graph all the same."""
+    model = families.made("wan")
+    schedule = tiny.from_counts([[64, 40, 20, 20], [64, 30, 30, 10]])
+    made = tiny.adapter(model, schedule, reference_keep_ratio=keep)
+    shiva_dit.apply(model, made)
+    cases = [with_times("wan", (0, 2), t=t) for t in (0.9, 0.5, 0.1, 0.5)]
+    with torch.no_grad():
+        expected = [families.run(model, given) for given in cases]
+        counter = CompileCounterWithBackend("eager")
+        shiva_dit.compile(model, backend=counter)
+        found = [families.run(model, given) for given in cases[:2]]
+        assert counter.frame_count == 2  # dense, and pruned
+        with dynamo.patch(error_on_recompile=True):
+            found += [families.run(model, given) for given in cases[2:]]
+    assert near(found, expected)
 
 
 def test_whole_steps_take_one_graph_more() -> None:

@@ -314,17 +314,6 @@ def test_odd_grids_run_too(name: str) -> None:
     assert sum(tokens.shape[1] for tokens in chosen) == num_tokens  # a third in three blocks
 
 
-@pytest.mark.parametrize("name", ["wan", "ltx"])
-def test_different_times_for_the_tokens_are_refused(name: str) -> None:
-    """Image to video keeps the first frame at time 0: one k can't fit both."""
-    model, given = families.made(name), families.arguments(name)
-    attached(model)
-    given["timestep"] = given["timestep"][:, None].repeat(1, families.TOKENS)
-    given["timestep"][:, :16] = 0.0
-    with pytest.raises(ValueError, match=r"different times for the tokens of a sample, \(2, 64\)"):
-        families.run(model, given)
-
-
 def test_blocks_that_take_a_skip_keep_all_their_tokens() -> None:
     """They change every token: what they reject would miss the skip."""
     model = families.made("hunyuan-dit")

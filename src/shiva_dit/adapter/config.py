@@ -48,9 +48,10 @@ class ShivaConfig:
     """Mean keep ratios, lowest and highest in (0, 1), that it is trained for, if more than one: its
     policy then has a shape of its own for each."""
     reference_keep_ratio: float | None = None
-    """Share kept of the tokens of references (pictures to go by) in every prunable block, in
-    (0, 1]: they then have a budget of their own, the router reads which role a token has, and all
-    that is said of tokens elsewhere is of the target's. None: all share one budget."""
+    """Share kept of the tokens of references (pictures to go by, clean frames) in every prunable
+    block, in (0, 1], or 0 for frames: they then have a budget of their own, the router reads which
+    role a token has, and all that is said of tokens elsewhere is of the target's. None: all share
+    one budget, and clean frames are refused."""
     multiple: int | None = None
     """The number of tokens kept is a multiple of this, or all; as `Schedule.for_tokens` sees fit by
     default."""
@@ -117,8 +118,9 @@ class ShivaConfig:
                 budget to.
         """
         spec = model_spec(model)
-        if options.get("reference_keep_ratio") is not None:
-            check_has_references(model, spec)
+        share = options.get("reference_keep_ratio")
+        if share is not None:
+            check_has_references(model, spec, share)
         widths = model_widths(model)
         pairs = (widths.num_blocks + 1) // 2  # the last block is alone where L is odd
         return cls(

@@ -79,10 +79,11 @@ def apply(
         select_every: So many prunable blocks in a row share the scores of their first: 2 halves
             what choosing costs. The adapter's by default.
         reference_keep_ratio: Share kept of the tokens of references (the pictures that Flux
-            Kontext, Qwen-Image-Edit and others go by) in every prunable block, in (0, 1]: a budget
-            of their own beside the schedule, which is then the target's. The adapter's by default;
-            where that has none, all tokens share one budget. A call without references is as if
-            it weren't there.
+            Kontext, Qwen-Image-Edit and others go by; clean frames, from image to video) in every
+            prunable block, in (0, 1], or 0 for frames, which pass by then: a budget of their own
+            beside the schedule, which is then the target's. The adapter's by default; where that
+            has none, all tokens share one budget, and clean frames are refused. A call without
+            references is as if it weren't there.
         timesteps: What the model will be called with, one entry per call, in its own units; then
             from the start again. The mean keep ratio is met over this list, and on a GPU calls
             need not wait for the device to say what time it is. A pipeline needs none: its

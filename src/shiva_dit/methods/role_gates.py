@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shiva_dit.core.roles import Group
+from shiva_dit.core.roles import Group, in_order
 from shiva_dit.core.selection import best_tokens
 from shiva_dit.core.soft_rank import inclusion_scores, soft_rank, standardize
 from shiva_dit.methods.gates import SelectionGates
@@ -49,7 +49,7 @@ class GroupGates(SelectionGates):
         """The best of each group, one group's after the other's; `learn` follows."""
         parts = [standardize(own) for own in self._parts(scores.detach())]
         if self.noise is None:
-            self.noise = self._draw(torch.cat(parts, dim=1))
+            self.noise = self._draw(in_order(self.groups, parts))
         if self.order is None:
             noise = self._parts(self.noise)
             self.orders = [
@@ -57,7 +57,7 @@ class GroupGates(SelectionGates):
                 for part, own in zip(parts, noise, strict=True)
             ]
             places = [
-                order + group.start for order, group in zip(self.orders, self.groups, strict=True)
+                group.places(order) for order, group in zip(self.orders, self.groups, strict=True)
             ]
             kept = [place[:, : g.k] for place, g in zip(places, self.groups, strict=True)]
             rest = [place[:, g.k :] for place, g in zip(places, self.groups, strict=True)]
@@ -67,14 +67,17 @@ class GroupGates(SelectionGates):
         return self.chosen
 
     def learn(self, scores: Float[Tensor, "B N"]) -> None:
-        """Inclusion scores of each group by its own k (Eq. 5, 6)."""
+        """Inclusion scores of each group by its own k (Eq. 5, 6); where none competes, 0 or 1."""
         assert self.noise is not None
         found = []
-        parts = zip(self._parts(scores), self._parts(self.noise), self.soft_ks, strict=True)
-        for own, noise, soft_k in parts:
+        parts = zip(self.groups, self._parts(scores), self._parts(self.noise), strict=True)
+        for (group, own, noise), soft_k in zip(parts, self.soft_ks, strict=True):
+            if group.is_fixed:
+                found.append(torch.full_like(own, float(group.k > 0)))
+                continue
             ranks = soft_rank(standardize(own) + noise, self.tau_rank)
             found.append(inclusion_scores(ranks, soft_k, self.tau_select))
-        self.inclusion = torch.cat(found, dim=1)
+        self.inclusion = in_order(self.groups, found)
 
     def scored(
         self,
@@ -96,10 +99,12 @@ class GroupGates(SelectionGates):
         found, taken = [], 0
         for group, own, order in zip(self.groups, terms, self.orders, strict=True):
             chosen = before[:, taken : taken + group.k]
-            part = slice(group.start, group.stop)
-            found.append(self._recomputed(score, own, scores[:, part], order, x[:, part], chosen))
+            mine = group.of(scores)
+            if not group.is_fixed:
+                mine = self._recomputed(score, own, mine, order, group.of(x), chosen)
+            found.append(mine)
             taken += group.k
-        return torch.cat(found, dim=1)
+        return in_order(self.groups, found)
 
     def _parts(self, values: Float[Tensor, "B N"]) -> list[Float[Tensor, "B n"]]:
-        return [values[:, group.start : group.stop] for group in self.groups]
+        return [group.of(values) for group in self.groups]

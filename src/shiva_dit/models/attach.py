@@ -55,7 +55,8 @@ def attach(
         multiple: k is a multiple of this.
         segments: At most so many different rows over time.
         select_every: So many prunable blocks in a row share their first one's scores.
-        reference_keep_ratio: Share kept of the tokens of references, a budget of their own.
+        reference_keep_ratio: Share kept of the tokens of references in every prunable block, in
+            (0, 1], or 0 for clean frames: a budget of their own. None: they have none.
         gate_values: Whether value projections pass through the gates (training with the KV gate).
         freeze: Whether weights of the selector and the updates are the attachment's own and never
             change.

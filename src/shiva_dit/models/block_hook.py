@@ -10,7 +10,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from shiva_dit.core.roles import REFERENCE, best_by_group
+from shiva_dit.core.roles import REFERENCE, best_by_group, in_order
 from shiva_dit.core.selection import Share, best_tokens, share_between_halves
 from shiva_dit.methods.base import Mixture, Selector
 from shiva_dit.methods.gates import SelectionGates
@@ -229,8 +229,8 @@ class BlockHook(Uncopied, ModelHook):
         x, groups = x.detach(), state.groups
         if groups and state.terms is not None:
             parts = zip(groups, state.terms, strict=True)
-            found = [self._scored(x[:, g.start : g.stop], own, state.share) for g, own in parts]
-            scores = torch.cat(found, dim=1)
+            found = [self._scored(group.of(x), own, state.share) for group, own in parts]
+            scores = in_order(groups, found)
         else:
             scores = self._scored(x, state.terms, state.share, state.shards)
         if state.is_followed:

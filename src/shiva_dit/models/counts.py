@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiva_dit.core.keep_table import KeepTable
-from shiva_dit.core.roles import REFERENCE, TARGET, Span, grouped, num_of
+from shiva_dit.core.roles import REFERENCE, TARGET, Span, grouped, num_of, roles_in
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.models.clock import Clock, Run
 from shiva_dit.models.families import model_spec
@@ -37,7 +37,7 @@ class Counts:
         segments: At most so many different rows over time.
         select_every: So many prunable blocks in a row share their first one's scores.
         reference_keep_ratio: Share kept of the tokens of references in every prunable block, in
-            (0, 1]; the schedule is then the target's alone. None: all tokens share one budget.
+            [0, 1]; the schedule is then the target's alone. None: all tokens share one budget.
         clock: Knows times without reading them, and the steps of a run.
 
     Raises:
@@ -175,6 +175,9 @@ class Counts:
         """
         assert self.references is not None
         known = self._reference_rows.get(num_tokens)
+        if known is None and not self.references.keep_ratio:
+            none = tuple(0 if may else num_tokens for may in self.prunable)
+            known = self._reference_rows[num_tokens] = none
         if known is None:
             flat = Schedule.uniform(
                 self.references.keep_ratio,
@@ -196,9 +199,10 @@ class Counts:
         """
         if not spans:
             return tuple(counts), ()
+        roles = roles_in(spans)
         rows = {TARGET: tuple(counts), REFERENCE: self.reference_row(num_of(spans, REFERENCE))}
         groups = tuple(
-            grouped(spans, [rows[span.role][block] for span in spans])
+            grouped(spans, [rows[role][block] for role in roles])
             for block in range(self.schedule.num_blocks)
         )
         return tuple(sum(group.k for group in own) for own in groups), groups

@@ -29,6 +29,7 @@ from shiva_dit.models.guidance import Pass, Passes
 from shiva_dit.models.plan import ForwardPlan
 from shiva_dit.models.references import Spans
 from shiva_dit.models.spec import bind, given
+from shiva_dit.models.token_times import ONE, layout_of
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo
 from shiva_dit.modules.context import time_features
@@ -89,6 +90,8 @@ class Forwards(Uncopied):
         self._plan: ForwardPlan | None = None
         self._row: tuple[int, ...] = ()
         self._which = Pass.ALONE
+        self.layout = ONE
+        """How times differ among the tokens of a sample in the last forward."""
         self._times: slice = slice(None)
         """Rows of the running forward's time embedding, one for each time that it was given."""
         self._slots = {id(b): h.slot for b, h in zip(blocks, hooks, strict=True)}
@@ -160,8 +163,10 @@ class Forwards(Uncopied):
         sample = given(model, arguments, self.spec.sample)
         num_tokens = self.num_tokens = self.spec.tokens_of(model, arguments)
         timestep = given(model, arguments, self.spec.timestep)
+        if self._held is None:
+            self.layout = layout_of(model, self.spec, timestep, num_tokens)
         timestep = self._one_time(timestep, len(sample))
-        spans = self._spans(arguments)
+        spans = self._spans(arguments, num_tokens)
         self.num_references = num_of(spans, REFERENCE)
         targets = num_tokens - self.num_references
         counts, which = self._asked(targets, timestep, len(sample))
@@ -198,11 +203,18 @@ class Forwards(Uncopied):
             )
         return counts, self.passes.of_call(batch)
 
-    def _spans(self, arguments: Mapping[str, Any]) -> Spans:
+    def _spans(self, arguments: Mapping[str, Any], num_tokens: int) -> Spans:
         """The call's tokens by role, where references have a budget of their own."""
         references, cached = self.counts.references, self.spec.caches_references
+        by_time = self.layout.spans(num_tokens)
+        if by_time and references is None:
+            raise ValueError(
+                f"{type(self.model).__name__} was called with different times for the tokens of a "
+                f"sample, {num_of(by_time, REFERENCE)} of {num_tokens} clean: give these a budget "
+                "of their own, apply(..., reference_keep_ratio=1.0) to keep them all."
+            )
         if references is not None:
-            return references.spans(arguments)
+            return by_time or references.spans(arguments)
         if cached is not None and arguments.get(cached) is not None:
             raise ValueError(
                 f"{type(self.model).__name__} keeps keys of pictures to go by ({cached}), as many "
@@ -247,7 +259,7 @@ class Forwards(Uncopied):
             self._condition(time_features(times.expand(len(sample))))
 
     def _one_time(self, timestep: Any, batch: int) -> Any:
-        """One time per sample, also where the call has one for each of its tokens or frames."""
+        """One time per sample, its largest where the call has one for each token or frame."""
         self._times = slice(batch)
         if not isinstance(timestep, Tensor) or timestep.ndim == 0:
             return timestep
@@ -255,16 +267,8 @@ class Forwards(Uncopied):
         if timestep.ndim == 1:
             return timestep
         timestep = timestep.flatten(1)  # (B, M)
-        each = timestep.shape[1]
-        self._times = slice(0, timestep.numel(), each)
-        known = each == 1 or self._held is not None or self.passes.times_are_equal()
-        if not known and not bool((timestep == timestep[:, :1]).all()):
-            raise ValueError(
-                f"{type(self.model).__name__} was called with different times for the tokens of a "
-                f"sample, {tuple(timestep.shape)}: what a block keeps depends on one time per "
-                "sample."
-            )
-        return timestep[:, 0]
+        self._times = slice(self.layout.place, timestep.numel(), timestep.shape[1])
+        return timestep[:, self.layout.place]
 
     def after_time_embedding(
         self, module: nn.Module, args: tuple[Any, ...], output: Tensor
@@ -275,7 +279,8 @@ class Forwards(Uncopied):
             return
         batch = len(self._context)
         # Some models append times of their own: those that they were given come first.
-        rows = output[:batch, 0] if output.ndim == 3 else output[self._times]
+        place = self.layout.place
+        rows = output[:batch, place] if output.ndim == 3 else output[self._times]
         self._condition(rows.expand(batch, -1))  # (B, Dt)
 
     def _condition(self, time: Tensor) -> None:

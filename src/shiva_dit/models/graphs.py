@@ -129,7 +129,8 @@ class GraphRunner(Uncopied, ModelHook):
             return self._plain(forward, args, kwargs)
         values = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         layout = (str(tree), tuple(places), tuple(map(_shape, own)), _modes())
-        key = (layout, _hashable(values), tuple(map(_course, hooks)), weights)
+        course = (*map(_course, hooks), self.owner.forwards.layout)
+        key = (layout, _hashable(values), course, weights)
         which = (tuple(map(_pass, hooks)), tuple(tokens.shape for tokens in led))
         known = self._visit(key)
         found = known.graphs.get(which)
@@ -280,7 +281,7 @@ def _course(hook: BlockHook) -> Hashable:
         state.dense,
         state.share,
         state.num_tokens,
-        tuple((group.role, group.size, int(group.k)) for group in state.groups),
+        tuple((group.role, group.parts, int(group.k)) for group in state.groups),
     )
 
 

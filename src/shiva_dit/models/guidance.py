@@ -271,13 +271,6 @@ class Passes(StateManager):
         return Pass.BOTH if batch == 2 * images else Pass.ALONE
 
     @torch.compiler.disable()
-    def times_are_equal(self) -> bool:
-        """Whether the running pipeline's times per token are known to be equal in a sample."""
-        running = running_call()
-        guided = PIPELINES.get(running.name) if running and running.is_known else None
-        return guided is not None and guided.times_are_equal
-
-    @torch.compiler.disable()
     def keep(self, counts: tuple[Any, ...], chosen: dict[int, Tensor]) -> None:
         """What a conditional pass has chosen, for the unconditional one that follows."""
         batch = len(next(iter(chosen.values())))

@@ -26,9 +26,9 @@ Spans = tuple[Span, ...]
 def check_reference_ratio(keep_ratio: Any) -> None:
     """Raise a ValueError unless this is a share that can be kept."""
     finite_number("reference_keep_ratio", keep_ratio)
-    if not 0.0 < keep_ratio <= 1.0:
+    if not 0.0 <= keep_ratio <= 1.0:
         raise ValueError(
-            f"reference_keep_ratio must lie in (0, 1], got {keep_ratio}: the share of the "
+            f"reference_keep_ratio must lie in [0, 1], got {keep_ratio}: the share of the "
             "references' tokens KEPT."
         )
 
@@ -39,27 +39,32 @@ class References:
     Args:
         model: The transformer.
         spec: Its spec.
-        keep_ratio: Share kept of their tokens in every prunable block, in (0, 1].
+        keep_ratio: Share kept of their tokens in every prunable block, in (0, 1]; 0 as well where
+            they are clean frames, which pass by then.
 
     Raises:
         ValueError: If that lies outside its range, or no image token of the class is a reference's.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, keep_ratio: float) -> None:
-        check_reference_ratio(keep_ratio)
-        check_has_references(model, spec)
+        check_has_references(model, spec, keep_ratio)
         self.model, self.spec, self.keep_ratio = model, spec, float(keep_ratio)
 
     @torch.compiler.disable()
     def spans(self, arguments: Mapping[str, Any]) -> Spans:
-        """A call's image tokens by role, at most one span of each; empty without references."""
-        assert self.spec.references is not None
-        return self.spec.references(self.model, arguments)
+        """A call's image tokens by role; empty without pictures to go by."""
+        return () if self.spec.references is None else self.spec.references(self.model, arguments)
 
 
-def check_has_references(model: nn.Module, spec: ModelSpec) -> None:
-    """Raise a ValueError for a class whose image tokens are the target's alone."""
-    if spec.references is None:
+def check_has_references(model: nn.Module, spec: ModelSpec, keep_ratio: Any) -> None:
+    """Raise a ValueError unless a class has references of which this share can be kept."""
+    check_reference_ratio(keep_ratio)
+    if not keep_ratio and spec.token_times == "one":
+        raise ValueError(
+            "reference_keep_ratio = 0 is for clean frames alone, and the references of "
+            f"{type(model).__name__} are pictures: it must lie in (0, 1]."
+        )
+    if spec.references is None and spec.token_times == "one":
         raise ValueError(
             f"the image tokens of {type(model).__name__} are the target's alone, as far as is "
             "known: leave reference_keep_ratio out."

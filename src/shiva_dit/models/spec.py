@@ -135,6 +135,9 @@ class ModelSpec:
     """N of a call, from its arguments, where its latents may hold other tokens as well."""
     references: Callable[[nn.Module, Mapping[str, Any]], tuple[Span, ...]] | None = None
     """A call's image tokens by role (`models.references`); None where all are the target's."""
+    token_times: Literal["one", "clean", "several"] = "one"
+    """Times of a sample's tokens (`models.token_times`): one; those of clean frames, which are
+    references, beside it; or these, and lower ones where frames are given by halves."""
     caches_references: str | None = None
     """Argument with which keys of references are kept over steps: by blocks that all have the same
     number of them, so that these need a budget of their own."""

@@ -153,11 +153,12 @@ BLOCKS = (
 
 _WAN = ModelSpec(
     model_class="WanTransformer3DModel",
-    name="Wan 2.1 and 2.2 (text to video)",
+    name="Wan 2.1 and 2.2",
     block_lists=("blocks",),
     time_embedder="condition_embedder.time_embedder",
     context=text_mean("zeros"),
     text_tokens=512,
+    token_times="clean",
     inputs={
         "hidden_states": examples.video(),
         "encoder_hidden_states": examples.text("text_dim"),
@@ -171,12 +172,14 @@ MODELS = (
         _WAN,
         model_class="WanVACETransformer3DModel",
         name="Wan VACE",
+        token_times="one",
         inputs={**_WAN.inputs, "control_hidden_states": examples.video("vace_in_channels")},
     ),
     replace(
         _WAN,
         model_class="WanAnimateTransformer3DModel",
         name="Wan Animate",
+        token_times="one",
         sizes=lambda model, i: (SEGMENT, 1, i),  # what sees faces costs by frames, not by tokens
         inputs={**_WAN.inputs, "pose_hidden_states": _poses, "face_pixel_values": _faces},
     ),
@@ -194,6 +197,7 @@ MODELS = (
         time_embedder="time_embed.t_embedder",
         context=_text_of_cosmos,
         text_tokens=512,
+        token_times="clean",
         own_tokens=lambda model: None,
         inputs={
             "hidden_states": examples.video(),
@@ -203,11 +207,12 @@ MODELS = (
     ),
     ModelSpec(
         model_class="LTXVideoTransformer3DModel",
-        name="LTX-Video (text to video)",
+        name="LTX-Video",
         time_embedder="time_embed.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
         guidance="one batch",
         text_tokens=128,
+        token_times="several",
         inputs={
             "hidden_states": examples.packed,
             "encoder_hidden_states": examples.text("caption_channels"),

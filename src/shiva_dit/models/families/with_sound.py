@@ -84,6 +84,7 @@ MODELS = (
         context=text_mean("encoder_attention_mask"),
         guidance="one batch",
         text_tokens=1024,
+        token_times="several",
         inputs={
             "hidden_states": examples.packed,
             "audio_hidden_states": _sound("audio_in_channels"),

@@ -1,0 +1,343 @@
+"""Image to video: tokens at time 0 beside others, with a budget of their own, by real pipelines."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import shiva_dit
+from shiva_dit.adapter import ShivaAdapter, ShivaConfig
+from shiva_dit.core import roles
+from shiva_dit.core.roles import REFERENCE, TARGET, Span, best_by_group, grouped, in_order
+from shiva_dit.core.schedule import Schedule
+from shiva_dit.methods.norm import NormSelector
+from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.families import model_spec
+from shiva_dit.models.token_times import ONE, Layout, layout_of
+from tests import families, running, tiny
+from tests.families.kit import normal
+from tests.test_device_reads import reads
+
+FRAMES, EACH = 4, 16
+TOKENS = FRAMES * EACH
+COUNTS = [[64, 40, 20, 20], [64, 30, 30, 10]]
+NAMES = ("wan", "chronoedit", "ltx", "ltx2", "cosmos", "skyreels")
+BY_FRAME = ("cosmos", "skyreels")
+
+
+def with_times(name: str, clean: tuple[int, ...] = (0,), t: float = 0.5) -> dict[str, Any]:
+    """Arguments of a forward whose clean frames are at time 0."""
+    given = families.arguments(name, t=t)
+    times = given["timestep"][:, None].repeat(1, FRAMES)
+    times[:, list(clean)] = 0.0
+    if name in BY_FRAME:
+        shaped = times[:, None, :, None, None] if name == "cosmos" else times
+    else:
+        shaped = times.repeat_interleave(EACH, dim=1)
+    beside = {"audio_timestep": given["timestep"]} if name == "ltx2" else {}
+    forcing = {"enable_diffusion_forcing": True} if name == "skyreels" else {}
+    return {**given, "timestep": shaped, **beside, **forcing}
+
+
+def places(clean: tuple[int, ...]) -> Tensor:
+    """Of each token whether it is clean."""
+    mask = torch.zeros(FRAMES, dtype=torch.bool)
+    mask[list(clean)] = True
+    return mask.repeat_interleave(EACH)
+
+
+def adapter_for(model: Any, **options: Any) -> ShivaAdapter:
+    options = {"reference_keep_ratio": 1.0, **options}
+    made = tiny.adapter(model, tiny.from_counts(COUNTS), **options)
+    return made
+
+
+def seen_of(model: Any) -> list[dict[int, Tensor]]:
+    """The tokens of every forward by block, as they are chosen."""
+    seen: list[dict[int, Tensor]] = []
+    attachment = attachment_of(model)
+    assert attachment is not None
+    model.register_forward_pre_hook(lambda *args: seen.append({}))
+    attachment.forwards.observer = lambda block, chosen: seen[-1].__setitem__(block, chosen)
+    return seen
+
+
+def check(model: Any, seen: list[dict[int, Tensor]], is_clean: Tensor, keep: float) -> None:
+    """In every forward and block exactly as many of each role as are asked for."""
+    attachment = attachment_of(model)
+    assert attachment is not None
+    number = int(is_clean.sum())
+    asked = attachment.counts.reference_row(number)
+    prunable = attachment.schedule.prunable_blocks
+    assert sum(asked[b] for b in prunable) == round(keep * number * len(prunable))
+    rows = {
+        tuple(row) for row in attachment.counts.table(len(is_clean) - number).counts
+    } | attachment.executed  # type: ignore[attr-defined]
+    assert len(seen) > 0
+    for forward in seen:
+        kept = {block: is_clean[chosen].sum(1).tolist() for block, chosen in forward.items()}
+        assert kept == {block: [asked[block]] * 2 for block in kept}
+        target = tuple(forward[b].shape[1] - asked[b] for b in prunable if b in forward)
+        assert target in {tuple(row[b] for b in prunable if b in forward) for row in rows}
+        for chosen in forward.values():
+            assert bool((chosen[:, 1:] > chosen[:, :-1]).all())  # no token twice
+
+
+def noted(model: Any) -> None:
+    """Rows of counts that are asked for from now on."""
+    attachment = attachment_of(model)
+    assert attachment is not None
+    row, attachment.executed = attachment.counts.row, set()  # type: ignore[attr-defined]
+
+    def note(num_tokens: int, timestep: Tensor) -> tuple[int, ...]:
+        found = row(num_tokens, timestep)
+        attachment.executed.add(found)  # type: ignore[attr-defined]
+        return found
+
+    attachment.counts.row = note  # type: ignore[method-assign]
+
+
+# --- groups of several spans ---------------------------------------------------------------------
+
+
+def test_spans_of_a_role_are_one_group_wherever_they_lie() -> None:
+    spans = [Span(REFERENCE, 2), Span(TARGET, 3), Span(REFERENCE, 1), Span(TARGET, 2)]
+    groups = grouped(spans, [1, 3])
+    assert [(group.role, group.size, group.k) for group in groups] == [(1, 3, 1), (0, 5, 3)]
+    scores = torch.tensor([[1.0, 2.0, 0.0, 9.0, 8.0, 3.0, 1.0, 8.5]])
+    assert best_by_group(scores, groups).tolist() == [[5, 3, 7, 4]]
+    assert torch.equal(in_order(groups, [group.of(scores) for group in groups]), scores)
+    assert [group.is_fixed for group in grouped(spans, [3, 5])] == [True, False]
+    assert [group.is_fixed for group in grouped(spans, [0, 0])] == [True, False]
+
+
+# --- the layout -----------------------------------------------------------------------------------
+
+
+def test_layouts_are_read_off_the_times() -> None:
+    ltx, wan = families.made("ltx"), families.made("wan")
+
+    def found(model: Any, *rows: list[float]) -> Layout:
+        timestep = 1000.0 * torch.tensor(rows)
+        return layout_of(model, model_spec(model), timestep, 2 * len(rows[0]))
+
+    assert found(wan, [0.5] * 3, [0.25] * 3) is ONE
+    first = found(wan, [0.0, 0.0, 0.5], [0.0, 0.0, 0.25])
+    assert (first.runs, first.place) == (((True, 2), (False, 1)), 2)
+    assert first.spans(6) == (Span(REFERENCE, 4), Span(TARGET, 2))
+    assert found(wan, [0.0, 0.0005]).runs == ((True, 1), (False, 1))  # a last step
+    several = found(ltx, [0.25, 0.5, 0.0, 0.5])
+    assert (several.runs, several.place) == (((False, 2), (True, 1), (False, 1)), 1)
+    assert found(ltx, [0.25, 0.5]).spans(4) == ()
+    alike = "different times for the tokens of a sample"
+    for model, rows in (
+        (wan, [[0.25, 0.5]]),
+        (wan, [[0.25, 0.0, 0.5]]),
+        (ltx, [[0.0, 0.5], [0.5, 0.0]]),
+        (ltx, [[0.25, 0.5], [0.5, 0.25]]),
+    ):
+        with pytest.raises(ValueError, match=alike):
+            found(model, *rows)
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clean", [(0,), (0, 2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_clean_frames_have_their_own_k_in_every_block(name: str, clean: tuple[int, ...]) -> None:
+    model, given = families.made(name), with_times(name, clean)
+    bare = families.run(model, given)
+    for keep in (1.0, 0.5, 0.0):
+        shiva_dit.apply(model, adapter_for(model, reference_keep_ratio=keep))
+        noted(model)
+        seen = seen_of(model)
+        found = families.run(model, given)
+        check(model, seen, places(clean), keep)
+        assert not torch.equal(found, bare)
+    shiva_dit.apply(model, adapter_for(model), keep_ratio=1.0)
+    assert torch.equal(families.run(model, given), bare)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modulation_goes_with_the_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens in an order of chance that differs by sample."""
+    model, given = families.made(name), with_times(name, (0, 2))
+    bare = families.run(model, given)
+    generator = torch.Generator().manual_seed(4)
+
+    def shuffled(scores: Tensor, k: int) -> Tensor:
+        assert k == scores.shape[1] == TOKENS // 2
+        return torch.rand(scores.shape, generator=generator).argsort(dim=-1)
+
+    monkeypatch.setattr(roles, "best_tokens", shuffled)
+    whole = Schedule.uniform(1.0, num_blocks=4)
+    attachment = attach(model, NormSelector(), whole, reference_keep_ratio=1.0)
+    attachment.forwards.always_select = True
+    found = families.run(model, given)
+    # As of all models without times by token (tests/test_families.py).
+    assert (found - bare).norm() < 2e-6 * bare.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_routers_read_the_time_of_the_noisy_tokens(name: str) -> None:
+    model = families.made(name)
+    shiva_dit.apply(model, adapter_for(model))
+    attachment = attachment_of(model)
+    assert attachment is not None
+    told: list[Tensor] = []
+    condition = attachment.forwards._condition
+
+    def note(time: Tensor) -> None:
+        told.append(time)
+        condition(time)
+
+    attachment.forwards._condition = note  # type: ignore[method-assign]
+    families.run(model, families.arguments(name))
+    families.run(model, with_times(name))
+    assert torch.allclose(*told, atol=1e-6)
+
+
+def test_calls_without_clean_frames_are_as_without_the_setting() -> None:
+    model, given = families.made("wan"), families.arguments("wan")
+    made = adapter_for(model, reference_keep_ratio=0.5)
+    plain = tiny.adapter(model, tiny.from_counts(COUNTS))
+    plain.router.load_state_dict(made.router.state_dict(), strict=False)
+    shiva_dit.apply(model, plain)
+    wanted = families.run(model, given)
+    shiva_dit.apply(model, made)
+    assert torch.equal(families.run(model, given), wanted)
+
+
+def test_clean_frames_that_are_dropped_pass_by_and_are_no_keys() -> None:
+    """Nothing of them reaches the others but through the first block, which keeps all."""
+    model = families.made("wan")
+    attach(model, NormSelector(), tiny.from_counts([[64, 20, 20, 20]]), reference_keep_ratio=0.0)
+    outputs: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, a, output: outputs.append(output))
+    families.run(model, with_times("wan"))
+    first, *later = outputs
+    assert all(torch.equal(output[:, :EACH], first[:, :EACH]) for output in later)
+    assert not torch.equal(later[0][:, EACH:], first[:, EACH:])
+
+
+# --- pipelines ----------------------------------------------------------------------------------
+
+
+def _wan() -> Any:
+    pipe = running.build("WanImageToVideoPipeline")
+    pipe.register_to_config(expand_timesteps=True)
+    mask = torch.ones(1, 1, FRAMES, 8, 8)
+    mask[:, :, 0] = 0.0
+    pipe.prepare_latents = lambda *args, **kwargs: (
+        normal(2, 4, FRAMES, 8, 8, seed=8),
+        normal(2, 4, FRAMES, 8, 8, seed=9),
+        mask.clone(),
+    )
+    return pipe, "WanImageToVideoPipeline", {}
+
+
+def _ltx() -> Any:
+    pipe = running.build("LTXImageToVideoPipeline")
+    pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio = 32, 8
+    mask = torch.zeros(2, FRAMES, EACH)
+    mask[:, 0] = 1.0
+    pipe.video_processor = SimpleNamespace(preprocess=lambda *args, **kwargs: torch.zeros(1))
+    pipe.prepare_latents = lambda *args, **kwargs: (normal(2, TOKENS, 4), mask.flatten(1))
+    options = {"image": running.picture()[:1], "height": 128, "width": 128, "num_frames": 25}
+    return pipe, "LTXImageToVideoPipeline", options
+
+
+def _ltx_conditions() -> Any:
+    """The first frame half given, the third whole."""
+    pipe = running.build("LTXConditionPipeline")
+    pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio = 32, 8
+    mask = torch.zeros(2, FRAMES, EACH)
+    mask[:, 0], mask[:, 2] = 0.5, 1.0
+    coordinates = normal(2, 3, TOKENS, seed=3)
+    pipe.check_inputs = lambda *args, **kwargs: None
+    pipe.prepare_latents = lambda *args, **kwargs: (
+        normal(2, TOKENS, 4),
+        mask.flatten(1),
+        coordinates.clone(),  # scaled in place
+        0,
+    )
+    pipe.video_processor = SimpleNamespace(
+        preprocess=lambda *args, **kwargs: torch.zeros(1, 3, 8, 8)
+    )
+    condition = SimpleNamespace(
+        image=running.picture()[:1], video=None, frame_index=0, strength=0.5
+    )
+    return pipe, "LTXConditionPipeline", {"conditions": [condition, condition]}
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize(("make", "clean"), [(_wan, (0,)), (_ltx, (0,)), (_ltx_conditions, (2,))])
+def test_pipelines_from_image_to_video(make: Any, clean: tuple[int, ...], guided: bool) -> None:
+    """Exact counts in every forward; which tokens are clean is read once in a run."""
+    pipe, name, options = make()
+    bare = running.call(name, pipe, guided, **options).frames
+    model = pipe.transformer
+    shiva_dit.apply(pipe, adapter_for(model))
+    attachment = attachment_of(model)
+    assert attachment is not None
+    assert attachment.counts.clock is not None
+    attachment.counts.clock.on_cpu = True
+    noted(model)
+    seen = seen_of(model)
+    with reads() as found:
+        running.call(name, pipe, guided, **options)
+    in_turn = 2 if guided and "Wan" in name else 1
+    assert len(seen) == running.STEPS * in_turn
+    assert found.count("unique_consecutive in _layout") == 2  # as called and as run: one read
+    both = 4 if guided and "LTX" in name else 2
+    for forward in seen:
+        assert {len(chosen) for chosen in forward.values()} == {both}
+        if both == 4:
+            halves = [(chosen[:2], chosen[2:]) for chosen in forward.values()]
+            assert all(torch.equal(one, other) for one, other in halves)
+    check(model, [{b: c[:2] for b, c in forward.items()} for forward in seen], places(clean), 1.0)
+    if in_turn == 2:
+        for first, second in zip(seen[::2], seen[1::2], strict=True):
+            assert all(torch.equal(first[block], second[block]) for block in first)
+    summary = shiva_dit.summary(pipe, text_tokens=7)
+    assert (summary.num_tokens, summary.num_references) == (TOKENS, EACH * len(clean))
+    assert summary.reference_keep_ratio == 1.0
+    shiva_dit.apply(pipe, adapter_for(model), keep_ratio=1.0)
+    assert torch.equal(running.call(name, pipe, guided, **options).frames, bare)
+
+
+# --- bad input, saving ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clean_frames_without_a_budget_are_refused(name: str) -> None:
+    model = families.made(name)
+    shiva_dit.apply(model, tiny.adapter(model, tiny.from_counts(COUNTS)))
+    wanted = r"16 of 64 clean: .*reference_keep_ratio=1.0"
+    with pytest.raises(ValueError, match=wanted):
+        families.run(model, with_times(name))
+
+
+def test_what_has_no_clean_frames_refuses_to_drop_them() -> None:
+    model = families.made("flux")
+    with pytest.raises(ValueError, match="reference_keep_ratio = 0 is for clean frames alone"):
+        ShivaConfig.for_model(model, reference_keep_ratio=0.0)
+    with pytest.raises(ValueError, match=r"WanVACETransformer3DModel are the target's alone"):
+        ShivaConfig.for_model(families.made("wan-vace"), reference_keep_ratio=1.0)
+
+
+def test_shares_of_clean_frames_are_saved_and_read_again(tmp_path: Any) -> None:
+    model, given = families.made("wan"), with_times("wan")
+    made = adapter_for(model, reference_keep_ratio=0.0)
+    made.save_pretrained(tmp_path)
+    again = ShivaAdapter.from_pretrained(tmp_path)
+    assert again.config.reference_keep_ratio == 0.0
+    shiva_dit.apply(model, made)
+    wanted = families.run(model, given)
+    shiva_dit.apply(model, again)
+    assert torch.equal(families.run(model, given), wanted)
+    assert "references' tokens 0% are kept" in (tmp_path / "README.md").read_text()
