@@ -262,7 +262,7 @@ def test_inductor_equals_eager() -> None:
 
 
 @pytest.mark.slow
-@sampled("name")
+@sampled("name", always=lambda name: name in ("flux", "qwen-image", "wan"))
 def test_every_family_compiles_without_breaks_and_recompiles(name: str) -> None:
     model = families.made(name)
     counts = [[64, 40, 40, 40], [64, 33, 12, 48], [64, 63, 20, 9]]

@@ -40,9 +40,9 @@ UNSAID = {"return_dict", "joint_attention_kwargs", "attention_kwargs"}
 """Arguments that say nothing of picture or text."""
 
 QUICK = {"flux-dev", "chroma", "qwen", "z-image", "pixart-alpha", "wan"}
-"""One of each layout, path and way to be guided: these go all the way in the fast suite."""
+"""One of each layout, path and way to be guided: of these `make check` goes all the way."""
 
-SLOW = pytest.mark.slow
+FURTHER = pytest.mark.matrix
 every_pipeline = pytest.mark.parametrize("name", WHOLE)
 
 
@@ -234,7 +234,7 @@ def test_texts_and_latents_take_what_is_said_before(
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=SLOW) for name in WHOLE],
+    [name if name in QUICK else pytest.param(name, marks=FURTHER) for name in WHOLE],
 )
 def test_from_pictures_to_an_adapter(
     name: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -274,7 +274,7 @@ def test_from_pictures_to_an_adapter(
     assert torch.equal(draw(pipe, **options), dense)
 
 
-@pytest.mark.parametrize("name", [pytest.param("z-image", marks=SLOW), "hunyuan-image"])
+@pytest.mark.parametrize("name", [pytest.param("z-image", marks=FURTHER), "hunyuan-image"])
 def test_memory_is_counted_where_values_do_not_matter(
     name: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

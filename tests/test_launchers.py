@@ -49,7 +49,9 @@ def are_the_same(alone: Path, together: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "launcher", [MULTI, pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["accelerate", "torch"]
+    "launcher",
+    [MULTI, pytest.param(TORCHRUN, marks=pytest.mark.matrix)],
+    ids=["accelerate", "torch"],
 )
 def test_two_processes_of_a_launcher_train_what_one_does(
     launcher: list[str], alone: Path, tmp_path: Path
@@ -116,7 +118,11 @@ def test_one_of_several_asked() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, MULTI], ids=["torch", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    [TORCHRUN, pytest.param(MULTI, marks=pytest.mark.matrix)],
+    ids=["torch", "accelerate"],
+)
 def test_a_signal_to_a_launcher_stops_all_with_a_checkpoint(
     launcher: list[str], tmp_path: Path
 ) -> None:

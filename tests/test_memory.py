@@ -21,15 +21,18 @@ from tests import tiny
 from tests.test_training import TinyData, recipe
 
 DIGITS = str(Path(__file__).parents[1] / "recipes/digits.toml")
-CASES: list[Any] = [
+FURTHER: list[dict[str, Any]] = [
     {"backbone": "lora"},
-    {"backbone": "lora", "gradient_checkpointing": True, "guidance": (1.0, 7.0)},
-    {"backbone": "dora", "guidance": (1.0, 7.0)},
     {"backbone": "dora", "gradient_checkpointing": True},
     {"backbone": "full", "guidance": (1.0, 7.0)},
     {"backbone": "full", "gradient_checkpointing": True, "micro_batches": 1},
     {"backbone": "frozen"},
+]
+CASES: list[Any] = [
+    {"backbone": "lora", "gradient_checkpointing": True, "guidance": (1.0, 7.0)},
+    {"backbone": "dora", "guidance": (1.0, 7.0)},
     {"backbone": "frozen", "gradient_checkpointing": True, "precision": "bfloat16"},
+    *(pytest.param(case, marks=pytest.mark.matrix) for case in FURTHER),
     pytest.param({"backbone": "lora", "base_dtype": "int8"}, marks=pytest.mark.bits),
     pytest.param(
         {"backbone": "dora", "base_dtype": "nf4", "gradient_checkpointing": True},

@@ -58,7 +58,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.matrix), 3])
 def test_any_number_of_processes_trains_the_same_adapter(
     alone: Path, count: int, tmp_path: Path
 ) -> None:
@@ -78,7 +78,7 @@ def test_any_number_of_processes_trains_the_same_adapter(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["full", "dora"])
+@pytest.mark.parametrize("backbone", ["full", pytest.param("dora", marks=pytest.mark.matrix)])
 def test_fifty_steps_by_four_processes_end_where_one_does(backbone: str, tmp_path: Path) -> None:
     options = "--backbone", backbone, "--steps", "50"
     launched(1, tmp_path / "one", *options)
@@ -94,7 +94,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("last", [(1,), (2, "--shard"), (4, "--shard")], ids=str)
+@pytest.mark.parametrize(
+    "last",
+    [(1,), (2, "--shard"), pytest.param((4, "--shard"), marks=pytest.mark.matrix)],
+    ids=str,
+)
 def test_processes_that_share_weights_train_the_same_and_another_number_goes_on(
     whole: Path, last: tuple[Any, ...], tmp_path: Path
 ) -> None:
