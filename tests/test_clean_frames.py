@@ -16,6 +16,16 @@ from shiva_dit.methods.norm import NormSelector
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.families import model_spec
 from shiva_dit.models.token_times import ONE, Layout, layout_of
+from shiva_dit.training.data import Batch
+from shiva_dit.training.recipe import TrainConfig
+from shiva_dit.training.settings import (
+    LossConfig,
+    OptimizerConfig,
+    RouterConfig,
+    TrajectoryConfig,
+    WatchConfig,
+)
+from shiva_dit.training.trainer import Trainer
 from tests import families, running, tiny
 from tests.families.kit import normal
 from tests.test_device_reads import reads
@@ -341,3 +351,135 @@ def test_shares_of_clean_frames_are_saved_and_read_again(tmp_path: Any) -> None:
     shiva_dit.apply(model, again)
     assert torch.equal(families.run(model, given), wanted)
     assert "references' tokens 0% are kept" in (tmp_path / "README.md").read_text()
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+TRAINED = ("ltx", "ltx2", "cosmos", "skyreels")
+
+
+class Clips:
+    """Two videos."""
+
+    def __init__(self, name: str) -> None:
+        given = families.arguments(name)
+        self.latents = given.pop("hidden_states")
+        del given["timestep"]
+        shared = ("num_frames", "height", "width", "audio_num_frames")
+        self.shared = {n: given.pop(n) for n in shared if n in given}
+        if name == "skyreels":
+            self.shared["enable_diffusion_forcing"] = True
+        self.conditioning = {n: v for n, v in given.items() if v is not None}
+
+    def __len__(self) -> int:
+        return 2
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        del generator
+        conditioning = {name: value[indices] for name, value in self.conditioning.items()}
+        return Batch(latents=self.latents[indices], conditioning=conditioning, shared=self.shared)
+
+    def unconditional(self) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.conditioning.items()}
+
+
+def trainer(name: str, folder: Any, **changes: Any) -> Trainer:
+    config = {
+        "out": folder,
+        "keep_ratio": 0.5,
+        "clean_frames": 1,
+        "reference_keep_ratio": 0.5,
+        "backbone": "frozen",
+        "warmup_steps": 1,
+        "policy_steps": 0,
+        "joint_steps": 2,
+        "batch_size": 2,
+        "micro_batches": 1,
+        "router": RouterConfig(hidden=8),
+        "optimizer": OptimizerConfig(router=1e-2, warmup_steps=1),
+    }
+    return Trainer(TrainConfig(**{**config, **changes}), families.made(name), Clips(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [*(("wan", keep) for keep in (0.5, 1.0, 0.0)), *((name, 0.5) for name in TRAINED)],
+)
+def test_a_short_training_with_clean_frames(name: str, keep: float, tmp_path: Any) -> None:
+    """Exact counts by role, frames at time 0 as they are, losses on the others, and gradients."""
+    run = trainer(name, tmp_path, reference_keep_ratio=keep)
+    student = run.student
+    assert (student.num_tokens, student.num_references) == (TOKENS - EACH, EACH)
+    chosen: list[tuple[int, Tensor]] = []
+    student.attachment.forwards.observer = lambda block, tokens: chosen.append((block, tokens))
+    given: list[Tensor] = []
+    student.model.register_forward_pre_hook(
+        lambda model, args, kwargs: given.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    losses = [run.train_step()["loss"] for _ in range(3)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    asked = student.attachment.counts.reference_row(EACH)
+    is_clean = places((0,))
+    assert {block for block, _ in chosen} == {1, 2, 3}
+    for block, tokens in chosen:
+        assert is_clean[tokens].sum(1).tolist() == [asked[block]] * 2
+    first = (lambda x: x[:, :EACH]) if name.startswith("ltx") else (lambda x: x[:, :, :1])
+    clips = {tuple(first(clip[None]).flatten().tolist()) for clip in run.data.latents}  # type: ignore[attr-defined]
+    seen = {tuple(first(clip[None]).flatten().tolist()) for each in given for clip in each}
+    assert seen <= clips
+    joint = [tokens.shape[1] - asked[block] for block, tokens in chosen[3:]]  # after the warm-up
+    assert sum(joint) == len(joint) * (TOKENS - EACH) / 2
+    for group in student.adapter.router.groups:
+        moved = group.roles
+        assert bool((moved != 0).all()) == (keep == 0.5)
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in group.parameters())
+    run.close()
+
+
+def test_losses_know_nothing_of_clean_frames(tmp_path: Any) -> None:
+    """What is predicted for them changes none of it."""
+    run = trainer("wan", tmp_path, loss=LossConfig(distillation=0.0))
+    model = run.student.model
+
+    def loss(add: float) -> float:
+        def change(module: Any, args: Any, output: Any) -> Any:
+            output[0][:, :, :1] += add
+            return output
+
+        handle = model.register_forward_hook(change)
+        run.student.generator.manual_seed(3)
+        batch = run.data.batch(torch.arange(2), torch.Generator())
+        part = run.planner.step("warmup", torch.Generator().manual_seed(1)).parts[0]
+        found, _ = run.student.loss(part, batch, 0.5, run.data.unconditional())
+        handle.remove()
+        return found.item()
+
+    assert loss(0.0) == loss(5.0)
+    run.close()
+
+
+def test_what_was_trained_with_clean_frames_runs_from_image_to_video(tmp_path: Any) -> None:
+    watch = WatchConfig(every=3, held_out=1, held_out_share=0.57, times=2, prompts=0)
+    run = trainer("wan", tmp_path, watch=watch, batch_size=1, reference_keep_ratio=0.0)
+    trained = run.run()
+    run.close()
+    assert trained.adapter is not None
+    trained.adapter.save_pretrained(tmp_path / "adapter")
+    model = families.made("wan")
+    shiva_dit.apply(model, tmp_path / "adapter")
+    noted(model)
+    seen = seen_of(model)
+    families.run(model, with_times("wan"))
+    check(model, seen, places((0,)), 0.0)
+
+
+def test_recipes_with_clean_frames_that_cannot_be_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"clean_frames are references, .* reference_keep_ratio"):
+        trainer("wan", tmp_path, reference_keep_ratio=None)
+    with pytest.raises(ValueError, match="FluxTransformer2DModel takes one time for all frames"):
+        trainer("flux", tmp_path)
+    with pytest.raises(ValueError, match="videos of 4 frames leaves none"):
+        trainer("wan", tmp_path, clean_frames=4)
+    with pytest.raises(ValueError, match=r"trajectories.count = 0"):
+        trainer("wan", tmp_path, trajectories=TrajectoryConfig(count=4))

@@ -138,6 +138,10 @@ class ModelSpec:
     token_times: Literal["one", "clean", "several"] = "one"
     """Times of a sample's tokens (`models.token_times`): one; those of clean frames, which are
     references, beside it; or these, and lower ones where frames are given by halves."""
+    frame_times: Callable[[Tensor], Tensor] | None = None
+    """The timestep of times by frame, (B, F); None where it is by token, (B, N)."""
+    noised_times: tuple[str, ...] = ()
+    """Arguments with the time of what is `noised`; by default it is the video's."""
     caches_references: str | None = None
     """Argument with which keys of references are kept over steps: by blocks that all have the same
     number of them, so that these need a budget of their own."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.spec import ModelSpec
+from shiva_dit.training.clean_frames import CleanFrames
 from shiva_dit.training.data import Batch
 from shiva_dit.training.guided import TOLD, both_ways
 from shiva_dit.training.paths import NoisePath
@@ -27,6 +28,8 @@ class Calls:
     """Of the model."""
     passes: Pass
     """How guided samples run; ALONE without guidance, and where the model is told its scale."""
+    clean: CleanFrames | None = None
+    """Frames of every video that are given as they are."""
 
     @property
     def both_ways(self) -> bool:
@@ -51,8 +54,12 @@ class Calls:
 
     def plain(self, noisy: Tensor, t: Float[Tensor, " B"], batch: Batch) -> dict[str, Any]:
         """Each sample once, with its caption, in the model's dtype."""
+        if self.clean is None:
+            times = self.spec.times(self.path.timestep(t))
+        else:
+            times, noisy = self.clean.times(t, batch), self.clean.held(noisy, batch)
         return {
-            **self.spec.times(self.path.timestep(t)),
+            **times,
             "return_dict": False,
             **self.spec.arguments_of(noisy.to(self.dtype), batch.given(self.dtype)),
         }

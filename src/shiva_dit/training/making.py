@@ -55,7 +55,8 @@ def check_given(config: TrainConfig, model: Any, sample: Batch) -> None:
             'train with precision = "bfloat16", or train a LoRA or DoRA, whose weights are '
             "float32 always."
         )
-    if config.reference_keep_ratio is not None and not sample.num_references:
+    has_references = sample.num_references or config.clean_frames
+    if config.reference_keep_ratio is not None and not has_references:
         logger.warning(
             "shiva_dit: reference_keep_ratio is set, and the first sample of the data has no "
             'references ("references" of its conditioning): nothing of them is learned from such.'

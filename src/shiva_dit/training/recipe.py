@@ -61,10 +61,14 @@ class TrainConfig:
     """Target of the mean keep ratio over the sampler's steps and prunable blocks, in (0, 1); of
     "dydit" the share of FLOPs, of "sparsedit" that of the tokens in sparse blocks."""
     reference_keep_ratio: float | None = None
-    """Share kept of the tokens of references (pictures to go by; `REFERENCES` of a batch) in every
-    prunable block, in (0, 1]: a budget of their own, flat over time and depth, beside `keep_ratio`,
-    which is then the target's; routers read which role a token has. Data with references need
-    it. Ours only."""
+    """Share kept of the tokens of references (pictures to go by, `REFERENCES` of a batch; clean
+    frames) in every prunable block, in (0, 1], or 0 for frames, which pass by then: a budget of
+    their own, flat over time and depth, beside `keep_ratio`, which is then the target's; routers
+    read which role a token has. Data with references need it. Ours only."""
+    clean_frames: int = 0
+    """So many first frames of every video's latents are given as they are, at time 0, as from image
+    to video: references, of which the losses on predictions know nothing. For classes that take
+    times by token or frame (`ModelSpec.token_times`); 0: all are noisy."""
     backbone: BackboneKind = "dora"
     """What the joint stage does to the backbone: "frozen", "lora", "dora" or "full"."""
     base_dtype: BaseDtype = "as_given"
@@ -193,7 +197,7 @@ class TrainConfig:
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}.")
 
-    def _check_combination(self) -> None:
+    def _check_references(self) -> None:
         if self.reference_keep_ratio is not None:
             check_reference_ratio(self.reference_keep_ratio)
             if self.method != "shiva":
@@ -201,6 +205,20 @@ class TrainConfig:
                     f'reference_keep_ratio is for method = "shiva", not "{self.method}": leave it '
                     "out."
                 )
+        whole_number("clean_frames", self.clean_frames, least=0)
+        if self.clean_frames and self.reference_keep_ratio is None:
+            raise ValueError(
+                "clean_frames are references, whose tokens need a budget of their own: set "
+                "reference_keep_ratio, 1.0 to keep them all."
+            )
+        if self.clean_frames and self.trajectories.count:
+            raise ValueError(
+                "trajectories are samplings of all frames from noise, and clean_frames come without"
+                " any: set trajectories.count = 0."
+            )
+
+    def _check_combination(self) -> None:
+        self._check_references()
         if self.start is not None and self.method != "shiva":
             raise ValueError(
                 f'start is an adapter\'s folder, and method = "{self.method}" has none.'

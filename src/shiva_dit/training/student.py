@@ -28,7 +28,7 @@ from shiva_dit.models.joint_block import refuse_other_blocks
 from shiva_dit.models.reducing import Reduction, attach_reducer
 from shiva_dit.models.sharded import shard, sum_by_block
 from shiva_dit.models.spec import grid_of
-from shiva_dit.training.by_role import num_references
+from shiva_dit.training.by_role import ByRole
 from shiva_dit.training.calls import Calls
 from shiva_dit.training.data import Batch, repeated
 from shiva_dit.training.guided import guided, passes_in_training
@@ -101,10 +101,12 @@ class Student:
         self.spec = model_spec(model)
         self._put_on()
         passes = passes_in_training(model, self.spec, config.guidance, sample)
-        self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes)
-        self.num_tokens = self.planned_tokens = self.spec.tokens(model, sample.latents)
-        self.num_references = num_references(config, sample)
-        """Tokens of references beside these, in the last batch."""
+        self.roles = ByRole(config, model, self.spec)
+        clean = self.roles.clean
+        self.calls = Calls(spec=self.spec, path=path, dtype=model.dtype, passes=passes, clean=clean)
+        self.num_tokens, self.num_references = self.roles.of(sample)
+        """Tokens of the target and, beside these, of references, in the last batch."""
+        self.planned_tokens = self.num_tokens
         last, each = self.adapter.config.num_blocks - 1, config.loss.distill_every
         self.distilled = (*range(each - 1, last, each), last)
         whole = config.backbone == "full" and shard_on is None
@@ -171,8 +173,7 @@ class Student:
             The loss, and by name "distill" and, where samples are guided, "guided".
         """
         weights, scales, samples = self.weights, None, len(batch.latents)
-        self.num_tokens = self.spec.tokens(self.model, batch.latents)
-        self.num_references = num_references(self.config, batch)
+        self.num_tokens, self.num_references = self.roles.of(batch)
         part = part.for_tokens(self.num_tokens, self.planned_tokens)
         lesson = Lesson(progress=progress, generator=self.generator)
         noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
@@ -193,6 +194,7 @@ class Student:
             self.autocast(),
         ):
             prediction = self.path.prediction(self.model(**arguments), self.num_tokens)
+        prediction = self.roles.learned(prediction, batch)
         off = partial(
             error_and_drift,
             samples=samples,
@@ -205,6 +207,7 @@ class Student:
         loss = prediction.new_zeros(())
         errors: dict[str, float] = {}
         if taught is not None:
+            taught = self.roles.learned(taught, batch)
             loss = weights.distillation * distillation_loss(
                 [student.outputs[i] for i in self.distilled],
                 [teacher.outputs[i] for i in self.distilled],
@@ -218,7 +221,7 @@ class Student:
                 by_scale = 1.0 / scales if by_time is None else by_time[: len(scales)] / scales
                 loss = loss + weights.guided * off(ours, theirs, weights=by_scale)
         if weights.diffusion and route is None:
-            target = self.path.target(batch.latents, noise, t)
+            target = self.roles.learned(self.path.target(batch.latents, noise, t), batch)
             target = target.repeat(copies, *[1] * (target.ndim - 1))
             loss = loss + weights.diffusion * denoising_loss(prediction, target, by_time)
         own = None if self.reducer is None else self.reducer.loss(lesson)

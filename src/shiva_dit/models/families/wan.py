@@ -187,6 +187,7 @@ MODELS = (
         _WAN,
         model_class="SkyReelsV2Transformer3DModel",
         name="SkyReels V2",
+        frame_times=lambda times: times,
         sizes=lambda model, i: (model.config.num_frame_per_block, 2, 2 * i),
         inputs={**_WAN.inputs, "fps": _frame_rates},
     ),
@@ -198,6 +199,7 @@ MODELS = (
         context=_text_of_cosmos,
         text_tokens=512,
         token_times="clean",
+        frame_times=lambda times: times[:, None, :, None, None],
         own_tokens=lambda model: None,
         inputs={
             "hidden_states": examples.video(),

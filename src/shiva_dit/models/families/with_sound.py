@@ -80,6 +80,7 @@ MODELS = (
         name="LTX-2 (video; the sound runs whole)",
         same_times=("sigma",),
         noised=("audio_hidden_states",),
+        noised_times=("audio_timestep",),
         time_embedder="time_embed.emb.timestep_embedder",
         context=text_mean("encoder_attention_mask"),
         guidance="one batch",

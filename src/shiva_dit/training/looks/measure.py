@@ -122,6 +122,7 @@ class Measure:
         arguments = student.calls.guided(noisy, ts, batch, scales, self.empty)
         theirs = self._called(student.teacher, batch, arguments, student.as_teacher())
         ours = self._called(student.model, batch, arguments, self._pruned(schedule, batch, t))
+        ours, theirs = (student.roles.learned(each, batch) for each in (ours, theirs))
         pair = 0.0
         if scales is not None and student.calls.both_ways:
             pair = squared_error(guided(ours, scales), guided(theirs, scales)).item()
@@ -174,6 +175,8 @@ class Measure:
             if out.shape[1] != x.shape[1]:  # with the variance's channels
                 out = out.chunk(2, dim=1)[0]
             x = step(out, x)
+        clean = student.roles.clean
+        x = x if clean is None else clean.held(x, batch)
         made = batch.pictured(x.cpu())
         return Pictures(latents=made, kept=None if kept is None else kept.shares())
 
@@ -198,7 +201,7 @@ class Measure:
     def _pruned(self, schedule: Schedule, batch: Batch, t: float) -> AbstractContextManager[None]:
         """Within: the student keeps what the schedule says, without what training adds."""
         student = self.student
-        tokens = student.spec.tokens(student.model, batch.latents)
+        tokens, _ = student.roles.of(batch)
         known = self._table
         if known is None or known[0] is not schedule or known[1] != tokens:
             known = self._table = schedule, tokens, schedule.for_tokens(tokens)
