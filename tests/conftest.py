@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import tests.shapes  # noqa: F401  # before shiva_dit is imported
+from tests.ranks import server
 
 # Tiny models are about ten times faster on one thread than on many. Torch reads OMP_NUM_THREADS by
 # itself: whoever sets it gets as many.
@@ -50,8 +51,7 @@ def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     They, and this process, look at few held-out images.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.workers"])
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+    forks = server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forks)
     monkeypatch.setattr("shiva_dit.experiments.held_out.NUM_TIMES", 4)
     monkeypatch.setattr("shiva_dit.experiments.held_out.IMAGES_PER_TIME", 8)

@@ -1,4 +1,4 @@
-"""Trains tiny models by several processes: started by torchrun, in `test_processes.py`."""
+"""Trains tiny models by several processes: see `test_processes.py`."""
 
 from __future__ import annotations
 

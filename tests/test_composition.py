@@ -46,6 +46,7 @@ from shiva_dit.models.backbone import add_lora as add_adapters_lora
 from shiva_dit.report.layout import markdown_rows
 from tests import families, running, tiny
 from tests.matrix import sampled
+from tests.ranks import server
 from tests.test_pipelines import Flux
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "composition.md"
@@ -955,9 +956,8 @@ def test_saving_while_applied(family: str, kind: Kind, tmp_path: Path) -> None:
 
 def in_two_processes(work: Callable[..., None], *given: Any) -> None:
     """They are forked from a process that has imported all, once for all tests."""
-    method = "forkserver"
-    torch.multiprocessing.get_context(method).set_forkserver_preload([__name__, "tests.workers"])
-    torch.multiprocessing.start_processes(work, args=given, nprocs=2, start_method=method)
+    server()
+    torch.multiprocessing.start_processes(work, args=given, nprocs=2, start_method="forkserver")
 
 
 def _sharded(rank: int, folder: str, first: bool, threads: int) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from shiva_dit.pictures.processes import Process
 from shiva_dit.pictures.prompts import Prompt, read_prompts
 from shiva_dit.pictures.putting import adapter_digest
 from tests import seeing, tiny
+from tests.ranks import launched
 from tests.test_folder import pipeline
 
 __all__ = ["pipeline"]
@@ -511,11 +509,9 @@ def test_pictures_of_a_method_are_scored_beside_the_dense_ones(
 
 
 @pytest.mark.slow
-def test_two_processes_of_a_launcher_make_all_pictures(pipeline: Path, tmp_path: Path) -> None:
+def test_two_processes_make_all_pictures(pipeline: Path, tmp_path: Path) -> None:
     call = words(pipeline, tmp_path, "--seeds", "0", "1", "2")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, "shiva_dit.cli", *call], check=True, env=environment)
+    launched(2, main, *call)
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert (record["pictures"], record["processes"]) == (6, 2)
     assert len(pictures(tmp_path / "out")) == 6

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,13 @@ from shiva_dit.training.optimization import PARTS, Optimization
 from shiva_dit.training.processes import ALONE, Processes, joined
 from shiva_dit.training.settings import OptimizerConfig
 from shiva_dit.training.trainer import Trainer
-from tests import tiny
+from tests import distributed, ranks, tiny
 from tests.test_training import TinyData, recipe
-
-ROOT = Path(__file__).parents[1]
 
 
 def launched(count: int, out: Path, *options: str, fails: bool = False) -> str:
     """What a run by so many processes printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={count}", "-m", "tests.distributed", str(out), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return ranks.launched(count, distributed.main, str(out), *options, fails=fails)
 
 
 def learned(out: Path) -> dict[str, Tensor]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +39,7 @@ from shiva_dit.pictures.reward import MEAN, STD, ImageReward, published_config
 from shiva_dit.pictures.scorers import Clip, Dino
 from shiva_dit.report.documents import render
 from tests import seeing
+from tests.ranks import launched
 
 COUNT = 12
 
@@ -438,21 +436,11 @@ def test_two_processes_find_the_same_scores(place: Path, tmp_path: Path) -> None
     call = words(
         place, *models, "--reference", str(place / "real"), "--dense", str(place / "dense")
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = []
     for count in (1, 2):
         out = tmp_path / f"{count}.json"
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
-        command = [sys.executable, "-m", *launcher, "shiva_dit.cli", *call, "--out", str(out)]
-        done = subprocess.run(
-            [*command, "--resamples", "5"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-        assert done.stdout.count("Record: ") == 1
+        options = ["--out", str(out), "--resamples", "5", "--threads", "1"]
+        assert launched(count, main, *call, *options).count("Record: ") == 1
         found.append(json.loads(out.read_text()))
         del found[-1]["provenance"]
     assert found[0] == found[1]
