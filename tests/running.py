@@ -561,6 +561,9 @@ PREPARED: dict[str, Callable[[Any], None]] = {
     "WanVideoToVideoPipeline": _video_of(),
 }
 """Methods beside `__call__` that are replaced."""
+for _name in ("LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"):
+    for _held in (CALLS, PARTS, PREPARED):
+        _held[_name] = _held["LTX2Pipeline"]  # type: ignore[index]
 WITH_PICTURES = ("Img2Img", "Inpaint")
 ONE_OF_EACH = """
     AllegroPipeline AuraFlowPipeline BriaPipeline ChromaPipeline ChronoEditPipeline

@@ -1,5 +1,7 @@
 """Image to video: tokens at time 0 beside others, with a budget of their own, by real pipelines."""
 
+import inspect
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +16,8 @@ from shiva_dit.core.roles import REFERENCE, TARGET, Span, best_by_group, grouped
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.models.attach import attach, attachment_of
-from shiva_dit.models.families import model_spec
-from shiva_dit.models.token_times import ONE, Layout, layout_of
+from shiva_dit.models.families import MODELS, model_spec
+from shiva_dit.models.token_times import MARKS, ONE, Layout, layout_of
 from shiva_dit.training.data import Batch
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import (
@@ -284,8 +286,72 @@ def _ltx_conditions() -> Any:
     return pipe, "LTXConditionPipeline", {"conditions": [condition, condition]}
 
 
+def _ltx2() -> Any:
+    pipe = running.build("LTX2ImageToVideoPipeline")
+    mask = torch.zeros(2, FRAMES, EACH)
+    mask[:, 0] = 1.0
+    pipe.check_inputs = lambda *args, **kwargs: None
+    pipe.video_processor = SimpleNamespace(preprocess=lambda *args, **kwargs: torch.zeros(1))
+    pipe.prepare_latents = lambda *args, **kwargs: (normal(2, TOKENS, 4), mask.flatten(1))
+    options = {"image": running.picture()[:1], "image_crf": 0}
+    return pipe, "LTX2ImageToVideoPipeline", options
+
+
+def _ltx2_conditions() -> Any:
+    """The first frame given whole and the last by half."""
+    pipe = running.build("LTX2ConditionPipeline")
+    mask = torch.zeros(2, FRAMES, EACH)
+    mask[:, 0], mask[:, 3] = 1.0, 0.5
+    latents, clean = normal(2, TOKENS, 4), normal(2, TOKENS, 4, seed=9)
+    pipe.check_inputs = lambda *args, **kwargs: None
+    pipe.prepare_latents = lambda *args, **kwargs: (
+        latents,
+        mask.flatten(1)[..., None],
+        clean,
+        None,
+    )
+    return pipe, "LTX2ConditionPipeline", {"conditions": []}
+
+
+ELSEWHERE = {
+    "Cosmos2_5_TransferPipeline",  # tells its ControlNet as well
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+    "SkyReelsV2DiffusionForcingPipeline",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+    "WanImageToVideoPipeline",
+}
+"""Pipelines that make a time for each token or frame in other words than the usual."""
+
+
+def test_every_pipeline_with_times_by_token_says_which_are_clean() -> None:
+    """In a variable of its call; SkyReels' are read in each forward."""
+    usual = r"timestep\w* = [^\n]*(mask|indicator)|timestep = torch.min\("
+    found = set()
+    for name, model in running.served_pipelines().items():
+        kind = running.kind_of(name)
+        source = inspect.getsource(kind)
+        if re.search(usual, source) or name in ELSEWHERE:
+            found.add(name)
+            assert MODELS[model].token_times != "one"
+        if name in MARKS:
+            names = inspect.unwrap(kind.__call__).__code__.co_varnames
+            assert MARKS[name].name in names
+    silent = {name for name in found if name.startswith("SkyReels")}
+    blocks = {name for name in MARKS if name.endswith("Denoiser")}
+    assert found - silent == set(MARKS) - blocks
+
+
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize(("make", "clean"), [(_wan, (0,)), (_ltx, (0,)), (_ltx_conditions, (2,))])
+@pytest.mark.parametrize(
+    ("make", "clean"),
+    [
+        (_wan, (0,)),
+        (_ltx, (0,)),
+        (_ltx_conditions, (2,)),
+        pytest.param(_ltx2, (0,), marks=pytest.mark.matrix),
+        pytest.param(_ltx2_conditions, (0,), marks=pytest.mark.matrix),
+    ],
+)
 def test_pipelines_from_image_to_video(make: Any, clean: tuple[int, ...], guided: bool) -> None:
     """Exact counts in every forward; which tokens are clean is read once in a run."""
     pipe, name, options = make()
@@ -303,7 +369,8 @@ def test_pipelines_from_image_to_video(make: Any, clean: tuple[int, ...], guided
     in_turn = 2 if guided and "Wan" in name else 1
     assert len(seen) == running.STEPS * in_turn
     assert found.count("unique_consecutive in _layout") == 2  # as called and as run: one read
-    both = 4 if guided and "LTX" in name else 2
+    # LTX-2's sound is guided here as well.
+    both = 4 if "LTX2" in name or (guided and "LTX" in name) else 2
     for forward in seen:
         assert {len(chosen) for chosen in forward.values()} == {both}
         if both == 4:
