@@ -16,6 +16,7 @@ from shiva_dit.core.roles import REFERENCE, TARGET, Span, best_by_group, grouped
 from shiva_dit.core.schedule import Schedule
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.models.attach import attach, attachment_of
+from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import MODELS, model_spec
 from shiva_dit.models.token_times import MARKS, ONE, Layout, layout_of
 from shiva_dit.training.data import Batch
@@ -31,6 +32,7 @@ from shiva_dit.training.trainer import Trainer
 from tests import families, running, tiny
 from tests.families.kit import normal
 from tests.test_device_reads import reads
+from tests.test_families import executed
 
 FRAMES, EACH = 4, 16
 TOKENS = FRAMES * EACH
@@ -236,6 +238,23 @@ def test_clean_frames_that_are_dropped_pass_by_and_are_no_keys() -> None:
     assert not torch.equal(later[0][:, EACH:], first[:, EACH:])
 
 
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_flops_with_a_time_for_each_token_are_what_the_counter_counts(name: str) -> None:
+    model, given = families.made(name), with_times(name)
+    given = families.sample_of(given, 0)
+    flops = model_flops(model, TOKENS, families.TEXT, by_frame=True)
+    assert flops.dense() == executed(model, given)
+    assert flops.dense() > model_flops(model, TOKENS, families.TEXT).dense()
+    attach(model, NormSelector(), tiny.from_counts(COUNTS), reference_keep_ratio=0.0)
+    families.run(model, given)
+    counts = attachment_of(model).counts  # type: ignore[union-attr]
+    row = counts.row(TOKENS - EACH, given["timestep"][:, -1])
+    kept = counts.reference_row(EACH)
+    assert flops.pruned([a + b for a, b in zip(row, kept, strict=True)]) == executed(model, given)
+    summary = shiva_dit.summary(model, text_tokens=families.TEXT)
+    assert summary.flops_dense == flops.dense()
+
+
 # --- pipelines ----------------------------------------------------------------------------------
 
 
@@ -435,8 +454,6 @@ class Clips:
         del given["timestep"]
         shared = ("num_frames", "height", "width", "audio_num_frames")
         self.shared = {n: given.pop(n) for n in shared if n in given}
-        if name == "skyreels":
-            self.shared["enable_diffusion_forcing"] = True
         self.conditioning = {n: v for n, v in given.items() if v is not None}
 
     def __len__(self) -> int:

@@ -163,14 +163,15 @@ def _summary(
     run, law = _run(attachment, target, targets, num_inference_steps)
     table = counts.table(targets, run)
     kept = counts.reference_row(num_references) if num_references else ()
+    by_frame = bool(num_references) and attachment.spec.token_times != "one"
 
     def flops(row: Sequence[int]) -> float:
         row = [k + kept[block] for block, k in enumerate(row)] if kept else row
-        return float(pruned_flops(attachment, num_tokens, text_tokens, row))
+        return float(pruned_flops(attachment, num_tokens, text_tokens, row, by_frame))
 
     pruned = [flops(row) for row in table.counts]
     times = (0.95, 0.75, 0.5, 0.25, 0.05) if run is None else run
-    dense = model_flops(model, num_tokens, text_tokens).dense()
+    dense = model_flops(model, num_tokens, text_tokens, by_frame).dense()
     mean, whole = table.weighed(pruned), attachment.whole_steps
     if whole is not None:
         if run is None:

@@ -9,7 +9,11 @@ from shiva_dit.models.counted import counted
 
 
 def pruned_flops(
-    attachment: Attachment, num_tokens: int, text_tokens: int, counts: Sequence[int]
+    attachment: Attachment,
+    num_tokens: int,
+    text_tokens: int,
+    counts: Sequence[int],
+    by_frame: bool = False,
 ) -> int:
     """FLOPs of one forward of one sample, with router, updates and what lies beside layers.
 
@@ -18,9 +22,10 @@ def pruned_flops(
         num_tokens: Image tokens N.
         text_tokens: Text tokens T.
         counts: k of every block (a row of `Counts.table`).
+        by_frame: Whether the model is told a time for each frame or token (`counted`).
     """
     selector, updates = attachment.selector, attachment.updates
-    costs = counted(attachment.model, text_tokens)
+    costs = counted(attachment.model, text_tokens, by_frame)
     update = 0 if updates is None else updates.flops(num_tokens)
     total = costs.flops(num_tokens).pruned(counts, update)
     for beside in () if attachment.backbone is None else attachment.backbone.beside:

@@ -61,8 +61,14 @@ class Counted:
         return self.rows[path].at(num_tokens if block is None else counts[block])
 
 
-def counted(model: nn.Module, text_tokens: int) -> Counted:
+def counted(model: nn.Module, text_tokens: int, by_frame: bool = False) -> Counted:
     """Costs of a model for T text tokens; counted once for each config and T.
+
+    Args:
+        model: The transformer.
+        text_tokens: T.
+        by_frame: Whether it is told a time for each frame or token, not one for a sample; where it
+            is by frame, what embedding one for each costs is that of an example's frames.
 
     Raises:
         ValueError: If the model doesn't take T text tokens, or isn't what its config says.
@@ -70,7 +76,7 @@ def counted(model: nn.Module, text_tokens: int) -> Counted:
     spec = model_spec(model)
     if spec.text_tokens and not text_tokens:
         raise ValueError(f"{type(model).__name__} reads text: text_tokens must be 1 at least.")
-    found = _counted(*recipe(model, spec, text_tokens), text_tokens)
+    found = _counted(*recipe(model, spec, text_tokens), text_tokens, by_frame)
     known = frozenset().union(*found.parts)
     for index, (block, parts) in enumerate(zip(spec.blocks(model), found.parts, strict=True)):
         if known.intersection(block._modules) != parts:
@@ -82,9 +88,11 @@ def counted(model: nn.Module, text_tokens: int) -> Counted:
     return found
 
 
-def model_flops(model: nn.Module, num_tokens: int, text_tokens: int) -> ModelFlops:
-    """FLOPs of a model for N image tokens and T text tokens; raises what `counted` does."""
-    return counted(model, text_tokens).flops(num_tokens)
+def model_flops(
+    model: nn.Module, num_tokens: int, text_tokens: int, by_frame: bool = False
+) -> ModelFlops:
+    """FLOPs of a model for N image tokens and T text tokens; as `counted` otherwise."""
+    return counted(model, text_tokens, by_frame).flops(num_tokens)
 
 
 def model_widths(model: nn.Module) -> Widths:
@@ -121,9 +129,9 @@ def _widths(cls: type[nn.Module], config: str, text_tokens: int) -> Widths:
 
 
 @lru_cache(maxsize=32)
-def _counted(cls: type[nn.Module], config: str, text_tokens: int) -> Counted:
+def _counted(cls: type[nn.Module], config: str, text_tokens: int, by_frame: bool) -> Counted:
     skeleton = _skeleton(cls, config)
-    runs = [skeleton.run(example, text_tokens) for example in EXAMPLES]
+    runs = [skeleton.run(example, text_tokens, by_frame) for example in EXAMPLES]
     first = runs[0]
 
     def through(values: Sequence[int]) -> Polynomial:

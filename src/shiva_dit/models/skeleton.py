@@ -131,18 +131,19 @@ class Skeleton:
             context_dim=context.shape[-1],
         )
 
-    def run(self, example: int, text_tokens: int) -> Run:
+    def run(self, example: int, text_tokens: int, by_frame: bool = False) -> Run:
         """One forward of one of the family's small examples.
 
         Args:
             example: Which one, from 1.
             text_tokens: T.
+            by_frame: Whether it is told a time for each frame, not one for all.
         """
-        return self.run_at(self._size(example, text_tokens))
+        return self.run_at(self._size(example, text_tokens), by_frame)
 
-    def run_at(self, size: Size) -> Run:
+    def run_at(self, size: Size, by_frame: bool = False) -> Run:
         """One forward of one sample of a size."""
-        seen, inputs = self._begin(), self._inputs(size)
+        seen, inputs = self._begin(), self._inputs(size, by_frame)
         with _undisturbed(), torch.no_grad(), seen.counter, _KnownMasks():
             self.model(**inputs)
         return Run(
@@ -161,10 +162,14 @@ class Skeleton:
         frames, height, width = self.spec.sizes(self.model, example)
         return Size(frames=frames, height=height, width=width, text=text_tokens)
 
-    def _inputs(self, size: Size) -> dict[str, Any]:
+    def _inputs(self, size: Size, by_frame: bool = False) -> dict[str, Any]:
         with _undisturbed():
             time = self.spec.timestep_at(torch.full((size.batch,), 0.5))
-            return {**self.spec.example(self.model, size), **self.spec.times(time)}
+            times: dict[str, Any] = self.spec.times(time)
+            if by_frame:
+                each = time[:, None].repeat(1, size.frames)
+                times = self.spec.times_by_frame(each, size.height * size.width, time)
+            return {**self.spec.example(self.model, size), **times}
 
     def _block(
         self,

@@ -140,6 +140,8 @@ class ModelSpec:
     references, beside it; or these, and lower ones where frames are given by halves."""
     frame_times: Callable[[Tensor], Tensor] | None = None
     """The timestep of times by frame, (B, F); None where it is by token, (B, N)."""
+    frame_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of calls with times by frame."""
     noised_times: tuple[str, ...] = ()
     """Arguments with the time of what is `noised`; by default it is the video's."""
     caches_references: str | None = None
@@ -172,6 +174,20 @@ class ModelSpec:
     def times(self, timestep: Tensor) -> dict[str, Tensor]:
         """The arguments that tell the model its time."""
         return dict.fromkeys((self.timestep, *self.same_times), timestep)
+
+    def times_by_frame(self, by_frame: Tensor, each: int, of_sample: Tensor) -> dict[str, Any]:
+        """The arguments that tell the model a time for each frame, in its own units.
+
+        Args:
+            by_frame: The times, (B, F).
+            each: Tokens of a frame.
+            of_sample: The time of each sample as a whole, (B,).
+        """
+        given = by_frame.repeat_interleave(each, dim=1)
+        if self.frame_times is not None:
+            given = self.frame_times(by_frame)
+        beside = dict.fromkeys((*self.same_times, *self.noised_times), of_sample)
+        return {self.timestep: given, **beside, **self.frame_options}
 
     def tokens_of(self, model: nn.Module, arguments: Mapping[str, Any]) -> int:
         """N of a call, from its arguments."""

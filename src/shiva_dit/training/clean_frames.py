@@ -47,7 +47,7 @@ class CleanFrames:
         axis, size = self._where(batch)
         return values.narrow(axis, size, values.shape[axis] - size)
 
-    def times(self, t: Float[Tensor, " P"], batch: Batch) -> dict[str, Tensor]:
+    def times(self, t: Float[Tensor, " P"], batch: Batch) -> dict[str, Any]:
         """The arguments that tell the model its times: t, and 0 for clean frames.
 
         Args:
@@ -58,12 +58,7 @@ class CleanFrames:
         spec, of_sample = self.spec, self.spec.timestep_at(t)
         by_frame = t[:, None].repeat(1, frames)
         by_frame[:, : self.count] = 0.0
-        by_frame = spec.timestep_at(by_frame)
-        given = by_frame.repeat_interleave(each, dim=1)
-        if spec.frame_times is not None:
-            given = spec.frame_times(by_frame)
-        beside = dict.fromkeys((*spec.same_times, *spec.noised_times), of_sample)
-        return {spec.timestep: given, **beside}
+        return spec.times_by_frame(spec.timestep_at(by_frame), each, of_sample)
 
     def _where(self, batch: Batch) -> tuple[int, int]:
         """The axis of the latents along which clean ones come first, and how many."""

@@ -63,11 +63,10 @@ def cost(student: Student, schedule: Schedule, text_tokens: int) -> dict[str, An
     kept = attachment.counts.reference_row(beside) if beside else (0,) * schedule.num_blocks
     every = num_tokens + beside
     try:
-        dense = model_flops(student.model, every, text_tokens).dense()
-        rows = [
-            pruned_flops(attachment, every, text_tokens, [*map(sum, zip(row, kept, strict=True))])
-            for row in table.counts
-        ]
+        by_frame = student.roles.clean is not None
+        dense = model_flops(student.model, every, text_tokens, by_frame).dense()
+        every_row = [[*map(sum, zip(row, kept, strict=True))] for row in table.counts]
+        rows = [pruned_flops(attachment, every, text_tokens, row, by_frame) for row in every_row]
     except ValueError as error:  # blocks that the config doesn't tell of
         return {"not_known": str(error)}
     return {

@@ -188,6 +188,7 @@ MODELS = (
         model_class="SkyReelsV2Transformer3DModel",
         name="SkyReels V2",
         frame_times=lambda times: times,
+        frame_options={"enable_diffusion_forcing": True},
         sizes=lambda model, i: (model.config.num_frame_per_block, 2, 2 * i),
         inputs={**_WAN.inputs, "fps": _frame_rates},
     ),
