@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import shiva_dit
@@ -14,6 +15,7 @@ from shiva_dit.adapter import ShivaAdapter, ShivaConfig
 from shiva_dit.core import roles
 from shiva_dit.core.roles import REFERENCE, TARGET, Span, best_by_group, grouped, in_order
 from shiva_dit.core.schedule import Schedule
+from shiva_dit.export import Programs, export_run
 from shiva_dit.methods.norm import NormSelector
 from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.counted import model_flops
@@ -142,6 +144,9 @@ def test_layouts_are_read_off_the_times() -> None:
     assert (first.runs, first.place) == (((True, 2), (False, 1)), 2)
     assert first.spans(6) == (Span(REFERENCE, 4), Span(TARGET, 2))
     assert found(wan, [0.0, 0.0005]).runs == ((True, 1), (False, 1))  # a last step
+    for least in (1e-8, 0.0):  # as training draws it, beside others
+        assert found(wan, [0.0, 0.0, least], [0.0, 0.0, 0.25]) == first
+    assert found(wan, [0.0, 0.0]) is ONE
     several = found(ltx, [0.25, 0.5, 0.0, 0.5])
     assert (several.runs, several.place) == (((False, 2), (True, 1), (False, 1)), 1)
     assert found(ltx, [0.25, 0.5]).spans(4) == ()
@@ -253,6 +258,29 @@ def test_flops_with_a_time_for_each_token_are_what_the_counter_counts(name: str)
     assert flops.pruned([a + b for a, b in zip(row, kept, strict=True)]) == executed(model, given)
     summary = shiva_dit.summary(model, text_tokens=families.TEXT)
     assert summary.flops_dense == flops.dense()
+    families.run(model, with_times(name, ()))  # from text to video some tell all the same time
+    summary = shiva_dit.summary(model, text_tokens=families.TEXT)
+    assert (summary.num_references, summary.flops_dense) == (0, flops.dense())
+
+
+def test_programs_are_found_by_the_time_of_the_noisy_tokens(tmp_path: Any) -> None:
+    model, times = families.made("wan"), (0.9, 0.2)
+    shiva_dit.apply(model, adapter_for(model, reference_keep_ratio=0.5))
+
+    def run(*of_calls: tuple[int, ...]) -> None:
+        for clean, t in zip(of_calls, times, strict=True):
+            families.run(model, with_times("wan", clean, t))
+
+    export_run(model, lambda: run((0,), (0,)), tmp_path / "first")
+    programs = Programs(tmp_path / "first")
+    assert programs.timesteps == pytest.approx([1000 * t for t in times])
+    for t in times:
+        given = with_times("wan", t=t)
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        expected = families.run(model, given)
+        assert (programs(**tensors) - expected).norm() <= 1e-5 * expected.norm()
+    with pytest.raises(ValueError, match="called with other clean frames than before"):
+        export_run(model, lambda: run((0,), (0, 2)), tmp_path / "both")
 
 
 # --- pipelines ----------------------------------------------------------------------------------
@@ -404,6 +432,19 @@ def test_pipelines_from_image_to_video(make: Any, clean: tuple[int, ...], guided
     assert summary.reference_keep_ratio == 1.0
     shiva_dit.apply(pipe, adapter_for(model), keep_ratio=1.0)
     assert torch.equal(running.call(name, pipe, guided, **options).frames, bare)
+
+
+def test_times_are_shifted_by_all_frames() -> None:
+    """Unlike pictures to go by, clean frames count as the pipeline's own tokens."""
+    pipe, name, options = _ltx()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=TOKENS
+    )
+    shiva_dit.apply(pipe, adapter_for(pipe.transformer))
+    running.call(name, pipe, False, **options)
+    summary = shiva_dit.summary(pipe, text_tokens=7, num_inference_steps=running.STEPS)
+    taken = [float(t) / 1000 for t in pipe.scheduler.timesteps]
+    assert [t for t, _ in summary.rows] == pytest.approx(taken)
 
 
 # --- bad input, saving ------------------------------------------------------------------------

@@ -160,10 +160,13 @@ def _summary(
     model: Any = attachment.model
     num_tokens, text_tokens, num_references = sizes
     targets, counts = num_tokens - num_references, attachment.counts
-    run, law = _run(attachment, target, targets, num_inference_steps)
+    run, law = _run(attachment, target, (num_tokens, num_references), num_inference_steps)
     table = counts.table(targets, run)
     kept = counts.reference_row(num_references) if num_references else ()
-    by_frame = bool(num_references) and attachment.spec.token_times != "one"
+    last, by_frame = attachment.forwards, bool(num_references)
+    if num_references == last.num_references:  # some tell each token the same time
+        by_frame = last.by_frame
+    by_frame = by_frame and attachment.spec.token_times != "one"
 
     def flops(row: Sequence[int]) -> float:
         row = [k + kept[block] for block, k in enumerate(row)] if kept else row
@@ -230,9 +233,12 @@ def _second_summary(
 
 
 def _run(
-    attachment: Attachment, target: Any, num_tokens: int, num_steps: int | None
+    attachment: Attachment, target: Any, sizes: tuple[int, int], num_steps: int | None
 ) -> tuple[Run | None, str]:
-    """The steps that a summary is over, if any are known, and their name."""
+    """The steps that a summary is over, if any are known, and their name.
+
+    They may be shifted by N: without the tokens of pictures to go by, with those of clean frames.
+    """
     clock = attachment.counts.clock
     if num_steps is None:
         if clock is not None and isinstance(clock.times, ListedTimes):
@@ -245,17 +251,19 @@ def _run(
             f"{type(target).__name__} has no scheduler to say what {num_steps} steps are: pass the "
             "pipeline, or the timesteps to apply."
         )
+    num_tokens, references = sizes
     sampler = Sampler.of(target, attachment.model)
     law = f"{num_steps} steps of {type(scheduler).__name__}"
     if sampler.is_shifted_by_target:
         # A picture that is given counts as tokens, but does not shift the times.
         last = attachment.forwards
-        is_last = num_tokens == (last.num_tokens or 0) - last.num_references
+        is_last = num_tokens - references == (last.num_tokens or 0) - last.num_references
         executed = clock.times.run if clock is not None and is_last else None
         if executed is not None and len(executed) == num_steps:
             return executed, f"{law}, as last executed"
         law += ", shifted as without a picture given"
-    return tuple(sampler.times(attachment.spec, num_tokens, num_steps)), law
+    shifting = num_tokens if attachment.spec.token_times != "one" else num_tokens - references
+    return tuple(sampler.times(attachment.spec, shifting, num_steps)), law
 
 
 def _own_size(attachment: Attachment) -> int:

@@ -91,7 +91,7 @@ class Programs:
         if call is None:
             if not isinstance(inputs.get(self.timestep), Tensor):
                 raise ValueError(f"a call needs a tensor {self.timestep!r}, or call=.")
-            call = self.place(float(inputs[self.timestep].flatten()[0]))
+            call = self.place(self._time(inputs[self.timestep]))
         program = self.steps[call][1]
         self._check(inputs, self.programs[program]["inputs"])
         if program not in self._loaded:
@@ -100,6 +100,13 @@ class Programs:
             self._loaded[program] = load_program(path, entry["engine"], self.device)
         with torch.no_grad():
             return self._loaded[program](self.weights, **inputs)
+
+    def _time(self, timestep: Tensor) -> float:
+        """The first sample's time; where each token or frame has one, the noisy ones'."""
+        times = timestep[0].flatten() if timestep.ndim > 1 else timestep.flatten()
+        given = [str(timestep.dtype), list(timestep.shape)]
+        fitting = (p for p in self.programs if p["inputs"].get(self.timestep) == given)
+        return float(times[next((p.get("entry", 0) for p in fitting), 0)])
 
     def _check(self, inputs: dict[str, Any], expected: dict[str, Any]) -> None:
         """Compare shapes and dtypes: a compiled program takes the memory that it expects."""

@@ -175,6 +175,7 @@ def _write(
                 "engine": engine,
                 "counts": call.counts,
                 "pass": call.which.value,
+                "entry": call.layout.place,
                 "inputs": {n: [str(v.dtype), list(v.shape)] for n, v in leaves(call.inputs)},
                 "off_by": off_by,
             }

@@ -25,6 +25,7 @@ from shiva_dit.models.attachment import Attachment
 from shiva_dit.models.guidance import Pass
 from shiva_dit.models.neighbours import strange_hook
 from shiva_dit.models.spec import bind, given
+from shiva_dit.models.token_times import Layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +42,8 @@ class Call:
     """k of every block."""
     which: Pass
     """The pass of guidance."""
+    layout: Layout
+    """Which of a sample's tokens have its time, and which are clean."""
     output: Any
     """What the model gave: a tensor, or a tuple of several."""
 
@@ -52,7 +55,8 @@ class Calls:
     different: list[Call] = field(default_factory=list)
     """The first of each kind."""
     steps: list[tuple[float, int]] = field(default_factory=list)
-    """Of every call its timestep, as the model was given it, and its place among the different."""
+    """Of every call its timestep, as the model was given it (that of noisy tokens, where each has
+    one), and its place among the different."""
 
 
 class Forward(nn.Module):
@@ -127,7 +131,8 @@ def program_of(
     args: tuple[Any, ...] = ()
     if weights is not None:
         forward, args = ForwardOf(own).train(own.training), (weights,)
-    with attachment.forwards.held(call.counts, call.which), torch.no_grad(), _told(call.model):
+    held = attachment.forwards.held(call.counts, call.which, call.layout)
+    with held, torch.no_grad(), _told(call.model):
         return torch.export.export(forward, args, call.inputs)
 
 
@@ -200,7 +205,7 @@ def at_counts(attachment: Attachment, call: Call, counts: Sequence[int]) -> Call
     forwards = attachment.forwards
     assert forwards.num_tokens is not None
     attachment.counts.check(counts, forwards.num_tokens - forwards.num_references)
-    with forwards.held(counts, call.which), torch.no_grad():
+    with forwards.held(counts, call.which, call.layout), torch.no_grad():
         output = Forward(attachment, call.constants)(**call.inputs)
     return replace(call, counts=tuple(counts), output=output)
 
@@ -211,6 +216,7 @@ class _Watch:
     def __init__(self, attachment: Attachment, calls: Calls) -> None:
         self.attachment, self.calls = attachment, calls
         self._places: dict[str, int] = {}
+        self._layouts: dict[torch.Size, Layout] = {}
         self._call: dict[str, Any] | None = None
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -233,17 +239,23 @@ class _Watch:
                 f"{name} was called with a number as timestep, which a program would have for "
                 "good: pass a tensor."
             )
+        layout = forwards.layout
+        if self._layouts.setdefault(step.shape, layout) != layout:
+            raise ValueError(
+                f"{name} was called with other clean frames than before, and a program has them "
+                "for good: export each such run into a folder of its own."
+            )
         arguments.pop("return_dict", None)
         inputs = {n: v for n, v in arguments.items() if _has_tensors(v)}
         constants = {n: v for n, v in arguments.items() if n not in inputs}
         key = repr((counts, which, constants, tree_map(_shape, inputs)))
         place = self._places.setdefault(key, len(self._places))
-        self.calls.steps.append((float(step.flatten()[0]), place))
+        self.calls.steps.append((float(_times(step)[layout.place]), place))
         if place < len(self.calls.different):
             self._call = None
         else:
             self._call = {"constants": constants, "counts": counts, "which": which}
-            self._call |= {"inputs": tree_map(_copied, inputs), "model": name}
+            self._call |= {"inputs": tree_map(_copied, inputs), "model": name, "layout": layout}
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Torch hook: what the model gives."""
@@ -286,6 +298,11 @@ def _refuse(attachment: Attachment) -> None:
             f"{found} and export don't go together: what it does from call to call is in no "
             "program. Take it off or load the model anew, apply the adapter, and export that."
         )
+
+
+def _times(timestep: Tensor) -> Tensor:
+    """The first sample's, one for each of its tokens or frames, or one."""
+    return timestep[0].flatten() if timestep.ndim > 1 else timestep.flatten()
 
 
 def _has_tensors(value: Any) -> bool:

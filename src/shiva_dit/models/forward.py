@@ -29,7 +29,7 @@ from shiva_dit.models.guidance import Pass, Passes
 from shiva_dit.models.plan import ForwardPlan
 from shiva_dit.models.references import Spans
 from shiva_dit.models.spec import bind, given
-from shiva_dit.models.token_times import ONE, layout_of
+from shiva_dit.models.token_times import ONE, Layout, layout_of, num_times
 from shiva_dit.models.turns import turns_of
 from shiva_dit.models.undo import Undo
 from shiva_dit.modules.context import time_features
@@ -81,6 +81,8 @@ class Forwards(Uncopied):
         """N of the last forward."""
         self.num_references = 0
         """How many of these were references' with a budget of their own."""
+        self.by_frame = False
+        """Whether it was told a time for each frame or token."""
         self._is_pruned, self._undo = is_pruned, undo
         self._freezes = freeze
         self._frozen_for: torch.dtype | None = None
@@ -111,12 +113,12 @@ class Forwards(Uncopied):
             self._gated = None
 
     @contextmanager
-    def held(self, counts: Sequence[int], which: Pass) -> Iterator[None]:
+    def held(self, counts: Sequence[int], which: Pass, layout: Layout) -> Iterator[None]:
         """Within: forwards keep these counts whatever the time, and ask nothing but their tensors.
 
         For tracing: what is on the model has been checked by a forward before.
         """
-        self._held = tuple(counts), which
+        self._held, self.layout = (tuple(counts), which), layout
         try:
             yield
         finally:
@@ -163,6 +165,7 @@ class Forwards(Uncopied):
         sample = given(model, arguments, self.spec.sample)
         num_tokens = self.num_tokens = self.spec.tokens_of(model, arguments)
         timestep = given(model, arguments, self.spec.timestep)
+        self.by_frame = num_times(timestep) > 1
         if self._held is None:
             self.layout = layout_of(model, self.spec, timestep, num_tokens)
         timestep = self._one_time(timestep, len(sample))

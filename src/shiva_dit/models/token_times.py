@@ -23,7 +23,7 @@ from shiva_dit.models.spec import ModelSpec
 CLEAN = 1e-3
 """Times up to this are those of clean data, where others of the sample are later."""
 SAME = 1e-6
-"""Times that differ by less are one."""
+"""Times of a sample that differ by less, as a share of its largest, are one."""
 KINDS = ("one", "clean", "several")
 """Of `ModelSpec.token_times`, by how much they allow."""
 
@@ -106,6 +106,11 @@ _KNOWN: Any = WeakIdKeyDictionary()
 """Of marks: their version, and the layout that was read from them."""
 
 
+def num_times(timestep: Any) -> int:
+    """How many times a call's timestep has for each sample: M, or 1."""
+    return timestep.shape[1:].numel() if isinstance(timestep, Tensor) and timestep.ndim > 1 else 1
+
+
 @torch.compiler.disable()
 def layout_of(model: nn.Module, spec: ModelSpec, timestep: Any, num_tokens: int) -> Layout:
     """How the times of a call's tokens differ.
@@ -121,7 +126,7 @@ def layout_of(model: nn.Module, spec: ModelSpec, timestep: Any, num_tokens: int)
         ValueError: If times differ in another way than the class's pipelines make them differ, or
             not alike in all samples.
     """
-    each = timestep.shape[1:].numel() if isinstance(timestep, Tensor) and timestep.ndim > 1 else 1
+    each = num_times(timestep)
     running = running_call()
     name = running.name if running is not None and running.is_known else ""
     if each == 1 or (name in PIPELINES and PIPELINES[name].times_are_equal):
@@ -168,11 +173,11 @@ def _marked(running: Running, mark: _Mark, each: int) -> Layout | None:
 def _layout(times: Tensor) -> Layout | None:
     """The layout that all samples have, of times or shares of them, (B, ...); None if they differ.
 
-    It is read from where they lie.
+    It is read from where they lie. A sample with nothing but zeros has every layout.
     """
     rows = times.flatten(1).cpu()  # (B, M)
-    highest = rows.amax(1, keepdim=True)
-    below = highest - rows
+    rows = rows[rows.amax(1) > 0.0]
+    below = 1.0 - rows / rows.amax(1, keepdim=True)
     if bool((below <= SAME).all()):
         return ONE
     clean = (rows <= CLEAN) & (below > SAME)
