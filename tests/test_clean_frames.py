@@ -434,6 +434,25 @@ def test_pipelines_from_image_to_video(make: Any, clean: tuple[int, ...], guided
     assert torch.equal(running.call(name, pipe, guided, **options).frames, bare)
 
 
+def test_a_run_whose_frames_have_schedulers_of_their_own_is_told_its_times() -> None:
+    """SkyReels steps by copies, so that the pipeline's own scheduler stays at its first step."""
+    pipe = running.build("SkyReelsV2DiffusionForcingPipeline")
+    shiva_dit.apply(pipe, adapter_for(pipe.transformer))
+    attachment = attachment_of(pipe.transformer)
+    assert attachment is not None
+    clock = attachment.counts.clock
+    assert clock is not None
+    clock.on_cpu = True
+    seen = seen_of(pipe.transformer)
+    running.call("SkyReelsV2DiffusionForcingPipeline", pipe, True)
+    run = clock.times.run
+    assert run is not None
+    table = attachment.counts.table(TOKENS, run)
+    wanted = [table.row(t) for t in run for _ in range(2)]
+    found = [(TOKENS, *(forward[b].shape[1] for b in (1, 2, 3))) for forward in seen]
+    assert found == wanted
+
+
 def test_times_are_shifted_by_all_frames() -> None:
     """Unlike pictures to go by, clean frames count as the pipeline's own tokens."""
     pipe, name, options = _ltx()

@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from shiva_dit.models.guidance import running_call
+from shiva_dit.models.guidance import running_call, same_step
 from shiva_dit.models.sampling import Sampler, listed_times
 
 TOLERANCE = 0.01
@@ -85,6 +85,8 @@ class SchedulerTimes:
         """The run's times, if its list is known and is the model's."""
         self._read: Tensor | None = None
         self._begin = 0
+        self._first: ref[Tensor] | None = None
+        """The step that it was read in, as `Running.step`."""
 
     @property
     def pipeline(self) -> Any:
@@ -108,7 +110,7 @@ class SchedulerTimes:
         scheduler = self.pipeline.scheduler
         if hasattr(scheduler, "step_index"):
             step = scheduler.step_index
-            place = 0 if step is None else step - self._begin
+            place = self._before_steps() if step is None else step - self._begin
             if place >= len(self.run):  # a call after the run
                 self.run = None
                 return None
@@ -116,6 +118,13 @@ class SchedulerTimes:
             place = -1 if timestep is None else place_in(timestep, self._read) - self._begin
             place = _place_in_loop() if place < 0 else place
         return self.run[place] if 0 <= place < len(self.run) else None
+
+    def _before_steps(self) -> int:
+        """The place where the scheduler hasn't counted; -1 if it never will: its copies do."""
+        running = running_call()
+        step = None if running is None else running.step
+        is_first = step is None or self._first is None or same_step(step, self._first)
+        return 0 if is_first else -1
 
     def read(self, timestep: Tensor, time: Time) -> list[float]:
         """Times of a call's samples, from where they lie; of a run's first, the list as well."""
@@ -138,6 +147,8 @@ class SchedulerTimes:
     def _learn(self, listed: Tensor, times: list[float], first: float) -> None:
         """What the list says of the run, if it says the time that was read."""
         self._read, self.run = listed, None
+        running = running_call()
+        self._first = None if running is None else running.step
         begin = getattr(self.pipeline.scheduler, "begin_index", None)
         place = getattr(self.pipeline.scheduler, "step_index", None)
         if place is None:  # the run's first step; not all pipelines say where it is

@@ -222,7 +222,7 @@ class Passes(StateManager):
         """
         running = running_call()
         step, here = None if running is None else running.step, self._here
-        here.calls = here.calls + 1 if _same(step, here.step) else 1
+        here.calls = here.calls + 1 if same_step(step, here.step) else 1
         here.step = step
         if running and getattr(running.scope["self"], "do_perturbed_attention_guidance", False):
             raise ValueError(
@@ -288,7 +288,7 @@ class Passes(StateManager):
             return {}
         fits = (lead.batch, lead.counts) == (batch, counts)
         both_outside = lead.step is None and here.step is None
-        return lead.chosen if fits and (both_outside or _same(lead.step, here.step)) else {}
+        return lead.chosen if fits and (both_outside or same_step(lead.step, here.step)) else {}
 
     def _say(self, what: str, level: int = logging.WARNING) -> None:
         """Log once that nothing is shared, and how to tell."""
@@ -302,7 +302,7 @@ class Passes(StateManager):
             )
 
 
-def _same(one: ref[Tensor] | None, other: ref[Tensor] | None) -> bool:
+def same_step(one: ref[Tensor] | None, other: ref[Tensor] | None) -> bool:
     """Whether two steps are the same, and still going on."""
     step = None if one is None else one()
     return step is not None and other is not None and step is other()
