@@ -389,7 +389,7 @@ TABLES = {
     "docs/results/estimators-digits.md": 4,
     "docs/results/estimators-scenes.md": 6,
     "docs/results/flips.md": 4,
-    "docs/results/frontier.md": 4,
+    "docs/results/frontier.md": 5,
     "docs/results/quickstart.md": 2,
     "docs/results/rejected.md": 1,
     "docs/results/routers.md": 1,
