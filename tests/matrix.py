@@ -30,6 +30,8 @@ SHARE, SHARE_BESIDE = 6, 40
 """Of so many cells one is in a sample; the second where some cells are always in it."""
 PROPERTIES: dict[str, int] = {}
 """Of every property whose module was imported, how many classes or pipelines it is asked of."""
+BY_LOT: set[str] = set()
+"""Those of which no cell is in its sample always."""
 
 BESIDE = "beside"
 """What a test's report calls the software that it tried, and the record of it."""
@@ -79,7 +81,10 @@ def sampled(
         by_lot, share = pytest.mark.slow, SHARE_BESIDE
 
     def put(test: Any) -> Any:
-        PROPERTIES[f"{test.__module__.rpartition('.')[2]}::{test.__name__}"] = len(cells)
+        name = f"{test.__module__.rpartition('.')[2]}::{test.__name__}"
+        PROPERTIES[name] = len(cells)
+        if share == SHARE:
+            BY_LOT.add(name)
         values = []
         for place, cell in enumerate(cells):
             each = (cell,) if isinstance(cell, str) else cell

@@ -68,15 +68,22 @@ def _rank(
 
 
 def _watch(ranks: list[Any]) -> None:
-    """Wait for all, or for one that fails and then, for a while, for the others."""
+    """Wait for all, or for one that fails and then, for a while, for the others.
+
+    Raises:
+        TimeoutError: If none fails, and not all end.
+    """
     until = time.monotonic() + LIMIT
     has_failed = False
     while any(rank.exitcode is None for rank in ranks) and time.monotonic() < until:
         if not has_failed and any(rank.exitcode for rank in ranks):
             has_failed = True
-            until = min(until, time.monotonic() + PATIENCE)
+            until = time.monotonic() + PATIENCE
         time.sleep(0.02)
+    hangs = not has_failed and any(rank.exitcode is None for rank in ranks)
     for rank in ranks:
         if rank.exitcode is None:
             rank.kill()
         rank.join()
+    if hangs:
+        raise TimeoutError(f"not all of {len(ranks)} processes ended within {LIMIT} s")

@@ -21,7 +21,6 @@ from shiva_dit.models.attach import attach, attachment_of
 from shiva_dit.models.counted import model_flops
 from shiva_dit.models.families import MODELS, model_spec
 from shiva_dit.models.token_times import MARKS, ONE, Layout, layout_of
-from shiva_dit.training.data import Batch
 from shiva_dit.training.recipe import TrainConfig
 from shiva_dit.training.settings import (
     LossConfig,
@@ -35,6 +34,7 @@ from tests import families, running, tiny
 from tests.families.kit import normal
 from tests.test_device_reads import reads
 from tests.test_families import executed
+from tests.test_training_families import FamilyData
 
 FRAMES, EACH = 4, 16
 TOKENS = FRAMES * EACH
@@ -66,8 +66,7 @@ def places(clean: tuple[int, ...]) -> Tensor:
 
 def adapter_for(model: Any, **options: Any) -> ShivaAdapter:
     options = {"reference_keep_ratio": 1.0, **options}
-    made = tiny.adapter(model, tiny.from_counts(COUNTS), **options)
-    return made
+    return tiny.adapter(model, tiny.from_counts(COUNTS), **options)
 
 
 def seen_of(model: Any) -> list[dict[int, Tensor]]:
@@ -217,17 +216,6 @@ def test_routers_read_the_time_of_the_noisy_tokens(name: str) -> None:
     families.run(model, families.arguments(name))
     families.run(model, with_times(name))
     assert torch.allclose(*told, atol=1e-6)
-
-
-def test_calls_without_clean_frames_are_as_without_the_setting() -> None:
-    model, given = families.made("wan"), families.arguments("wan")
-    made = adapter_for(model, reference_keep_ratio=0.5)
-    plain = tiny.adapter(model, tiny.from_counts(COUNTS))
-    plain.router.load_state_dict(made.router.state_dict(), strict=False)
-    shiva_dit.apply(model, plain)
-    wanted = families.run(model, given)
-    shiva_dit.apply(model, made)
-    assert torch.equal(families.run(model, given), wanted)
 
 
 def test_clean_frames_that_are_dropped_pass_by_and_are_no_keys() -> None:
@@ -505,29 +493,6 @@ def test_shares_of_clean_frames_are_saved_and_read_again(tmp_path: Any) -> None:
 TRAINED = ("ltx", "ltx2", "cosmos", "skyreels")
 
 
-class Clips:
-    """Two videos."""
-
-    def __init__(self, name: str) -> None:
-        given = families.arguments(name)
-        self.latents = given.pop("hidden_states")
-        del given["timestep"]
-        shared = ("num_frames", "height", "width", "audio_num_frames")
-        self.shared = {n: given.pop(n) for n in shared if n in given}
-        self.conditioning = {n: v for n, v in given.items() if v is not None}
-
-    def __len__(self) -> int:
-        return 2
-
-    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        del generator
-        conditioning = {name: value[indices] for name, value in self.conditioning.items()}
-        return Batch(latents=self.latents[indices], conditioning=conditioning, shared=self.shared)
-
-    def unconditional(self) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.conditioning.items()}
-
-
 def trainer(name: str, folder: Any, **changes: Any) -> Trainer:
     config = {
         "out": folder,
@@ -543,7 +508,9 @@ def trainer(name: str, folder: Any, **changes: Any) -> Trainer:
         "router": RouterConfig(hidden=8),
         "optimizer": OptimizerConfig(router=1e-2, warmup_steps=1),
     }
-    return Trainer(TrainConfig(**{**config, **changes}), families.made(name), Clips(name))
+    model = families.made(name)
+    data = FamilyData(name, model_spec(model))
+    return Trainer(TrainConfig(**{**config, **changes}), model, data)
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,9 @@ def test_each_role_has_its_own_k_in_every_block(name: str) -> None:
     check(model, seen, REFERENCES)
 
 
-def test_forwards_without_references_are_as_without_the_setting() -> None:
-    model, given = families.made("flux"), families.arguments("flux")
+@pytest.mark.parametrize("name", ["flux", "wan"])  # of pictures, of clean frames
+def test_forwards_without_references_are_as_without_the_setting(name: str) -> None:
+    model, given = families.made(name), families.arguments(name)
     made = adapter_for(model)
     plain = tiny.adapter(model, tiny.from_counts(COUNTS))
     plain.router.load_state_dict(made.router.state_dict(), strict=False)
